@@ -1,0 +1,34 @@
+"""Scaled dot-product attention with grouped heads (Ainslie et al. 2023, arXiv:2305.13245), causal, windowed, packed.
+
+``attention(q, k, v, *, scale, causal=True, window=None, soft_cap=None, q_segments=None, kv_segments=None, q_offset=0)
+-> [batch, q_length, heads, head_dim]``
+    q ``[batch, q_length, heads, head_dim]``; k and v ``[batch, kv_length, kv_heads, head_dim]``; heads is a multiple of
+    kv_heads, and query head h reads key head ``h // (heads / kv_heads)``.
+    Query i stands at slot ``q_offset + i`` (int, or an int32 scalar); key j at slot j. A key is visible when
+    - causal: ``j <= slot(i)``;
+    - window (an int): ``slot(i) - j < window``, and, when not causal, also ``j - slot(i) < window``;
+    - segments (int32 ``[batch, q_length]``, ``[batch, kv_length]``; packed documents count from 1, 0 is padding): equal
+      and not 0. kv_segments defaults to q_segments.
+    A query that sees nothing (padding) gives zeros, and its gradients are zeros.
+    soft_cap c (Gemma 2): scores become ``c·tanh(scores / c)`` before the mask.
+    Scores and softmax are float32; probabilities are rounded to v's dtype before the second product.
+
+Backward: q, k, v, the output and one log-sum-exp a row are enough; the plain versions may keep what autograd keeps.
+"""
+
+from jaxsloth.kernels.registry import Implementation, Op
+from jaxsloth.kernels.tolerance import Tolerance
+
+ATTENTION = Op(
+    "attention",
+    (
+        Implementation("torch", "torch", "jaxsloth.kernels.attention.torch_ops:attention"),
+        Implementation("xla", "jax", "jaxsloth.kernels.attention.xla_ops:attention"),
+    ),
+)
+OPS = (ATTENTION,)
+TOLERANCES = {
+    "float32": Tolerance(output=2e-6, gradient=5e-6),
+    "bfloat16": Tolerance(output=8e-3, gradient=1.5e-2),
+    "float16": Tolerance(output=1e-3, gradient=2e-3),
+}

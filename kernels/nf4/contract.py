@@ -1,0 +1,104 @@
+"""NF4: the 4-bit NormalFloat weight format of QLoRA (Dettmers et al. 2023, arXiv:2305.14314, §3), as bitsandbytes stores it.
+
+A weight ``[out, in]`` is flattened row-major and cut in blocks of 64. A block is stored as its absolute maximum
+(float32) and one 4-bit index a value into `CODE`, the high nibble first. Nested ("double") quantization stores the
+float32 maxima themselves in 8 bits: their mean is subtracted (`offset`), and blocks of 256 are scaled by their own
+maximum and matched to the nearest of 256 values of the dynamic code.
+
+Functions, the same in ``torch_ops`` and ``xla_ops`` (arrays are the framework's):
+
+``quantize(weight, *, nested=False, offset=None) -> NF4``
+    weight ``[out, in]``, any float dtype (read as float32). `offset` (float32 scalar) replaces the mean of the maxima:
+    float32 means differ by summation order, and tests need one that is given.
+``dequantize(quantized, dtype, *, layer=None) -> [out, in]``
+    the product ``CODE[index] * absmax`` in float32, rounded once to dtype. With `layer` (an int32 scalar, JAX only) the
+    arrays carry a leading ``[layers]`` axis and the one layer is read in place.
+
+Exactness: both functions are bit-equal to bitsandbytes', except for the offset's own summation order.
+Mind FMA: ``code * scale + offset`` contracted into one rounding differs in the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxsloth.kernels.registry import Implementation, Op, needs_cuda
+
+BLOCK = 64
+NESTED_BLOCK = 256
+
+# bitsandbytes functional.get_4bit_type("nf4"): quantiles of N(0, 1), normalised to [-1, 1], with an exact zero.
+CODE = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=np.float32,
+)
+
+
+def dynamic_code() -> np.ndarray:
+    """The 256 signed values of bitsandbytes' dynamic 8-bit type (Dettmers 2021, arXiv:2110.02861, §2.1), ascending, float32."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = np.linspace(0.1, 1.0, 2**exponent + 1, dtype=np.float32)
+        means = (edges[:-1].astype(np.float64) + edges[1:]) / 2.0
+        for mean in means:
+            magnitude = 10.0 ** (exponent - 6) * mean
+            values.extend((magnitude, -magnitude))
+    return np.sort(np.array(values, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Nested:
+    """The second level: ``absmax[block] = code[absmax_codes[block]] * absmax[block // 256] + offset``."""
+
+    absmax: Any  # float32 [..., ceil(blocks / 256)]
+    offset: Any  # float32 [...]
+    code: Any  # float32 [256], the dynamic code
+
+
+@dataclass(frozen=True)
+class NF4:
+    """A quantized weight. On JAX the arrays may carry a leading ``[layers]`` axis (all but ``nested.code``)."""
+
+    codes: Any  # uint8 [..., ceil(out * in / 2)], two indices a byte, the earlier value in the high nibble
+    absmax: Any  # float32 [..., blocks]; uint8 codes of it [..., blocks] when nested
+    nested: Nested | None
+    shape: tuple[int, int]  # (out, in)
+
+
+QUANTIZE = Op(
+    "nf4_quantize",
+    (
+        Implementation("torch", "torch", "jaxsloth.kernels.nf4.torch_ops:quantize"),
+        Implementation("xla", "jax", "jaxsloth.kernels.nf4.xla_ops:quantize"),
+    ),
+)
+DEQUANTIZE = Op(
+    "nf4_dequantize",
+    (
+        Implementation("triton", "torch", "jaxsloth.kernels.nf4.triton_kernel:dequantize", needs_cuda),
+        Implementation("torch", "torch", "jaxsloth.kernels.nf4.torch_ops:dequantize"),
+        Implementation("pallas", "jax", "jaxsloth.kernels.nf4.pallas_kernel:dequantize", needs_cuda),
+        Implementation("xla", "jax", "jaxsloth.kernels.nf4.xla_ops:dequantize"),
+    ),
+)
+OPS = (QUANTIZE, DEQUANTIZE)

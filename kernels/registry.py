@@ -1,0 +1,136 @@
+"""Which implementation of an op runs, and why the others do not.
+
+An op is one mathematical function with one signature; its implementations live in the op's folder
+(``torch_ops``, ``triton_kernel``, ``xla_ops``, ``pallas_kernel``) and are named here by import path, so that
+looking one up imports no framework. `select` walks an op's implementations in order of preference and returns
+the first that does not refuse; a refusal is a sentence that a user can read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, Literal
+
+logger = logging.getLogger("jaxsloth.kernels")
+
+BackendName = Literal["torch", "jax"]
+Platform = Literal["cpu", "cuda", "tpu"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an implementation may decide on: where it would run, on what dtype, and sizes named by the op's contract."""
+
+    platform: Platform
+    dtype: str = "float32"
+    sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __hash__(self) -> int:
+        return hash((self.platform, self.dtype, tuple(sorted(self.sizes.items()))))
+
+
+def always(facts: Facts) -> str | None:
+    """Refuses nothing."""
+    del facts
+    return None
+
+
+def needs_cuda(facts: Facts) -> str | None:
+    return None if facts.platform == "cuda" else f"needs an NVIDIA GPU, and the arrays are on {facts.platform}"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op. `path` is ``module:function``; `refuses` returns the reason why it can't run, or None."""
+
+    name: str
+    backend: BackendName
+    path: str
+    refuses: Callable[[Facts], str | None] = always
+
+    def load(self) -> Callable[..., Any]:
+        module, _, function = self.path.partition(":")
+        return getattr(import_module(module), function)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A function and its implementations, the preferred first. The last of each backend runs everywhere."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    def of(self, backend: BackendName) -> tuple[Implementation, ...]:
+        return tuple(i for i in self.implementations if i.backend == backend)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `select` decided: the implementation, and (name, reason) of every one preferred to it that refused."""
+
+    implementation: Implementation
+    refused: tuple[tuple[str, str], ...]
+
+
+class RefusedError(RuntimeError):
+    """An implementation that was asked for by name can't run here."""
+
+
+@cache
+def select(op: Op, backend: BackendName, facts: Facts, requested: str | None = None) -> Choice:
+    """The implementation of `op` to use for `facts`.
+
+    Args:
+        requested: an implementation's name; then it runs or `RefusedError` says why not. None chooses the first
+            that does not refuse, and logs once which preferred ones refused.
+    """
+    candidates = op.of(backend)
+    if requested is not None:
+        named = [i for i in candidates if i.name == requested]
+        if not named:
+            names = ", ".join(i.name for i in candidates)
+            raise RefusedError(f"op {op.name} has no implementation {requested!r} for {backend}; it has: {names}")
+        reason = named[0].refuses(facts)
+        if reason is not None:
+            raise RefusedError(f"op {op.name}: the implementation {requested!r} can't run here: it {reason}")
+        return Choice(named[0], ())
+    refused: list[tuple[str, str]] = []
+    for implementation in candidates:
+        reason = implementation.refuses(facts)
+        if reason is None:
+            if refused:
+                why = "; ".join(f"{name} {reason}" for name, reason in refused)
+                logger.info("op %s on %s uses %s (%s)", op.name, backend, implementation.name, why)
+            return Choice(implementation, tuple(refused))
+        refused.append((implementation.name, reason))
+    raise RefusedError(f"op {op.name} has no implementation for {backend} that can run: {refused}")
+
+
+def resolve(op: Op, backend: BackendName, facts: Facts, requested: str | None = None) -> Callable[..., Any]:
+    """`select`, loaded: the callable to use."""
+    return select(op, backend, facts, requested).implementation.load()
+
+
+def all_ops() -> tuple[Op, ...]:
+    """Every op of the project, for `jaxsloth info` and for tests that walk them all."""
+    found: list[Op] = []
+    for folder in OP_FOLDERS:
+        found.extend(import_module(f"jaxsloth.kernels.{folder}.contract").OPS)
+    return tuple(found)
+
+
+OP_FOLDERS = (
+    "nf4",
+    "lora_matmul",
+    "rms_norm",
+    "rope",
+    "gated_activation",
+    "attention",
+    "linear_cross_entropy",
+    "dropout",
+)
