@@ -1,0 +1,214 @@
+"""The Backend protocol: all that the loop, the front end and the parity suite see of a backend; and how one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from jaxsloth.batch import Batch, Window
+from jaxsloth.models.spec import ModelSpec
+
+BackendName = Literal["torch", "jax"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+BACKENDS: tuple[BackendName, ...] = ("torch", "jax")
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """The devices that this process group trains on. memory_bytes is of one device, None where unknown (CPU)."""
+
+    platform: Literal["cpu", "cuda", "tpu"]
+    name: str
+    count: int  # data-parallel devices over all processes
+    rank: int = 0  # of this process
+    processes: int = 1
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a model is built. dtype is the compute dtype and that of dense frozen weights."""
+
+    dtype: DtypeName = "float32"
+    gradient_checkpointing: Literal["none", "full"] = "none"
+    implementations: Mapping[str, str] | None = None  # op name -> implementation asked for by name
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): decoupled decay, bias-corrected, eps outside the root.
+
+    max_grad_norm: global-norm clipping by ``max_norm / (norm + 1e-6)`` where the norm is larger; None turns it off.
+    loss_scaling: fp16 dynamic loss scaling (start 65536, halved on a non-finite gradient, doubled after 2000 good steps).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    loss_scaling: bool = False
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors under Hugging Face names, read one at a time.
+
+    `read` returns a numpy array (bfloat16 as ml_dtypes.bfloat16), or an NF4 of numpy arrays where the checkpoint is already
+    quantized.
+    """
+
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a train step returns: scalars on the device (or floats), read only when logged.
+
+    loss is summed over the window's valid tokens and divided by their count. skipped is nonzero where fp16 overflowed and
+    nothing was updated.
+    """
+
+    loss: Any
+    grad_norm: Any
+    skipped: Any
+
+    def floats(self) -> tuple[float, float, bool]:
+        """Waits for the device: (loss, grad_norm, skipped)."""
+        return float(self.loss), float(self.grad_norm), bool(float(self.skipped))
+
+
+class TrainStep(Protocol):
+    """One optimizer step over a whole accumulation window, on all devices."""
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks."""
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The optimizer's state: ``{peft_name}.exp_avg`` and ``.exp_avg_sq`` float32, ``count`` int64 (updates applied), and
+        with loss scaling ``loss_scale`` float32 and ``good_steps`` int64. The same keys on every backend."""
+        ...
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+
+class EvalStep(Protocol):
+    def __call__(self, batch: Batch) -> tuple[Any, int]:
+        """(summed loss as a device scalar, count of valid tokens) over all devices; dropout is off."""
+        ...
+
+
+class DecodeState(Protocol):
+    """A batch being decoded with a KV cache."""
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Appends one token a row (int32 [batch]) and returns the next logits, float32 [batch, vocab]."""
+        ...
+
+
+class Model(Protocol):
+    """A built model of one backend. Arrays cross as numpy, by Hugging Face or PEFT name."""
+
+    spec: ModelSpec
+    options: BuildOptions
+
+    def add_adapters(self, spec: ModelSpec, values: Mapping[str, np.ndarray]) -> None:
+        """Adds what spec.lora names, with `values` for every name of `trainable_shapes(spec)` (float32)."""
+        ...
+
+    def trainable(self) -> dict[str, np.ndarray]:
+        """Every trained tensor by PEFT name, float32; the keys of `trainable_shapes(spec)`."""
+        ...
+
+    def load_trainable(self, values: Mapping[str, np.ndarray]) -> None: ...
+
+    def base_tensor(self, name: str) -> np.ndarray:
+        """A base weight by Hugging Face name, dequantized where it is NF4, float32."""
+        ...
+
+    def quantized_tensor(self, name: str) -> Any:
+        """The NF4 (numpy arrays) of a quantized weight, by Hugging Face name."""
+        ...
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        """float32 [batch, length, vocab]; adapters active. For tests and small inputs: the whole thing is made."""
+        ...
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+        """(mean loss over valid tokens, its gradient by PEFT name). For tests."""
+        ...
+
+    def train_step(self, options: OptimizerOptions) -> TrainStep: ...
+
+    def eval_step(self) -> EvalStep: ...
+
+    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
+        """Prefill. input_ids int32 [batch, length] padded on the LEFT, lengths int32 [batch] (real tokens a row), capacity
+        slots in all. Returns the state and the logits that follow each prompt, float32 [batch, vocab]."""
+        ...
+
+
+class Backend(Protocol):
+    """A backend module's object: `jaxsloth.torch_backend.BACKEND`, `jaxsloth.jax_backend.BACKEND`."""
+
+    name: BackendName
+
+    def devices(self) -> DeviceInfo: ...
+
+    def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> Model:
+        """Builds the model of `spec`, reading each tensor of `source` once and quantizing it as it arrives.
+
+        Raises:
+            ValueError: a tensor is missing, has another shape than the spec says, or holds a value that is not finite; the
+                message names the tensor.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until the devices are idle."""
+        ...
+
+    def peak_memory(self) -> int | None:
+        """Peak bytes in use on one device since the process began (host: peak resident set)."""
+        ...
+
+    def barrier(self) -> None:
+        """Waits until every process has come here."""
+        ...
+
+
+class BackendUnavailableError(ImportError):
+    """A backend was asked for whose packages are not installed."""
+
+
+_PACKAGES: dict[BackendName, tuple[str, ...]] = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}
+
+
+def missing_packages(name: BackendName) -> list[str]:
+    """The packages that a backend needs and that are not installed; nothing is imported."""
+    return [package for package in _PACKAGES[name] if find_spec(package) is None]
+
+
+def load_backend(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendUnavailableError: its packages are not installed; the message names the extra that brings them.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, not {name!r}")
+    missing = missing_packages(name)
+    if missing:
+        raise BackendUnavailableError(
+            f"backend {name!r} needs {', '.join(missing)}, which is not installed; run: pip install 'jaxsloth[{name}]'"
+        )
+    return import_module(f"jaxsloth.{name}_backend").BACKEND
