@@ -54,16 +54,29 @@ CODE = np.array(
 )
 
 
+def _float32_edges(count: int) -> np.ndarray:
+    """`count + 1` values from 0.1 to 1 as bitsandbytes' ``torch.linspace`` rounds them on a CPU with FMA.
+
+    The lower half counts up from 0.1 and the upper half down from 1, each ``end ± step * i`` with one rounding.
+    """
+    low, high = np.float32(0.1), np.float32(1.0)
+    step = np.float64((high - low) / np.float32(count))
+    index = np.arange(count + 1)
+    up, down = np.float64(low) + step * index, np.float64(high) - step * (count - index)
+    return np.where(index < (count + 1) // 2, up, down).astype(np.float32)
+
+
 def dynamic_code() -> np.ndarray:
-    """The 256 signed values of bitsandbytes' dynamic 8-bit type (Dettmers 2021, arXiv:2110.02861, §2.1), ascending, float32."""
-    values = [0.0, 1.0]
+    """The 256 values of bitsandbytes' signed dynamic 8-bit type (Dettmers 2021, arXiv:2110.02861, §2.1), ascending, float32.
+
+    Every value is the product of two float32 numbers, a power of ten and the middle of two edges, rounded to float32.
+    """
+    values = [np.array([0.0, 1.0], np.float32)]
     for exponent in range(7):
-        edges = np.linspace(0.1, 1.0, 2**exponent + 1, dtype=np.float32)
-        means = (edges[:-1].astype(np.float64) + edges[1:]) / 2.0
-        for mean in means:
-            magnitude = 10.0 ** (exponent - 6) * mean
-            values.extend((magnitude, -magnitude))
-    return np.sort(np.array(values, dtype=np.float32))
+        edges = _float32_edges(2**exponent)
+        magnitudes = np.float32(10.0 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
+        values += [magnitudes, -magnitudes]
+    return np.sort(np.concatenate(values))
 
 
 @dataclass(frozen=True)
