@@ -51,10 +51,12 @@ class LoraRecipe(Section):
     r: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Fraction = 0.0
-    targets: str | tuple[str, ...] = Field(ALL_LINEAR, description="'all-linear', a regular expression, or a list of names")
+    targets: str | tuple[str, ...] = Field(
+        default=ALL_LINEAR, description="'all-linear', a regular expression, or a list of names"
+    )
     rslora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
-    init: Literal["kaiming", "gaussian"] = Field("kaiming", description="A's distribution; B starts at zero")
+    init: Literal["kaiming", "gaussian"] = Field(default="kaiming", description="A's distribution; B starts at zero")
     modules_to_save: tuple[str, ...] = ()
 
 
@@ -69,17 +71,19 @@ class DataRecipe(Section):
     split: str = "train"
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="expected field -> the file's field")
-    template: str | None = Field(None, description="'chatml', a Jinja template, or null for the tokenizer's own")
-    system: str | None = Field(None, description="a system message put before every conversation that has none")
-    response_only: bool = Field(True, description="only the answers are learnt, not the prompts")
+    template: str | None = Field(default=None, description="'chatml', a Jinja template, or null for the tokenizer's own")
+    system: str | None = Field(default=None, description="a system message put before every conversation that has none")
+    response_only: bool = Field(default=True, description="only the answers are learnt, not the prompts")
     packing: bool = False
     max_length: Positive = 1024
-    truncation: bool = Field(False, description="cut longer rows at the end; off: a longer row is an error")
-    pad_to_multiple_of: Positive = Field(64, description="batch lengths are rounded up to this, so that few shapes compile")
-    limit: Positive | None = Field(None, description="use the first rows only")
+    truncation: bool = Field(default=False, description="cut longer rows at the end; off: a longer row is an error")
+    pad_to_multiple_of: Positive = Field(
+        default=64, description="batch lengths are rounded up to this, so that few shapes compile"
+    )
+    limit: Positive | None = Field(default=None, description="use the first rows only")
     shuffle: bool = True
     validation_path: str | None = None
-    validation_fraction: Fraction = Field(0.0, description="share of the rows held out, chosen by the seed")
+    validation_fraction: Fraction = Field(default=0.0, description="share of the rows held out, chosen by the seed")
 
 
 class OptimizerRecipe(Section):
@@ -119,7 +123,7 @@ class CheckpointRecipe(Section):
 
     output: str = "outputs/run"
     every: Positive | None = None
-    keep: Positive = Field(2, description="how many of the newest checkpoints stay")
+    keep: Positive = Field(default=2, description="how many of the newest checkpoints stay")
     best: bool = False
 
 
