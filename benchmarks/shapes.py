@@ -1,0 +1,88 @@
+"""Model shapes with random weights, for measurements that need real sizes and no checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxsloth.models.names import tensor_shapes
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.models.spec import ModelSpec
+
+_LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_LLAMA3,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    "1b": {
+        **_LLAMA3,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
+    "8b": {
+        **_LLAMA3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+
+
+def shape_spec(name: str) -> ModelSpec:
+    """The spec of a named shape: "tiny", "1b" (Llama-3.2-1B with an untied head) or "8b" (Llama-3.1-8B)."""
+    if name not in CONFIGS:
+        raise ValueError(f"shape must be one of {sorted(CONFIGS)}, not {name!r}")
+    return spec_from_config(CONFIGS[name])
+
+
+class RandomSource:
+    """A TensorSource of bfloat16 weights ~ N(0, 0.02²) (norms: ones), the same for a name every time.
+
+    Values are drawn from one pool of 2²² normals, rolled by the name, since drawing billions takes minutes.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+        self._shapes = tensor_shapes(spec)
+        pool = np.random.Generator(np.random.Philox(seed)).normal(0.0, 0.02, 1 << 22)
+        self._pool = pool.astype(ml_dtypes.bfloat16)
+
+    def names(self) -> Sequence[str]:
+        return tuple(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> np.ndarray:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return np.ones(shape, ml_dtypes.bfloat16)
+        shift = (hash(shape) + len(name) * 7919 + sum(name.encode()) * 104729) % self._pool.size
+        return np.resize(np.roll(self._pool, shift), shape)
