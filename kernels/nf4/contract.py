@@ -14,6 +14,15 @@ Functions, the same in ``torch_ops`` and ``xla_ops`` (arrays are the framework's
     the product ``CODE[index] * absmax`` in float32, rounded once to dtype. With `layer` (an int32 scalar, JAX only) the
     arrays carry a leading ``[layers]`` axis and the one layer is read in place.
 
+Details that bit-equality with bitsandbytes 0.50 (its CPU library is the judge) needs, the same in every implementation:
+- A value is multiplied by ``1 / max(absmax, 1e-38)``, clipped to [-1, 1] and matched to the nearest of `CODE`, the lower one
+  at the float32 midpoint. The last block, where it is shorter than 64, is divided by absmax instead, and its absmax is
+  itself at least 1e-38. The second half of a last byte that has no value of its own holds 7, the index of zero.
+- A maximum less offset is multiplied by ``1 / nested.absmax``, clipped, snapped to 65536 steps and looked up in
+  `nested_lookup()`: index ``int((v + 1) * 0.5 * 65535 + 0.5)`` in float32. (bitsandbytes on CUDA takes the exactly nearest
+  code instead; about one code in a thousand, near a midpoint, is the neighbour there.) A block whose nested.absmax is 0
+  gets code 0.
+
 Exactness: both functions are bit-equal to bitsandbytes', except for the offset's own summation order.
 Mind FMA: ``code * scale + offset`` contracted into one rounding differs in the last bit.
 """
@@ -77,6 +86,14 @@ def dynamic_code() -> np.ndarray:
         magnitudes = np.float32(10.0 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
         values += [magnitudes, -magnitudes]
     return np.sort(np.concatenate(values))
+
+
+def nested_lookup() -> np.ndarray:
+    """uint8 ``[65536]``: the dynamic code nearest to step i of 65536 from -1 to 1."""
+    code = dynamic_code()
+    midpoints = (code[:-1] + code[1:]) / np.float32(2)
+    steps = np.arange(65536) * (2.0 / 65535.0) - 1.0
+    return np.searchsorted(midpoints, steps).astype(np.uint8)
 
 
 @dataclass(frozen=True)
