@@ -111,6 +111,11 @@ class Subjects:
         path = self.checkpoint.path
         if path.is_file():
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            # The weights are plain float32 now, but transformers still calls the model quantized and trainers refuse it.
+            model.hf_quantizer = None
+            for mark in ("is_quantized", "quantization_method"):
+                model.__dict__.pop(mark, None)
+            del model.config.quantization_config
         else:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         return model.eval()
