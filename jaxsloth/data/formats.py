@@ -1,0 +1,200 @@
+"""A row of a data set → a conversation, a text, or tokens: what each format expects and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxsloth.batch import IGNORE
+from jaxsloth.data.errors import DataError
+from jaxsloth.recipe import DataRecipe
+
+Message = dict[str, Any]
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "function_response": "tool"}
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "tokens": ("input_ids",),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_OPTIONAL = ("labels", "input")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with role and content, for a chat template. The assistant's are learnt, from message `first_learnt` on."""
+
+    messages: list[Message]
+    first_learnt: int = 0
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, learnt whole."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A row that was tokenized before: ids and which of them are learnt."""
+
+    tokens: np.ndarray  # int32 [length]
+    learn: np.ndarray  # bool [length]
+
+
+def row_reader(data: DataRecipe, row: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Conversation | Text | Tokens]:
+    """The function that reads this data set's rows.
+
+    Args:
+        data: its format, its columns (expected field → the file's field) and system message count.
+        row: the first row: format "auto" is the first of pre-tokenized (`input_ids`), messages, conversations (ShareGPT),
+            prompt and completion, Alpaca (instruction, output, perhaps input) and text whose fields are there.
+
+    Raises:
+        DataError: no format fits, or columns names a field that no format expects.
+    """
+    known = [*(field for fields in _FIELDS.values() for field in fields), *_OPTIONAL]
+    for expected in data.columns:
+        if expected not in known:
+            raise DataError(
+                f"data.columns maps an expected field to the file's field, and no format expects {expected!r}; "
+                f"expected fields are {', '.join(known)}"
+            )
+    first = _rename(row, data.columns)
+    name = data.format if data.format != "auto" else _detect(first)
+    if name == "messages" and "messages" not in first and "conversations" in first:
+        name = "sharegpt"
+    read = _READERS[name]
+
+    def read_row(row: Mapping[str, Any]) -> Conversation | Text | Tokens:
+        row = _rename(row, data.columns)
+        missing = [field for field in _FIELDS[name] if row.get(field) is None]
+        if missing:
+            raise DataError(
+                f"format {name!r} expects the fields {', '.join(_FIELDS[name])}, and {', '.join(missing)} is missing; the row "
+                f"has {', '.join(row)}. Set data.format, or map the names: data.columns: {{{missing[0]}: <the file's field>}}"
+            )
+        content = read(row)
+        return _with_system(content, data.system) if isinstance(content, Conversation) else content
+
+    return read_row
+
+
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    renamed = {name: value for name, value in row.items() if name not in columns.values()}
+    return renamed | {expected: row[name] for expected, name in columns.items() if name in row}
+
+
+def _detect(row: Mapping[str, Any]) -> str:
+    for name, fields in _FIELDS.items():
+        if all(field in row for field in fields):
+            return name
+    expected = "; ".join(" + ".join(fields) for fields in _FIELDS.values())
+    raise DataError(
+        f"no format fits a row with the fields {', '.join(row)}; expected one of: {expected}. "
+        "Map the names, e.g. data.columns: {prompt: question, completion: answer}"
+    )
+
+
+def _with_system(conversation: Conversation, system: str | None) -> Conversation:
+    if system is None or any(message["role"] == "system" for message in conversation.messages):
+        return conversation
+    first = {"role": "system", "content": system}
+    return Conversation([first, *conversation.messages], conversation.first_learnt + 1)
+
+
+def _read_messages(row: Mapping[str, Any]) -> Conversation:
+    return Conversation(_messages(row["messages"], "messages"))
+
+
+def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
+    turns = row["conversations"]
+    if isinstance(turns, list) and all(isinstance(turn, Mapping) and "from" in turn and "value" in turn for turn in turns):
+        turns = [{"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns]
+    return Conversation(_messages(turns, "conversations"))
+
+
+def _read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
+    """Strings are one user's and one assistant's message; lists of messages are joined. Only the completion is learnt."""
+    prompt = row["prompt"]
+    before = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt, "prompt")
+    completion = row["completion"]
+    after = [_message("assistant", completion)] if isinstance(completion, str) else _messages(completion, "completion")
+    return Conversation(before + after, first_learnt=len(before))
+
+
+def _read_alpaca(row: Mapping[str, Any]) -> Conversation:
+    instruction, context, output = (_string(row.get(field) or "", field) for field in ("instruction", "input", "output"))
+    question = f"{instruction}\n\n{context}" if context else instruction
+    return Conversation([_message("user", question), _message("assistant", output)])
+
+
+def _read_text(row: Mapping[str, Any]) -> Text:
+    return Text(_string(row["text"], "text"))
+
+
+def _read_tokens(row: Mapping[str, Any]) -> Tokens:
+    tokens = _integers(row["input_ids"], "input_ids")
+    if tokens.size and tokens.min() < 0:
+        raise DataError(f"input_ids must not be negative, and {tokens.min()} came")
+    labels = tokens if row.get("labels") is None else _integers(row["labels"], "labels")
+    if labels.shape != tokens.shape:
+        raise DataError(f"labels must be as long as input_ids, and {labels.size} labels came with {tokens.size} input_ids")
+    learn = labels != IGNORE
+    if np.any(labels[learn] != tokens[learn]):
+        raise DataError(f"each label must be {IGNORE} or the input id at its own position (labels are not shifted)")
+    return Tokens(tokens, learn)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], Conversation | Text | Tokens]] = {
+    "tokens": _read_tokens,
+    "messages": _read_messages,
+    "sharegpt": _read_sharegpt,
+    "prompt_completion": _read_prompt_completion,
+    "alpaca": _read_alpaca,
+    "text": _read_text,
+}
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{field} must be a list of messages with role and content, and {_shown(value)} came")
+    messages = []
+    for number, message in enumerate(value):
+        place = f"{field}[{number}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"{place} must be a message with role and content, and {_shown(message)} came")
+        # Columnar files give every message every key: those without a value are no part of it.
+        filled = {key: part for key, part in message.items() if part is not None}
+        if not filled.get("tool_calls"):
+            _string(message.get("content"), f"{place}.content")
+        messages.append({"content": "", **filled})
+    return messages
+
+
+def _string(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{field} must be text, and {_shown(value)} came")
+    return value
+
+
+def _integers(value: Any, field: str) -> np.ndarray:
+    array = np.asarray(value)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise DataError(f"{field} must be a list of integers, and {_shown(value)} came")
+    return array.astype(np.int32)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

@@ -1,0 +1,152 @@
+"""Conversations → tokens through a chat template, and which of the tokens are learnt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from jaxsloth.data.errors import DataError
+from jaxsloth.data.formats import Conversation, Message
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
+class ChatTemplate:
+    """A tokenizer with a Jinja chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer. Its rendering is used, so texts are those of its apply_chat_template.
+        template: "chatml", a Jinja template, or None for the tokenizer's own.
+
+    Raises:
+        DataError: the tokenizer has no template and none is given, or the given one is no Jinja.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        if template is None:
+            try:
+                self.source: str = tokenizer.get_chat_template()
+            except ValueError as error:
+                raise DataError(
+                    "the tokenizer has no chat template, and conversations need one: set data.template to 'chatml' or to a "
+                    "Jinja template, or use format 'text'"
+                ) from error
+        elif template == "chatml":
+            self.source = CHATML
+        elif "{" in template:
+            self.source = template
+        else:
+            raise DataError(f"data.template must be 'chatml', a Jinja template, or null, and {template!r} came")
+        self.marks_answers = _GENERATION_TAG.search(self.source) is not None
+
+    def render(self, messages: Sequence[Message], answer_follows: bool = False) -> str:
+        """The conversation's text; answer_follows adds the header after which the assistant answers."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.source, tokenize=False, add_generation_prompt=answer_follows
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(f"the chat template refuses the conversation: {error}") from error
+
+    def encode(self, conversation: Conversation, response_only: bool = True) -> Encoded:
+        """Tokens (int32 ``[length]``) and which of them are learnt (bool ``[length]``).
+
+        Learnt are the assistant's contents and what the template puts behind them (the end-of-turn token, perhaps a line
+        break), not their headers; without response_only, every token. A template with ``{% generation %}`` tags says itself
+        what is learnt. No special token is added to those that the template writes, so none is doubled.
+
+        Raises:
+            DataError: the template refuses the conversation, or it can't be split into prompts and answers.
+        """
+        if response_only and self.marks_answers:
+            return self._encode_by_tags(conversation)
+        text = self.render(conversation.messages)
+        if not response_only:
+            tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+            return tokens, np.ones(tokens.shape, bool)
+        spans = answer_spans(self.render, conversation, text)
+        return tokenize_spans(self.tokenizer, text, spans)
+
+    def _encode_by_tags(self, conversation: Conversation) -> Encoded:
+        encoded = self.tokenizer.apply_chat_template(
+            conversation.messages, chat_template=self.source, return_dict=True, return_assistant_tokens_mask=True
+        )
+        learn = np.array(encoded["assistant_masks"], bool)
+        skipped = sum(message["role"] == "assistant" for message in conversation.messages[: conversation.first_learnt])
+        answer = np.cumsum(np.diff(learn, prepend=False) & learn)  # which answer, from 1, a learnt token belongs to
+        return np.array(encoded["input_ids"], np.int32), learn & (answer > skipped)
+
+
+def answer_spans(render: Callable[..., str], conversation: Conversation, text: str) -> list[Span]:
+    """Where the assistant's answers are in the rendered text: (first character, end) of each, in order.
+
+    An answer reaches from the end of the conversation before it, rendered with the header of an answer, to the end of the
+    conversation with it. Both must be beginnings of the whole text.
+
+    Raises:
+        DataError: they are not (a template that rewrites earlier turns).
+    """
+    spans = []
+    messages = conversation.messages
+    for number in range(conversation.first_learnt, len(messages)):
+        if messages[number]["role"] != "assistant":
+            continue
+        before, turn = render(messages[:number], answer_follows=True), render(messages[: number + 1])
+        if not (turn.startswith(before) and text.startswith(turn)):
+            raise DataError(
+                f"the chat template can't be split into prompts and answers: what it writes for messages[:{number + 1}] is not "
+                "the beginning of the whole conversation. Set data.template to 'chatml' or to a template whose answers are "
+                "inside {% generation %} tags, or set data.response_only to false"
+            )
+        start = len(before)
+        if before == render(messages[:number]):  # no header was added: the template may write one all the same
+            start = turn.find(messages[number]["content"].strip(), start)
+            if start < 0:
+                raise DataError(
+                    f"the chat template adds no header when asked for one, and the content of messages[{number}] is not in "
+                    "its text as it is, so its answer can't be found. Give a template that obeys add_generation_prompt"
+                )
+        spans.append((start, len(turn)))
+    return spans
+
+
+def tokenize_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> Encoded:
+    """The text's tokens, and which of them hold a part of one of the spans (those across a border do)."""
+    if not tokenizer.is_fast:
+        return _tokenize_spans_by_prefix(tokenizer, text, spans)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    start, end = offsets[:, 0], offsets[:, 1]
+    learn = np.zeros(len(offsets), bool)
+    for first, last in spans:
+        # Byte-level tokenizers may trim whitespace off the offsets: a token of whitespace alone is then the empty range at
+        # its end, so an empty range belongs to the text before it.
+        learn |= (end > first) & ((start < last) | (end <= last))
+    return np.array(encoded["input_ids"], np.int32), learn
+
+
+def _tokenize_spans_by_prefix(tokenizer: Any, text: str, spans: Sequence[Span]) -> Encoded:
+    """For tokenizers without offsets: a border lies where the tokens of the text up to it leave those of the whole text."""
+    tokens = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    def border(characters: int) -> int:
+        prefix = np.array(tokenizer(text[:characters], add_special_tokens=False)["input_ids"], np.int32)
+        shared = min(len(prefix), len(tokens))
+        different = np.flatnonzero(prefix[:shared] != tokens[:shared])
+        return int(different[0]) if different.size else shared
+
+    learn = np.zeros(len(tokens), bool)
+    for first, last in spans:
+        learn[border(first) : border(last)] = True
+    return tokens, learn
