@@ -1,0 +1,117 @@
+"""The head and its loss in plain torch: a chunk of tokens at a time, gradient and all, in the forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch.autograd.function import once_differentiable
+
+from jaxsloth.kernels.torch_matmul import matmul_float32
+
+# float32 logits held at once where no chunk is given: 128 MiB of them.
+LOGITS_AT_ONCE = 2**25
+
+
+def default_chunk(tokens: int, vocab: int) -> int:
+    """Tokens at a time: as many as `LOGITS_AT_ONCE` logits allow, a multiple of 16 below the whole."""
+    return max(min(tokens, LOGITS_AT_ONCE // vocab // 16 * 16), 16)
+
+
+def _chunk_losses(
+    hidden: torch.Tensor,
+    transposed: torch.Tensor,
+    targets: torch.Tensor,
+    soft_cap: float | None,
+    ignore_index: int,
+    wants_gradient: bool,
+) -> tuple[Float32[torch.Tensor, " chunk"], Float32[torch.Tensor, "chunk vocab"] | None]:
+    """The loss of every token, 0 where it is ignored, and its gradient with respect to the logits, in place of them."""
+    logits = matmul_float32(hidden, transposed)
+    slope = None
+    if soft_cap is not None:
+        bent = torch.tanh_(logits.div_(soft_cap))
+        slope = 1.0 - bent * bent if wants_gradient else None
+        logits = bent.mul_(soft_cap)
+    valid = targets != ignore_index
+    chosen = targets.where(valid, 0).long()[:, None]
+    logsumexp = torch.logsumexp(logits, dim=1, keepdim=True)
+    losses = (logsumexp - logits.gather(1, chosen))[:, 0].where(valid, 0.0)
+    if not wants_gradient:
+        return losses, None
+    gradient = logits.sub_(logsumexp).exp_()
+    gradient.scatter_add_(1, chosen, torch.full_like(logsumexp, -1.0))
+    if slope is not None:
+        gradient.mul_(slope)
+    return losses, gradient.masked_fill_(~valid[:, None], 0.0)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        soft_cap: float | None,
+        ignore_index: int,
+        chunk: int,
+        wants: tuple[bool, bool],
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight = wants
+        used = weight.to(hidden.dtype)
+        # Where half precision has no float32 product (matmul_float32), the weight is widened once, not once a chunk.
+        wide = used if used.is_cuda else used.float()
+        losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            tokens = hidden[part]
+            losses[part], gradient = _chunk_losses(
+                tokens.to(wide.dtype), wide.T, targets[part], soft_cap, ignore_index, wants_hidden or wants_weight
+            )
+            if gradient is None:
+                continue
+            gradient = gradient.to(hidden.dtype)
+            if dhidden is not None:
+                torch.mm(gradient, used, out=dhidden[part])
+            if dweight is not None:
+                dweight += matmul_float32(gradient.T, tokens)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.weight_dtype = weight.dtype
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dhidden, dweight = ctx.saved_tensors
+        if dhidden is not None:
+            dhidden = dhidden * grads[0]
+        if dweight is not None:
+            dweight = (dweight * grads[0]).to(ctx.weight_dtype)
+        return dhidden, dweight, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Float[torch.Tensor, "tokens width"],
+    weight: Float[torch.Tensor, "vocab width"],
+    targets: Int[torch.Tensor, " tokens"],
+    *,
+    soft_cap: float | None = None,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+) -> Float32[torch.Tensor, ""]:
+    """The summed cross entropy of ``hidden·weightᵀ`` against `targets`, with at most `chunk` tokens' logits at a time.
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if chunk is None:
+        chunk = default_chunk(hidden.shape[0], weight.shape[0])
+    tracked = torch.is_grad_enabled()
+    wants = (tracked and hidden.requires_grad, tracked and weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, soft_cap, ignore_index, chunk, wants)
