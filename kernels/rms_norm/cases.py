@@ -36,7 +36,7 @@ CASES: tuple[Case, ...] = (
     Case("single_row", (1,), 128),
     Case("empty", (0, 4), 64),
     Case("heads", (2, 5, 3), 32),
-    Case("many_rows", (1000,), 16),
+    Case("many_rows", (300,), 16),
     Case("eps_matters", (2, 8), 64, eps=1e-2, spread=0.05),
     Case("large_values", (2, 8), 64, spread=100.0),
 )
