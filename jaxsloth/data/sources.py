@@ -111,7 +111,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
                     raise DataError(f"{file}, line {reader.line_num}: a row must have the header's {expected} fields")
                 yield row
     except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: not CSV: {error}") from error
+        raise DataError(f"{file}, line {reader.reader.line_num}: not CSV: {error}") from error
     finally:
         csv.field_size_limit(former)
 
@@ -137,11 +137,12 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 def _load_dataset(path: str, split: str, limit: int | None) -> list[Row]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     name, _, configuration = path.partition(":")
     try:
         dataset = datasets.load_dataset(name, configuration or None, split=split)
-    except (OSError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, DatasetsError) as error:
         raise DataError(
             f"{path!r} is neither a {', '.join(_READERS)} file nor a Hugging Face dataset that can be loaded: {error}"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +45,12 @@ class ChatTemplate:
                 ) from error
         elif template == "chatml":
             self.source = CHATML
+            if "<|im_end|>" not in tokenizer.get_vocab():
+                warnings.warn(
+                    "the tokenizer has no <|im_end|> token: template 'chatml' writes it as several tokens, and generation will "
+                    "not stop at them. A Jinja template that ends turns with {{ eos_token }} suits this model better",
+                    stacklevel=2,
+                )
         elif "{" in template:
             self.source = template
         else:

@@ -15,28 +15,23 @@ def load_tokenizer(path: str | Path) -> Any:
         path: a folder with tokenizer files, a ``.gguf`` file (which holds its tokenizer), or a Hugging Face name.
 
     Raises:
-        DataError: there is no such checkpoint, or it holds no tokenizer.
+        DataError: there is no such checkpoint, it holds no tokenizer, or a package that reads it isn't installed.
     """
     from transformers import AutoTokenizer
 
     file = Path(path)
+    is_gguf = file.suffix.lower() == ".gguf"
+    if not file.exists() and (is_gguf or file.is_absolute()):
+        raise DataError(f"no checkpoint at {file}, so no tokenizer either")
     try:
-        if file.suffix.lower() == ".gguf":
-            if not file.is_file():
-                raise DataError(f"no GGUF file at {file}")
+        if is_gguf:
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         return AutoTokenizer.from_pretrained(str(path))
-    except (OSError, KeyError) as error:  # KeyError: a GGUF file without tokenizer metadata
-        raise DataError(_absent(path, error)) from error
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(_absent(path, error)) from error
-
-
-def _absent(path: str | Path, error: Exception) -> str:
-    return (
-        f"no tokenizer could be loaded from {path}: {error}\n"
-        "A checkpoint folder must hold tokenizer.json (or tokenizer.model) and tokenizer_config.json: copy them from the model "
-        "that it was made from."
-    )
+    except ImportError as error:
+        hint = "; transformers reads GGUF files through torch: install jaxsloth[torch]" if is_gguf else ""
+        raise DataError(f"the tokenizer of {path} needs a package that isn't installed: {error}{hint}") from error
+    except (OSError, ValueError, KeyError) as error:  # KeyError: a GGUF file without tokenizer metadata
+        raise DataError(
+            f"no tokenizer could be loaded from {path}: {error}\nA checkpoint folder must hold tokenizer.json (or "
+            "tokenizer.model) and tokenizer_config.json: copy them from the model that it was made from"
+        ) from error

@@ -1,0 +1,152 @@
+"""Windows: what a step holds, for every layout, device count and packing."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxsloth.batch import IGNORE
+from jaxsloth.data.encode import Example
+from jaxsloth.data.errors import DataError
+from jaxsloth.data.packing import pack
+from jaxsloth.data.windows import WindowStream, eval_batches
+
+LAYOUTS = [(8, 1), (2, 4), (1, 8), (4, 2)]
+
+
+def documents(count=43, longest=30, seed=0):
+    """Documents of 1 to `longest` tokens; every token of every document is different, so nothing can hide."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, longest + 1, count)
+    ends = np.cumsum(lengths)
+    return [
+        Example(np.arange(1 + end - length, 1 + end, dtype=np.int32), generator.random(length) < 0.7)
+        for length, end in zip(lengths, ends, strict=True)
+    ]
+
+
+def stream(examples, **settings):
+    defaults = {"batch_size": 4, "accumulation": 2, "seed": 3, "shuffle": True, "packing": False}
+    return WindowStream(examples, **{**defaults, "max_length": 30, "pad_to_multiple_of": 8, **settings})
+
+
+def read_rows(window):
+    """Each real row of a window, by its index: the documents in it as (tokens, targets), read through the segments."""
+    rows = {}
+    for place in np.ndindex(window.rows.shape):
+        segments = window.segments[place]
+        index = int(window.rows[place])
+        if index < 0:
+            assert not segments.any()
+            continue
+        assert index not in rows, "a row comes twice"
+        rows[index] = []
+        for segment in range(1, segments.max() + 1):
+            (where,) = np.nonzero(segments == segment)
+            assert (np.diff(where) == 1).all(), "a document is torn"
+            assert window.positions[place][where].tolist() == list(range(len(where)))
+            rows[index].append((tuple(window.input_ids[place][where]), tuple(window.targets[place][where])))
+        assert (window.input_ids[place][segments == 0] == 0).all()
+        assert (window.targets[place][segments == 0] == IGNORE).all()
+    assert sorted(rows) == list(range(len(rows)))
+    return [rows[index] for index in range(len(rows))]
+
+
+def expected_document(example):
+    targets = [int(token) if learn else IGNORE for token, learn in zip(example.tokens[1:], example.learn[1:], strict=True)]
+    return tuple(example.tokens), (*targets, IGNORE)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_epoch_holds_every_document_once(packing, shuffle):
+    examples = documents()
+    windows = stream(examples, packing=packing, shuffle=shuffle)
+    expected = Counter(expected_document(example) for example in examples)
+    epochs = []
+    for epoch in range(3):
+        steps = range(epoch * windows.steps_per_epoch, (epoch + 1) * windows.steps_per_epoch)
+        rows = [row for step in steps for row in read_rows(windows.window(step))]
+        assert Counter(document for row in rows for document in row) == expected
+        epochs.append(rows)
+    assert (epochs[0] == epochs[1]) is not shuffle
+    if not shuffle and not packing:
+        assert [document for row in epochs[0] for document in row] == [expected_document(e) for e in examples]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_layout_and_devices_change_nothing(packing):
+    examples = documents()
+    expected = None
+    for batch_size, accumulation in LAYOUTS:
+        for devices in (1, 2, 3):
+            windows = stream(examples, batch_size=batch_size, accumulation=accumulation, packing=packing, devices=devices)
+            steps = [windows.window(step) for step in range(windows.steps_per_epoch)]
+            assert all(w.input_ids.shape[0] == accumulation and w.input_ids.shape[1] % devices == 0 for w in steps)
+            found = [(read_rows(window), window.valid_tokens, window.tokens) for window in steps]
+            expected = expected or found
+            assert found == expected
+
+
+def test_steps_are_random_access():
+    examples = documents()
+    straight, jumping = stream(examples), stream(examples)
+    there = {step: read_rows(jumping.window(step)) for step in (17, 0, 9, 5, 16)}
+    assert there == {step: read_rows(straight.window(step)) for step in range(18) if step in there}
+
+
+def test_lengths_and_counts():
+    examples = documents()
+    windows = stream(examples)
+    assert windows.global_rows == 8
+    assert windows.steps_per_epoch == 6
+    for step in range(windows.steps_per_epoch):
+        window = windows.window(step)
+        rows = read_rows(window)
+        longest = max(len(tokens) for [(tokens, _)] in rows)
+        assert window.input_ids.shape[2] == -(-longest // 8) * 8
+        assert window.valid_tokens == sum(target != IGNORE for [(_, targets)] in rows for target in targets)
+        assert window.tokens == sum(len(tokens) for [(tokens, _)] in rows)
+    assert len(rows) == 43 - 5 * 8, "the last step is short"
+    for array in (window.input_ids, window.targets, window.segments, window.positions, window.rows):
+        assert array.dtype == np.int32
+
+
+def test_packed_rows_are_full():
+    examples = documents(count=400)
+    windows = stream(examples, packing=True, max_length=60)
+    shapes = {windows.window(step).input_ids.shape for step in range(windows.steps_per_epoch)}
+    assert shapes == {(2, 4, 64)}
+    tokens = sum(len(example.tokens) for example in examples)
+    rows = sum(len(read_rows(windows.window(step))) for step in range(windows.steps_per_epoch))
+    assert tokens / (rows * 64) > 0.95
+
+
+@pytest.mark.parametrize("buffer", [1, 7, 1000])
+def test_pack(buffer):
+    lengths = np.random.default_rng(1).integers(1, 33, 200).tolist()
+    rows = pack(lengths, 32, buffer)
+    assert sorted(index for row in rows for index in row) == list(range(200))
+    assert all(sum(lengths[index] for index in row) <= 32 for row in rows)
+    assert all(max(row) - min(row) < buffer for row in rows)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert rows == pack(lengths, 32, buffer)
+    # Best fit decreasing needs at most 11/9 of the best plus 4 (Johnson 1974); the best is at least the tokens / capacity.
+    if buffer == 1000:
+        assert len(rows) <= 11 / 9 * -(-sum(lengths) // 32) + 4
+
+
+def test_eval_batches():
+    examples = documents(count=10)
+    batches = eval_batches(examples, 4, 8, 30, devices=3)
+    found = [document for batch in batches for row in read_rows(batch) for document in row]
+    assert found == [expected_document(example) for example in examples]
+    assert [batch.input_ids.shape[0] for batch in batches] == [6, 6, 6]
+    assert all(batch.input_ids.shape[1] % 8 == 0 for batch in batches)
+
+
+def test_wrong_examples():
+    with pytest.raises(DataError, match="there are no examples"):
+        stream([])
+    with pytest.raises(DataError, match="1 to max_length=12 tokens; these have not: 1"):
+        stream([Example(np.ones(n, np.int32), np.ones(n, bool)) for n in (12, 13)], max_length=12)
