@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsloth.kernels.nf4.contract import BLOCK, CODE
 
-Fill = Literal["normal", "zero_blocks", "all_zero", "negative_zero", "outliers", "wide", "ties"]
+Fill = Literal["normal", "zero_blocks", "all_zero", "negative_zero", "outliers", "wide", "ties", "scaled_ties"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ CASES: tuple[Case, ...] = (
     Case("outliers", 64, 64, "outliers"),
     Case("wide", 64, 64, "wide"),
     Case("ties", 16, 64, "ties"),
+    Case("scaled_ties", 3, 85, "scaled_ties"),
 )
 
 
@@ -63,12 +64,15 @@ def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray | None]:
         flat[generator.integers(0, size, max(size // 100, 1))] *= np.float32(1000.0)
     elif case.fill == "wide":
         flat *= (10.0 ** generator.uniform(-25, 4, blocks)).astype(np.float32)[block_of]
-    elif case.fill == "ties":
-        # Exactly between two code values, and one float32 to each side; a leading 1.0 keeps the scale exact.
+    elif case.fill in ("ties", "scaled_ties"):
+        # Exactly between two code values, and one float32 to each side; a leading 1.0 keeps the scale exact. Scaled, it
+        # shows whether a value is divided by the scale or multiplied by its reciprocal.
         midpoints = (CODE[:-1] + CODE[1:]) / np.float32(2)
         near = np.concatenate([midpoints, np.nextafter(midpoints, np.float32(2)), np.nextafter(midpoints, np.float32(-2))])
         flat = generator.choice(near, size)
         flat[::BLOCK] = 1.0
+        if case.fill == "scaled_ties":
+            flat *= generator.uniform(0.01, 3.0, blocks).astype(np.float32)[block_of]
     maxima = [np.abs(flat[start : start + BLOCK]).max() for start in range(0, size, BLOCK)]
     offset = np.mean(np.asarray(maxima, np.float64)).astype(np.float32)
     return {"weight": flat.reshape(case.out, case.in_), "offset": np.asarray(offset)}
