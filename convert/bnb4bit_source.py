@@ -1,0 +1,83 @@
+"""Checkpoints that bitsandbytes has quantized to NF4, read as they are: no weight is quantized again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
+from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested
+
+_STATE = "quant_state.bitsandbytes__nf4"
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)
+
+
+class Bnb4BitSource:
+    """A folder with ``quantization_config.load_in_4bit``: quantized weights are returned as NF4 of numpy arrays."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = SafetensorsSource(folder)
+        present = set(self._files.names())
+        self._states: dict[str, dict[str, Any]] = {}
+        for name in present:
+            if name.endswith(f".{_STATE}"):
+                weight = name.removesuffix(f".{_STATE}")
+                self._states[weight] = self._read_state(weight)
+        parts = {f"{weight}.{part}" for weight in self._states for part in _PARTS}
+        self._names = tuple(name for name in self._files.names() if name not in parts)
+        other = [name for name in self._names if ".quant_state.bitsandbytes__" in name]
+        if other:
+            raise CheckpointError(f"{folder}: {other[0]} is not NF4; only bitsandbytes' nf4 type can be loaded")
+
+    def names(self) -> Sequence[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._states[name]["shape"]) if name in self._states else self._files.shape(name)
+
+    def read(self, name: str) -> np.ndarray | NF4:
+        if name not in self._states:
+            return self._files.read(name)
+        state, codes = self._states[name], np.asarray(self._files.read(name)).reshape(-1).view(np.uint8)
+        out, in_ = state["shape"]
+        nested = None
+        if "nested_offset" in state:
+            nested = Nested(
+                absmax=np.asarray(self._part(name, "nested_absmax"), np.float32),
+                offset=np.asarray(state["nested_offset"], np.float32),
+                code=np.asarray(self._part(name, "nested_quant_map"), np.float32),
+            )
+        return NF4(codes=codes, absmax=np.asarray(self._part(name, "absmax")), nested=nested, shape=(out, in_))
+
+    def file_of(self, name: str) -> Path:
+        return self._files.file_of(name)
+
+    def _part(self, weight: str, part: str) -> np.ndarray:
+        name = f"{weight}.{part}"
+        if name not in self._files.names():
+            raise CheckpointError(f"{self._files.file_of(weight)}: tensor {name} is missing beside {weight}")
+        return self._files.read(name)
+
+    def _read_state(self, weight: str) -> dict[str, Any]:
+        """bitsandbytes stores the scalars of a weight's state as JSON in a uint8 tensor."""
+        file = self._files.file_of(weight)
+        try:
+            state = json.loads(bytes(np.asarray(self._files.read(f"{weight}.{_STATE}"))))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{file}: the quantization state of {weight} is not JSON: {error}") from error
+        for name, must in (("quant_type", "nf4"), ("blocksize", BLOCK), ("nested_blocksize", NESTED_BLOCK)):
+            if state.get(name, must) != must:
+                raise CheckpointError(f"{file}: {weight} has {name} {state[name]!r}; it must be {must!r}")
+        if not np.array_equal(np.asarray(self._part(weight, "quant_map"), np.float32), CODE):
+            raise CheckpointError(f"{file}: {weight} uses another code book than NF4's")
+        return state
+
+
+def is_bnb4bit(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that bitsandbytes quantized the checkpoint to 4 bits."""
+    quantization = config.get("quantization_config") or {}
+    return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_4bit"))

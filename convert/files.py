@@ -1,0 +1,71 @@
+"""Writing files so that a crash leaves either the old state or the whole new one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+class ExistsError(FileExistsError, ValueError):
+    """Something would be overwritten without having been asked."""
+
+
+@contextmanager
+def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes it when the block ends well, and is removed when it does not.
+
+    Every file is flushed to disk before the rename, and the parent folder after it.
+
+    Raises:
+        ExistsError: target exists and overwrite is False; nothing is written.
+    """
+    target = Path(target)
+    if target.exists() and not overwrite:
+        raise ExistsError(f"{target} exists already; choose another folder or ask for it to be overwritten")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                flush(file)
+        flush(temporary)
+        remove_folder(target)
+        temporary.rename(target)
+        flush(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder so that a crash in between leaves no half of it under its own name."""
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}-doomed-{os.getpid()}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file's text whole."""
+    temporary = file.with_name(f"{TEMPORARY_PREFIX}{file.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    temporary.replace(file)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's (or folder's) content is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

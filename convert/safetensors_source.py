@@ -1,0 +1,123 @@
+"""Hugging Face safetensors checkpoints, one file or many, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "BOOL": np.bool_,
+}
+_HEADER_LENGTH_BYTES = 8
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read: the message names the file, and the tensor where it is one."""
+
+
+class SafetensorsFile:
+    """The tensors of one file, memory-mapped: reading one touches its own bytes only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="np") as file:  # checks the header against the file's size
+                self.metadata: dict[str, str] = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file (truncated or corrupt): {error}") from error
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(_HEADER_LENGTH_BYTES), "little")
+            header = json.loads(raw.read(size))
+        header.pop("__metadata__", None)
+        self._entries: dict[str, Any] = header
+        self._data_start = _HEADER_LENGTH_BYTES + size
+
+    def names(self) -> Sequence[str]:
+        return tuple(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a read-only array over the mapped file (bfloat16 as ml_dtypes.bfloat16)."""
+        entry = self._entries[name]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{self.path}: tensor {name} has dtype {entry['dtype']}; known: {sorted(_DTYPES)}")
+        shape, begin = tuple(entry["shape"]), entry["data_offsets"][0]
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(self.path, dtype=dtype, mode="r", offset=self._data_start + begin, shape=shape or (1,)).reshape(shape)
+
+
+class SafetensorsSource:
+    """A checkpoint folder as a TensorSource, under the names that its files use."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, SafetensorsFile] = {}
+        for file in _shards(folder):
+            opened = SafetensorsFile(file)
+            self._files.update(dict.fromkeys(opened.names(), opened))
+
+    def names(self) -> Sequence[str]:
+        return tuple(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].shape(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].read(name)
+
+    def file_of(self, name: str) -> Path:
+        return self._files[name].path
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{index} names files that are missing: {', '.join(missing)}")
+        return [folder / name for name in names]
+    single = folder / SINGLE
+    if not single.is_file():
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    return [single]
+
+
+def check_shapes(source: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """That a checkpoint has every tensor that a model needs, with the right shape, before anything is read.
+
+    Raises:
+        CheckpointError: names the tensors that are missing, or the first of another shape, with its file where known.
+    """
+    present = set(source.names())
+    missing = [name for name in expected if name not in present]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:3])}{more}")
+    for name, shape in expected.items():
+        found = tuple(source.shape(name))
+        if found != shape:
+            file = f"{source.file_of(name)}: " if hasattr(source, "file_of") else ""
+            raise CheckpointError(f"{file}tensor {name} must have the shape {shape} by config.json, and it has {found}")
