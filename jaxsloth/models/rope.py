@@ -1,7 +1,7 @@
 """Rotary frequencies, with the ways in which they are stretched past the trained context.
 
-Computed in Python floats and rounded to float32 by the caller, so that both backends use the same numbers; transformers computes
-them in float32, which differs in the last bit.
+Computed in Python floats and rounded to float32 by the caller, so that both backends use the same numbers. transformers
+computes them in float32, which differs in the last bit.
 """
 
 from __future__ import annotations
