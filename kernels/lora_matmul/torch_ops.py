@@ -67,11 +67,10 @@ class _LoraMatmul(torch.autograd.Function):
         if lora_a is not None:
             flat, a = x.reshape(-1, x.shape[-1]), lora_a.to(x.dtype)
             g = dy @ (ctx.scale * lora_b).to(x.dtype)
-            dropped = _drop(flat, ctx.dropout, x) if needs_a or needs_b else None
-            if needs_a:
-                da = matmul_float32(g.T, dropped)
-            if needs_b:
-                db = matmul_float32(dy.T, dropped @ a.T).mul_(ctx.scale)
+            if needs_a or needs_b:
+                dropped = _drop(flat, ctx.dropout, x)
+                da = matmul_float32(g.T, dropped) if needs_a else None
+                db = matmul_float32(dy.T, dropped @ a.T).mul_(ctx.scale) if needs_b else None
             if dx is not None and ctx.dropout is None:
                 dx.addmm_(g, a)
             elif dx is not None:

@@ -25,6 +25,7 @@ def check_bit_equal(weight: torch.Tensor, nested: bool) -> None:
     same(ours.absmax, state.absmax)
     assert (ours.nested is not None) == nested
     if ours.nested is not None:
+        assert state.state2 is not None
         assert state.state2.blocksize == NESTED_BLOCK
         same(ours.nested.absmax, state.state2.absmax)
         same(ours.nested.code, state.state2.code)
@@ -67,7 +68,7 @@ def test_the_mean_of_the_maxima_is_the_offset_where_none_is_given():
     weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
     _, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
     nested = torch_ops.quantize(weight, nested=True).nested
-    assert nested is not None
+    assert nested is not None and state.offset is not None
     assert abs(nested.offset - state.offset) <= 1e-6 * abs(state.offset)
 
 

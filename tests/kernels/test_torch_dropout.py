@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_same_bits_as_jax(case, seed):
 
 @pytest.mark.parametrize("case", CASES[2:6], ids=lambda case: case.name)
 def test_the_reference_has_the_same_bits_as_jax(case):
-    inputs = make_inputs(case, 5)
+    inputs: dict[str, Any] = make_inputs(case, 5)
     got = reference.keep_mask(
         tuple(inputs["key"].tolist()), inputs["rows"].tolist(), case.length, case.channels, rate=case.rate
     )
