@@ -37,9 +37,11 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if file.is_file():
                 flush(file)
         flush(temporary)
-        remove_folder(target)
+        old = _move_aside(target) if target.exists() else None
         temporary.rename(target)
         flush(target.parent)
+        if old is not None:
+            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -47,11 +49,14 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder so that a crash in between leaves no half of it under its own name."""
-    if not folder.exists():
-        return
-    doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}-doomed-{os.getpid()}")
+    if folder.exists():
+        shutil.rmtree(_move_aside(folder))
+
+
+def _move_aside(folder: Path) -> Path:
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}-old-{os.getpid()}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def write_text(file: Path, text: str) -> None:
