@@ -1,0 +1,160 @@
+"""A run's plan, its files and what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from jaxsloth.backend import Backend, DeviceInfo, DtypeName, Model
+from jaxsloth.batch import Batch
+from jaxsloth.convert.files import write_text
+from jaxsloth.convert.peft_adapter import write_adapter
+from jaxsloth.data.windows import WindowStream
+from jaxsloth.models.spec import ModelSpec
+from jaxsloth.recipe import Recipe
+from jaxsloth.training import checkpoint as checkpoints
+from jaxsloth.training.checkpoint import SavedRun, TrainerState
+from jaxsloth.training.log import Entry, RunLog
+from jaxsloth.training.loop import Progress
+from jaxsloth.training.plot import plot_losses
+
+ADAPTER, LOG, PLOT, RECIPE = "adapter", "log.jsonl", "loss.png", "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    recipe: Recipe
+    backend: Backend
+    devices: DeviceInfo
+    dtype: DtypeName
+    spec: ModelSpec  # with adapters, quantized
+    base_model: str
+    windows: WindowStream
+    held_out: list[Batch]
+    total_steps: int
+    resume: SavedRun | None
+
+    @property
+    def output(self) -> Path:
+        return Path(self.recipe.checkpoints.output)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. Losses are nats a token; seconds are of training alone; peak_memory is bytes on one device."""
+
+    steps: int
+    first_loss: float
+    final_loss: float
+    eval_loss: float | None
+    tokens: int
+    seconds: float
+    peak_memory: int | None
+    output: Path
+    entries: list[Entry]
+
+    def summary_table(self) -> Table:
+        table = Table(title="summary", show_header=False)
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        rows = [
+            ("steps", str(self.steps)),
+            ("loss", f"{self.first_loss:.4f} → {self.final_loss:.4f}"),
+            *([("held-out loss", f"{self.eval_loss:.4f}")] if self.eval_loss is not None else []),
+            ("tokens", f"{self.tokens:,} in {self.seconds:.1f} s ({speed:,.0f} tokens/s)"),
+            *([("peak memory", f"{self.peak_memory / 2**30:.2f} GiB")] if self.peak_memory is not None else []),
+            ("files", f"{self.output}: {ADAPTER}/, {LOG}, {PLOT}"),
+        ]
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+
+class Bookkeeping:
+    """The run's files: log, checkpoints, adapter, plot. On other processes than the first it only keeps entries."""
+
+    def __init__(self, plan: Plan, model: Model, main: bool, on_stage: Callable[[str], None] | None) -> None:
+        self._plan, self._model, self._main = plan, model, main
+        self._stages = {} if on_stage is None else {"on_stage": on_stage}
+        self._entries: list[Entry] = []
+        self._log: RunLog | None = None
+        if main:
+            plan.output.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean(plan.output)
+            write_text(plan.output / RECIPE, plan.recipe.to_yaml())
+            self._log = RunLog(plan.output / LOG, plan.resume.state.step if plan.resume is not None else 0)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self._entries if self._log is None else self._log.entries
+
+    def on_log(self, entry: Entry) -> None:
+        if self._log is None:
+            self._entries.append(entry)
+        else:
+            self._log.write(entry)
+
+    on_evaluate = on_log
+
+    def on_save(self, step: int) -> None:
+        del step
+
+    def save(self, progress: Progress, optimizer: dict[str, Any]) -> None:
+        if self._main:
+            plan = self._plan
+            state = TrainerState(
+                step=progress.step,
+                backend=plan.backend.name,
+                recipe=plan.recipe.model_dump(mode="json"),
+                tokens=progress.tokens,
+                seconds=progress.seconds,
+                best_step=progress.best_step,
+                best_loss=progress.best_loss,
+            )
+            adapter = self._model.trainable()
+            checkpoints.save(plan.output, state, plan.spec, adapter, optimizer, plan.base_model, **self._stages)
+            best = progress.best_step if plan.recipe.checkpoints.best else None
+            checkpoints.prune(plan.output, plan.recipe.checkpoints.keep, best)
+        self._plan.backend.barrier()
+
+    def finish(self, progress: Progress) -> None:
+        """Writes the adapter (the best one where the recipe asks for it) and the plot."""
+        if not self._main:
+            return
+        plan, values = self._plan, self._model.trainable()
+        if plan.recipe.checkpoints.best and progress.best_step not in (None, progress.step):
+            values = checkpoints.load(plan.output / f"checkpoint-{progress.best_step}").adapter
+        write_adapter(plan.output / ADAPTER, plan.spec, values, plan.base_model, overwrite=True)
+        plot_losses({"training": _curve(self.entries, "loss")}, plan.output / PLOT, plan.output.name, _held_out(self.entries))
+
+
+def _curve(entries: Sequence[Entry], key: str) -> tuple[list[int], list[float]]:
+    found = [(entry["step"], entry[key]) for entry in entries if key in entry]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _held_out(entries: Sequence[Entry]) -> dict[str, tuple[list[int], list[float]]]:
+    curve = _curve(entries, "eval_loss")
+    return {"held-out": curve} if curve[0] else {}
+
+
+def result_of(plan: Plan, progress: Progress, entries: list[Entry]) -> RunResult:
+    losses = _curve(entries, "loss")[1]
+    evaluations = _curve(entries, "eval_loss")[1]
+    return RunResult(
+        steps=progress.step,
+        first_loss=losses[0] if losses else float(np.nan),
+        final_loss=losses[-1] if losses else float(np.nan),
+        eval_loss=evaluations[-1] if evaluations else None,
+        tokens=progress.tokens,
+        seconds=progress.seconds,
+        peak_memory=plan.backend.peak_memory(),
+        output=plan.output,
+        entries=entries,
+    )

@@ -1,0 +1,255 @@
+"""A recipe run from end to end: everything checked first, then the model built, trained, saved and summed up."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from jaxsloth.backend import (
+    BACKENDS,
+    Backend,
+    BackendUnavailableError,
+    BuildOptions,
+    DeviceInfo,
+    DtypeName,
+    Model,
+    OptimizerOptions,
+    load_backend,
+    missing_packages,
+)
+from jaxsloth.convert.checkpoint import Checkpoint, open_checkpoint, resolve_path
+from jaxsloth.convert.peft_adapter import check_values
+from jaxsloth.convert.safetensors_source import check_shapes
+from jaxsloth.data.encode import Example
+from jaxsloth.data.prepare import prepare
+from jaxsloth.data.tokenizer import load_tokenizer
+from jaxsloth.data.windows import WindowStream, eval_batches
+from jaxsloth.models.names import tensor_shapes, trainable_shapes
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.models.spec import ModelSpec
+from jaxsloth.recipe import Recipe, make_recipe
+from jaxsloth.training import checkpoint as checkpoints
+from jaxsloth.training.checkpoint import SavedRun
+from jaxsloth.training.initialize import initial_adapters
+from jaxsloth.training.log import Entry
+from jaxsloth.training.loop import Callback, Fit, FitOptions, Progress
+from jaxsloth.training.progress import ProgressBar
+from jaxsloth.training.records import RECIPE, Bookkeeping, Plan, RunResult, result_of
+from jaxsloth.training.schedule import learning_rate
+
+logger = logging.getLogger("jaxsloth.training")
+
+
+class RunError(ValueError):
+    """A run that can't begin or go on as asked; nothing was written."""
+
+
+def choose_backend(name: str) -> Backend:
+    """The backend of that name; "auto" is the one that sees an accelerator, and JAX when both or neither do."""
+    if name != "auto":
+        return load_backend(name)
+    installed = [backend for backend in BACKENDS if not missing_packages(backend)]
+    if not installed:
+        raise BackendUnavailableError("no backend is installed; run: pip install 'jaxsloth[torch]' or 'jaxsloth[jax]'")
+    found = [load_backend(backend) for backend in installed]
+    accelerated = [backend for backend in found if backend.devices().platform != "cpu"]
+    return (accelerated or found)[-1]  # BACKENDS ends with jax
+
+
+def choose_dtype(recipe: Recipe, devices: DeviceInfo) -> DtypeName:
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    return "float32" if devices.platform == "cpu" else "bfloat16"
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
+    on_stage: Callable[[str], None] | None = None,
+) -> RunResult:
+    """Runs a recipe.
+
+    Args:
+        resume: go on from the output folder's newest whole checkpoint.
+        stop_after: stop at this step (saved and evaluated), with the schedule of the whole run.
+        on_stage: told where each save stands; see `checkpoints.save`.
+
+    Raises:
+        ValueError: (RunError, RecipeError, CheckpointError, DataError …) a user's mistake, found before anything is written.
+    """
+    opened = open_checkpoint(resolve_path(recipe.model))
+    plan = make_plan(recipe, opened, resume=resume)
+    model = build_model(plan, opened)
+    return execute(plan, model, stop_after=stop_after, quiet=quiet, callbacks=callbacks, on_stage=on_stage)
+
+
+def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False) -> Plan:
+    """Checks a recipe against its checkpoint, data and output folder; reads no weights and writes nothing."""
+    saved = check_output(recipe, resume)
+    spec = recipe.apply(spec_from_config(opened.config))
+    check_shapes(opened.source, tensor_shapes(spec))
+    tokenizer = load_tokenizer(opened.path)
+    train_examples, held_out = prepare(recipe.data, tokenizer, recipe.seed, spec.embedding.vocab)
+    return plan_from_examples(recipe, spec, str(opened.path), train_examples, held_out, saved)
+
+
+def plan_from_examples(
+    recipe: Recipe,
+    spec: ModelSpec,
+    base_model: str,
+    examples: Sequence[Example],
+    held_out: Sequence[Example] | None,
+    saved: SavedRun | None = None,
+) -> Plan:
+    """A plan over data that is already tokens."""
+    backend = choose_backend(recipe.backend)
+    devices, data = backend.devices(), recipe.data
+    windows = WindowStream(
+        examples,
+        batch_size=recipe.batch_size,
+        accumulation=recipe.accumulation,
+        seed=recipe.seed,
+        shuffle=data.shuffle,
+        packing=data.packing,
+        max_length=data.max_length,
+        pad_to_multiple_of=data.pad_to_multiple_of,
+        devices=devices.count,
+    )
+    batches = []
+    if held_out:
+        size, multiple = recipe.evaluation.batch_size, data.pad_to_multiple_of
+        batches = eval_batches(held_out, size, multiple, data.max_length, devices.count)
+    total = recipe.steps or math.ceil((recipe.epochs or 1) * windows.steps_per_epoch)
+    if saved is not None:
+        check_values(saved.adapter, trainable_shapes(spec), f"{saved.folder}")
+        if saved.state.step >= total:
+            raise RunError(f"{recipe.checkpoints.output}: the run is complete ({saved.state.step} of {total} steps)")
+    dtype = choose_dtype(recipe, devices)
+    return Plan(recipe, backend, devices, dtype, spec, base_model, windows, batches, total, saved)
+
+
+def check_output(recipe: Recipe, resume: bool) -> SavedRun | None:
+    """That the output folder is free, or holds this run to be resumed; the checkpoint to go on from."""
+    output = Path(recipe.checkpoints.output)
+    if output.is_file():
+        raise RunError(f"checkpoints.output: {output} is a file; name a folder")
+    occupied = output.is_dir() and any(not entry.name.startswith(".tmp-") for entry in output.iterdir())
+    if not resume:
+        if occupied:
+            raise RunError(f"{output} holds another run; go on with --resume, or choose another checkpoints.output")
+        return None
+    if not occupied:
+        raise RunError(f"nothing to resume: {output} holds no run; start it without --resume")
+    file = output / RECIPE
+    if not file.is_file():
+        raise RunError(f"{output} is not a run's folder: it has no {RECIPE}")
+    before = make_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), origin=str(file))
+    changed = before.differences(recipe)
+    if changed:
+        raise RunError(
+            "the recipe has changed since the run began, and its curve would not be one run's:\n  " + "\n  ".join(changed)
+        )
+    saved = checkpoints.latest(output)
+    if saved is None:
+        logger.warning("%s holds no whole checkpoint; the run starts from its beginning", output)
+    return saved
+
+
+def build_model(plan: Plan, opened: Checkpoint) -> Model:
+    """Builds the base on the backend and adds the adapters: the saved ones, or fresh ones from the seed."""
+    recipe = plan.recipe
+    options = BuildOptions(plan.dtype, recipe.gradient_checkpointing, recipe.implementations or None)
+    model = plan.backend.build(replace(plan.spec, lora=None), opened.source, options)
+    if plan.resume is not None:
+        values = plan.resume.adapter
+    else:
+        values = initial_adapters(plan.spec, recipe.lora.init, recipe.seed, model.base_tensor)
+    model.add_adapters(plan.spec, values)
+    return model
+
+
+def execute(
+    plan: Plan,
+    model: Model,
+    *,
+    stop_after: int | None = None,
+    quiet: bool = False,
+    callbacks: Sequence[Callback] = (),
+    on_stage: Callable[[str], None] | None = None,
+) -> RunResult:
+    """Trains a built model by a plan. Only the first process writes; the others wait for it where it saves."""
+    main = plan.devices.rank == 0
+    plan.backend.barrier()  # the first process writes only once every other has looked at the output folder
+    console = Console(quiet=quiet or not main)
+    first = plan.resume.state.step if plan.resume is not None else 0
+    book = Bookkeeping(plan, model, main, on_stage)
+    with ProgressBar(console, plan.total_steps, first) as bar:
+        fit = Fit(
+            model,
+            plan.windows,
+            plan.held_out,
+            _fit_options(plan, stop_after),
+            book.save,
+            [book, _Shown(bar), *callbacks],
+            _progress(plan.resume),
+        )
+        progress = fit.run(plan.resume)
+    plan.backend.synchronize()
+    book.finish(progress)
+    result = result_of(plan, progress, book.entries)
+    console.print(result.summary_table())
+    return result
+
+
+def _fit_options(plan: Plan, stop_after: int | None) -> FitOptions:
+    recipe, optimizer = plan.recipe, plan.recipe.optimizer
+    return FitOptions(
+        total_steps=plan.total_steps,
+        learning_rate=lambda step: learning_rate(step, plan.total_steps, optimizer.learning_rate, recipe.schedule),
+        optimizer=OptimizerOptions(
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+            loss_scaling=plan.dtype == "float16",
+        ),
+        seed=recipe.seed,
+        log_every=recipe.log_every,
+        evaluate_every=recipe.evaluation.every,
+        save_every=recipe.checkpoints.every,
+        save_best=recipe.checkpoints.best,
+        stop_after=stop_after,
+    )
+
+
+def _progress(saved: SavedRun | None) -> Progress:
+    if saved is None:
+        return Progress()
+    state = saved.state
+    return Progress(state.step, state.tokens, state.seconds, state.best_step, state.best_loss)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The progress bar as a callback."""
+
+    bar: ProgressBar
+
+    def on_log(self, entry: Entry) -> None:
+        self.bar.on_log(entry)
+
+    def on_evaluate(self, entry: Entry) -> None:
+        self.bar.on_evaluate(entry)
+
+    def on_save(self, step: int) -> None:
+        del step
