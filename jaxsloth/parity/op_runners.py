@@ -80,7 +80,7 @@ def run_reference(op: str, case: Any, inputs: Mapping[str, Any]) -> Result:
 
     names, wrt = ARGUMENTS[op]
     options = {name: value for name, value in options_of(case).items() if name != "chunk"}
-    arrays = {n: None if inputs[n] is None else torch.from_numpy(_wide(inputs[n])) for n in names}
+    arrays: dict[str, Any] = {n: None if inputs[n] is None else torch.from_numpy(_wide(inputs[n])) for n in names}
     leaves = {n: arrays[n].requires_grad_() for n in wrt if arrays[n] is not None}
     if op == "lora_matmul":
         base = quantized_base(case, inputs)

@@ -109,6 +109,7 @@ class Subjects:
         from transformers import AutoModelForCausalLM
 
         path = self.checkpoint.path
+        model: Any
         if path.is_file():
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             # The weights are plain float32 now, but transformers still calls the model quantized and trainers refuse it.
