@@ -1,12 +1,13 @@
 """Rotary frequencies, with the ways in which they are stretched past the trained context.
 
-Computed in Python floats and rounded to float32 by the caller, so that both backends use the same numbers. transformers
-computes them in float32, which differs in the last bit.
+Both backends use these numbers. They are rounded to float32 where transformers rounds: an angle is position × frequency, so the
+last bit of a frequency moves the angle at position 1000 by 6e-5, which would be most of the distance to transformers' logits.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 
 from jaxsloth.models.spec import Rope, RopeScaling
 
@@ -29,16 +30,21 @@ def inverse_frequencies(rope: Rope, *, max_positions: int, length: int | None = 
     if scaling is not None and scaling.kind == "dynamic":
         seen = max(length or max_positions, max_positions)
         theta *= (scaling.factor * seen / max_positions - (scaling.factor - 1.0)) ** (dim / (dim - 2))
-    plain = tuple(theta ** (-channel / dim) for channel in range(0, dim, 2))
+    plain = tuple(_float32(1.0 / _float32(theta ** _float32(channel / dim))) for channel in range(0, dim, 2))
     if scaling is None or scaling.kind == "dynamic":
         return plain, 1.0
     if scaling.kind == "linear":
-        return tuple(f / scaling.factor for f in plain), 1.0
+        return tuple(_float32(f / scaling.factor) for f in plain), 1.0
     if scaling.kind == "llama3":
         return tuple(_llama3(f, scaling, max_positions) for f in plain), 1.0
     if scaling.kind == "yarn":
         return _yarn(plain, rope, scaling, max_positions)
     return _longrope(plain, scaling, max_positions, length)
+
+
+def _float32(value: float) -> float:
+    """The nearest float32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def _llama3(frequency: float, scaling: RopeScaling, max_positions: int) -> float:
