@@ -50,17 +50,17 @@ class Subjects:
 
     @cached_property
     def examples(self) -> list[Example]:
-        """100 rows of at most `LENGTH` tokens, in file order; answers are learnt, questions are not."""
+        """The first 100 rows, in file order, that learn something of their answer within `LENGTH` tokens, and are cut there."""
         recipe = DataRecipe(
             path=self.data,
             columns={"prompt": "question", "completion": "answer"},
-            max_length=LENGTH,
-            truncation=True,
+            max_length=4096,
             shuffle=False,
-            limit=100,
+            limit=200,
         )
-        train, _ = prepare(recipe, self.tokenizer, SEED)
-        return train
+        rows, _ = prepare(recipe, self.tokenizer, SEED)
+        cut = [Example(row.tokens[:LENGTH], row.learn[:LENGTH]) for row in rows]
+        return [row for row in cut if row.learn.any()][:100]
 
     def stream(self) -> WindowStream:
         """The rows in order, `BATCH` a step, all steps of one shape."""
