@@ -1,0 +1,118 @@
+"""AdamW over one flat buffer: every trained tensor is a view of it, so that a step takes a dozen launches in all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from jaxsloth.backend import OptimizerOptions
+from jaxsloth.torch_backend.placement import sum_over_processes
+
+LOSS_SCALE_START, LOSS_SCALE_GROWTH_INTERVAL = 65536.0, 2000
+
+
+class Flat:
+    """The trained tensors, by PEFT name, as views of one float32 buffer; those that weight decay spares come last."""
+
+    def __init__(self, values: Mapping[str, np.ndarray], device: torch.device) -> None:
+        names = sorted(values, key=_is_spared)  # a stable sort: the order within each part stays
+        self.decayed = sum(values[name].size for name in names if not _is_spared(name))
+        self.buffer = torch.empty(sum(values[name].size for name in names), dtype=torch.float32, device=device)
+        self.gradient = torch.zeros_like(self.buffer)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        start = 0
+        for name in names:
+            self._places[name] = (start, values[name].shape)
+            parameter = nn.Parameter(self.view(self.buffer, name))
+            parameter.grad = self.view(self.gradient, name)
+            self.parameters[name] = parameter
+            start += values[name].size
+        self.load(self.buffer, values)
+
+    def view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:
+        start, shape = self._places[name]
+        return buffer[start : start + int(np.prod(shape))].view(shape)
+
+    def load(self, buffer: torch.Tensor, values: Mapping[str, np.ndarray]) -> None:
+        with torch.no_grad():
+            for name in self._places:
+                self.view(buffer, name).copy_(torch.from_numpy(np.array(values[name], np.float32)))
+
+    def read(self, buffer: torch.Tensor) -> dict[str, np.ndarray]:
+        host = buffer.detach().cpu()
+        return {name: self.view(host, name).numpy().copy() for name in self._places}
+
+
+def _is_spared(name: str) -> bool:
+    """Biases are not decayed, as in Hugging Face's Trainer."""
+    return name.endswith(".bias")
+
+
+class AdamW:
+    """Decoupled weight decay, bias correction, eps outside the root (Loshchilov & Hutter 2019, alg. 2), with global-norm
+    clipping and, in float16, dynamic loss scaling."""
+
+    def __init__(self, flat: Flat, options: OptimizerOptions) -> None:
+        self.flat, self.options = flat, options
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat.buffer), torch.zeros_like(flat.buffer)
+        self.count = 0
+        self.loss_scale = LOSS_SCALE_START if options.loss_scaling else 1.0
+        self.good_steps = 0
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, loss: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Sums the gradients (and `loss`) over processes, clips and updates: (gradient norm before clipping, skipped)."""
+        gradient, options = self.flat.gradient, self.options
+        sum_over_processes(gradient)
+        sum_over_processes(loss)
+        if options.loss_scaling:
+            gradient.div_(self.loss_scale)
+        norm = torch.linalg.vector_norm(gradient)
+        # Reading the norm waits for the device: float16 alone needs it, to know whether to skip.
+        if options.loss_scaling and not self._adapt_scale(bool(torch.isfinite(norm))):
+            return norm, True
+        if options.max_grad_norm is not None:
+            gradient.mul_((options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._update(learning_rate)
+        return norm, False
+
+    def _adapt_scale(self, finite: bool) -> bool:
+        if not finite:
+            self.loss_scale, self.good_steps = self.loss_scale / 2, 0
+        else:
+            self.good_steps += 1
+            if self.good_steps == LOSS_SCALE_GROWTH_INTERVAL:
+                self.loss_scale, self.good_steps = self.loss_scale * 2, 0
+        return finite
+
+    def _update(self, learning_rate: float) -> None:
+        (beta1, beta2), flat = self.options.betas, self.flat
+        self.count += 1
+        flat.buffer[: flat.decayed].mul_(1.0 - learning_rate * self.options.weight_decay)
+        self.exp_avg.lerp_(flat.gradient, 1.0 - beta1)
+        self.exp_avg_sq.mul_(beta2).addcmul_(flat.gradient, flat.gradient, value=1.0 - beta2)
+        correction1, correction2 = 1.0 - beta1**self.count, 1.0 - beta2**self.count
+        denominator = (self.exp_avg_sq.sqrt() / correction2**0.5).add_(self.options.eps)
+        flat.buffer.addcdiv_(self.exp_avg, denominator, value=-learning_rate / correction1)
+
+    def state(self) -> dict[str, np.ndarray]:
+        found = {f"{name}.exp_avg": value for name, value in self.flat.read(self.exp_avg).items()}
+        found |= {f"{name}.exp_avg_sq": value for name, value in self.flat.read(self.exp_avg_sq).items()}
+        found["count"] = np.array(self.count, np.int64)
+        if self.options.loss_scaling:
+            found["loss_scale"] = np.array(self.loss_scale, np.float32)
+            found["good_steps"] = np.array(self.good_steps, np.int64)
+        return found
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        names = self.flat.parameters
+        self.flat.load(self.exp_avg, {name: state[f"{name}.exp_avg"] for name in names})
+        self.flat.load(self.exp_avg_sq, {name: state[f"{name}.exp_avg_sq"] for name in names})
+        self.count = int(state["count"])
+        if self.options.loss_scaling:
+            self.loss_scale = float(state.get("loss_scale", LOSS_SCALE_START))
+            self.good_steps = int(state.get("good_steps", 0))

@@ -1,0 +1,77 @@
+"""Where things run: the device of this process, the process group, and each process' share of a batch."""
+
+from __future__ import annotations
+
+import os
+import resource
+from functools import cache
+
+import torch
+import torch.distributed as dist
+
+from jaxsloth.backend import DeviceInfo
+
+
+@cache
+def join_processes() -> None:
+    """Joins torchrun's process group, once; does nothing outside torchrun."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def device() -> torch.device:
+    """This process' device: its GPU under torchrun, else the first, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device_info() -> DeviceInfo:
+    join_processes()
+    here = device()
+    if here.type == "cpu":
+        return DeviceInfo("cpu", "CPU", world_size(), rank(), world_size())
+    properties = torch.cuda.get_device_properties(here)
+    return DeviceInfo("cuda", properties.name, world_size(), rank(), world_size(), properties.total_memory)
+
+
+def share(batch_rows: int) -> slice:
+    """This process' rows of a global batch.
+
+    Raises:
+        ValueError: the rows do not divide among the processes; the data pipeline fills batches up so that they do.
+    """
+    processes = world_size()
+    if batch_rows % processes:
+        raise ValueError(f"a batch must have a multiple of {processes} rows (one share a process), and it has {batch_rows}")
+    size = batch_rows // processes
+    return slice(rank() * size, (rank() + 1) * size)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(values: torch.Tensor) -> None:
+    """Adds `values` up over all processes, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+
+
+def peak_memory() -> int:
+    """Peak bytes: allocated on this process' GPU, or resident on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(device())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

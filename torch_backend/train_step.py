@@ -1,0 +1,100 @@
+"""A train step over a whole accumulation window, and the evaluation step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from jaxsloth.backend import OptimizerOptions, StepResult
+from jaxsloth.batch import IGNORE, Batch, Window
+from jaxsloth.kernels.dropout.contract import step_words
+from jaxsloth.torch_backend import placement
+from jaxsloth.torch_backend.layers import Context
+from jaxsloth.torch_backend.optimizer import AdamW
+
+if TYPE_CHECKING:
+    from jaxsloth.torch_backend.model import TorchModel
+
+
+class TrainStep:
+    """One optimizer step: every micro-batch's gradients are summed in the flat buffer, then reduced and applied once."""
+
+    def __init__(self, model: TorchModel, options: OptimizerOptions) -> None:
+        self._model = model
+        self._optimizer = AdamW(model.flat(), options)
+        self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        optimizer, model = self._optimizer, self._model
+        optimizer.flat.gradient.zero_()
+        total = torch.zeros((), dtype=torch.float32, device=model.decoder.device)
+        words = torch.tensor(step_words(seed, step), device=total.device) if self._drops else None
+        count = max(window.valid_tokens, 1)
+        mine = placement.share(window.input_ids.shape[1])
+        for micro in range(window.input_ids.shape[0]):
+            batch = Batch(
+                window.input_ids[micro, mine],
+                window.targets[micro, mine],
+                window.segments[micro, mine],
+                window.positions[micro, mine],
+                window.rows[micro, mine],
+            )
+            loss = summed_loss(model, batch, words) / count
+            (loss * optimizer.loss_scale).backward()
+            total += loss.detach()
+        grad_norm, skipped = optimizer.step(learning_rate, total)
+        return StepResult(total, grad_norm, skipped)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return self._optimizer.state()
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self._optimizer.load_state(state)
+
+
+class EvalStep:
+    def __init__(self, model: TorchModel) -> None:
+        self._model = model
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        mine = placement.share(batch.input_ids.shape[0])
+        own = Batch(batch.input_ids[mine], batch.targets[mine], batch.segments[mine], batch.positions[mine], batch.rows[mine])
+        total = summed_loss(self._model, own, None)
+        placement.sum_over_processes(total)
+        return total, batch.valid_tokens()
+
+
+def make_train_step(model: TorchModel, options: OptimizerOptions) -> TrainStep:
+    return TrainStep(model, options)
+
+
+def make_eval_step(model: TorchModel) -> EvalStep:
+    return EvalStep(model)
+
+
+def summed_loss(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> torch.Tensor:
+    """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained."""
+    device = model.decoder.device
+    chosen = np.flatnonzero(batch.targets != IGNORE)  # found on the host: asking the device would wait for it
+    context = make_context(model, batch, dropout_words)
+    return model.decoder.loss(
+        to_device(batch.input_ids, device), context, to_device(batch.targets, device), to_device(chosen, device)
+    )
+
+
+def make_context(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None = None) -> Context:
+    device = model.decoder.device
+    tables = model.decoder.rope_tables(to_device(batch.positions, device), int(batch.positions.max(initial=0)) + 1)
+    rows = to_device(batch.rows, device) if dropout_words is not None else None
+    return Context(tables, to_device(batch.segments, device), rows=rows, dropout_words=dropout_words)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
