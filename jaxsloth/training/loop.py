@@ -36,7 +36,11 @@ class NonFiniteLossError(FloatingPointError):
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How the loop runs. Steps count optimizer updates; learning_rate maps a step (from 0) to its rate."""
+    """How the loop runs. Steps count optimizer updates; learning_rate maps a step (from 0) to its rate.
+
+    read_late: a step's result is read when the next step has been handed to the device, which then never waits for the host;
+    of no use where computing is synchronous (CPU).
+    """
 
     total_steps: int
     learning_rate: Callable[[int], float]
@@ -47,6 +51,7 @@ class FitOptions:
     save_every: int | None = None
     save_best: bool = False
     stop_after: int | None = None
+    read_late: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,12 @@ class Fit:
             done = step + 1
             saves, evaluates = self._due(self.options.save_every, done, end), self._due(self.options.evaluate_every, done, end)
             if done % self.options.log_every == 0 or done == end:
-                # Read the step before, while the device works on this one.
                 self._read(pending)
                 pending = [_Pending(done, result, rate, tokens)]
-            if saves or evaluates:
+            if saves or evaluates or not self.options.read_late:
                 self._read(pending)
                 pending = []
+            if saves or evaluates:
                 self._advance(done, tokens)
             improved = evaluates and self._evaluate()
             if saves or (improved and self.options.save_best):

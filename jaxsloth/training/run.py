@@ -229,6 +229,7 @@ def _fit_options(plan: Plan, stop_after: int | None) -> FitOptions:
         save_every=recipe.checkpoints.every,
         save_best=recipe.checkpoints.best,
         stop_after=stop_after,
+        read_late=plan.devices.platform != "cpu",
     )
 
 
