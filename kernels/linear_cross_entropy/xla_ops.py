@@ -1,0 +1,114 @@
+"""The head and its loss in plain JAX: a scan over chunks of tokens that forms the gradient as it goes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxsloth.kernels.jax_platform import precision_of
+
+LOGITS_AT_ONCE = 2**25
+
+
+def default_chunk(tokens: int, vocab: int) -> int:
+    """Tokens at a time: as many as `LOGITS_AT_ONCE` logits allow, a multiple of 16 below the whole."""
+    return max(min(tokens, LOGITS_AT_ONCE // vocab // 16 * 16), 16)
+
+
+def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _chunk_loss(hidden: Array, weight: Array, targets: Array, soft_cap: float | None, ignore_index: int) -> tuple[Array, Array]:
+    """(summed loss, its gradient by the logits before the cap, float32 ``[chunk, vocab]``) of one chunk."""
+    raw = _dot(hidden, weight, (1, 1))
+    logits = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
+    valid = targets != ignore_index
+    chosen = jnp.where(valid, targets, 0)
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+    loss = jnp.sum(jnp.where(valid, log_sum - picked, 0.0))
+    onehot = jax.lax.broadcasted_iota(chosen.dtype, logits.shape, 1) == chosen[:, None]
+    slope = jnp.where(valid[:, None], jnp.exp(logits - log_sum[:, None]) - onehot, 0.0)
+    if soft_cap is not None:
+        slope = slope * (1.0 - (logits / soft_cap) ** 2)
+    return loss, slope
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _loss(
+    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
+) -> Array:
+    def add(total: Array, part: Any) -> tuple[Array, None]:
+        return total + _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)[0], None
+
+    chunks = _chunks(hidden, targets, chunk, ignore_index)
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
+
+
+def _forward(
+    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
+) -> tuple[Array, Any]:
+    def add(carry: Any, part: Any) -> tuple[Any, Array]:
+        total, dweight = carry
+        loss, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
+        slope = slope.astype(hidden.dtype)
+        if train_weight:
+            dweight = dweight + _dot(slope, part[0], (0, 0))
+        return (total + loss, dweight), _dot(slope, weight, (1, 0)).astype(hidden.dtype)
+
+    start = jnp.zeros(weight.shape, jnp.float32) if train_weight else None
+    chunks = _chunks(hidden, targets, chunk, ignore_index)
+    (total, dweight), dhidden = jax.lax.scan(add, (jnp.zeros((), jnp.float32), start), chunks)
+    return total, (dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dweight)
+
+
+def _backward(
+    soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool, kept: Any, dy: Array
+) -> tuple[Any, Any, None]:
+    del soft_cap, ignore_index, chunk, train_weight
+    dhidden, dweight = kept
+    return (dhidden.astype(jnp.float32) * dy).astype(dhidden.dtype), None if dweight is None else dweight * dy, None
+
+
+_loss.defvjp(_forward, _backward)
+
+
+def _chunks(hidden: Array, targets: Array, chunk: int, ignore_index: int) -> tuple[Array, Array]:
+    """The tokens as ``[chunks, chunk, …]``, filled up with ignored ones."""
+    missing = -hidden.shape[0] % chunk
+    hidden = jnp.pad(hidden, ((0, missing), (0, 0)))
+    targets = jnp.pad(targets, (0, missing), constant_values=ignore_index)
+    return hidden.reshape(-1, chunk, hidden.shape[1]), targets.reshape(-1, chunk)
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "tokens width"],
+    weight: Float[Array, "vocab width"],
+    targets: Int[Array, " tokens"],
+    *,
+    soft_cap: float | None = None,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+    train_weight: bool = False,
+) -> Float32[Array, ""]:
+    """The summed cross entropy of ``hidden·weightᵀ`` against `targets`, with at most `chunk` tokens' logits at a time.
+
+    Args:
+        train_weight: also form the gradient of the weight (of the weight's dtype; float32 while it is summed).
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be positive, got {chunk}")
+    tokens, vocab = hidden.shape[0], weight.shape[0]
+    size = min(chunk or default_chunk(tokens, vocab), max(tokens, 1))
+    if not train_weight:
+        weight = jax.lax.stop_gradient(weight)
+    return _loss(hidden, weight, targets, soft_cap, ignore_index, size, train_weight)
