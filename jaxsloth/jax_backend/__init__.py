@@ -1,0 +1,36 @@
+"""The JAX backend: flax.nnx modules, Pallas kernels where they run, one mesh over all visible devices."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxsloth.backend import BackendName, BuildOptions, DeviceInfo, TensorSource
+from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend.model import JaxModel
+from jaxsloth.models.spec import ModelSpec
+
+
+class JaxBackend:
+    """See `jaxsloth.backend.Backend`."""
+
+    name: BackendName = "jax"
+
+    def devices(self) -> DeviceInfo:
+        return placement.device_info()
+
+    def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> JaxModel:
+        return JaxModel(spec, source, options)
+
+    def synchronize(self) -> None:
+        jax.effects_barrier()
+        for device in jax.local_devices():
+            jax.device_put(0, device).block_until_ready()
+
+    def peak_memory(self) -> int | None:
+        return placement.peak_memory()
+
+    def barrier(self) -> None:
+        """One process drives all devices; there is nothing to wait for."""
+
+
+BACKEND = JaxBackend()

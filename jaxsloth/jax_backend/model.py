@@ -1,0 +1,211 @@
+"""A built model of the JAX backend: names in, numpy arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsloth.backend import BuildOptions, OptimizerOptions, TensorSource
+from jaxsloth.batch import Batch
+from jaxsloth.convert.peft_adapter import check_values
+from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend.decoder import Decoder
+from jaxsloth.jax_backend.generate import DecodeState
+from jaxsloth.jax_backend.layers import TRAINED, Context, Ops, Trained
+from jaxsloth.jax_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step, rates_of, summed_loss
+from jaxsloth.jax_backend.weights import load_weights, stacked_name
+from jaxsloth.kernels.jax_platform import platform
+from jaxsloth.kernels.nf4.contract import DEQUANTIZE
+from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
+from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.models.names import PEFT_PREFIX, saved_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.rope import inverse_frequencies
+from jaxsloth.models.spec import ModelSpec, Rope
+
+_ADAPTERS = ("lora_A", "lora_B")
+
+
+class JaxModel:
+    """See `jaxsloth.backend.Model`. The module lives apart as nnx's structure, and the state of what is trained and frozen."""
+
+    def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
+        self.spec, self.options = spec, options
+        self._dtype = jnp.dtype(options.dtype)
+        facts = Facts(platform(), options.dtype, {"hidden": spec.hidden})
+        self._ops = Ops(facts, options.implementations or {})
+        self._weights = load_weights(spec, source, self._dtype)
+        self._frequencies: dict[Any, Any] = {}
+        self._compiled: set[Any] = set()
+        self._assemble({})
+
+    def _assemble(self, trained: Mapping[str, Any]) -> None:
+        """Makes the module of the base weights and of what is trained, and splits it."""
+        arrays = {**self._weights, **trained}
+        recompute = self.options.gradient_checkpointing == "full"
+        decoder = Decoder(self.spec, arrays.__getitem__, self._ops, self._dtype, recompute)
+        self.structure, state, frozen = nnx.split(decoder, TRAINED, ...)
+        self.trained, self.frozen = placement.replicate(state), placement.replicate(frozen)
+
+    def decoder(self) -> Decoder:
+        return nnx.merge(self.structure, self.trained, self.frozen)
+
+    def add_adapters(self, spec: ModelSpec, values: Mapping[str, np.ndarray]) -> None:
+        if spec.lora is None or replace(spec, lora=None) != replace(self.spec, lora=None):
+            raise ValueError("add_adapters takes this model's own spec with adapters added (jaxsloth.transforms.add_lora)")
+        check_values(values, trainable_shapes(spec), "the adapter")
+        self.spec = spec
+        stacked = self._stack_values(values)
+        whole = {key: Trained(value) for key, value in stacked.items() if key.rpartition(".")[2] not in _ADAPTERS}
+        self._assemble({**stacked, **whole})
+
+    def _stack_values(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Values by PEFT name -> arrays by the module's own names, stacked; blocks without an adapter get zeros."""
+        period = self.spec.layer_period()
+        count = len(self.spec.layers) // period
+        found: dict[str, np.ndarray] = {}
+        places: dict[str, int] = {}
+        for name, value in values.items():
+            own = name.removeprefix(PEFT_PREFIX)
+            if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
+                own = own.removesuffix(".weight")
+            key, place = stacked_name(own, period)
+            if not own.startswith("model.layers."):
+                found[key] = np.asarray(value, np.float32)
+                continue
+            stack = found.setdefault(key, np.zeros((count, *value.shape), np.float32))
+            stack[place] = value
+            places[key] = places.get(key, 0) + 1
+        for key, filled in places.items():
+            if key.rpartition(".")[2] not in _ADAPTERS and filled != count:
+                raise ValueError(
+                    f"biases of {key} are trained in {filled} of {count} stacked blocks; train all or none of them"
+                )
+        return {key: jnp.asarray(value) for key, value in found.items()}
+
+    def stack(self, values: Mapping[str, np.ndarray]) -> Any:
+        """Values by PEFT name as a state of the trained variables' shape."""
+        stacked = self._stack_values(values)
+        flat = [(path, leaf.replace(stacked[_own_name(path)])) for path, leaf in nnx.to_flat_state(self.trained)]
+        return placement.replicate(nnx.from_flat_state(flat))
+
+    def unstack(self, state: Any) -> dict[str, np.ndarray]:
+        """A state of the trained variables' shape as float32 arrays by PEFT name, in `trainable_shapes`' order."""
+        period, arrays = self.spec.layer_period(), {}
+        for path, leaf in nnx.to_flat_state(state):
+            arrays[_own_name(path)] = np.asarray(leaf[...])
+        found = {}
+        for name in trainable_shapes(self.spec):
+            own = name.removeprefix(PEFT_PREFIX)
+            if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
+                own = own.removesuffix(".weight")
+            key, place = stacked_name(own, period)
+            found[name] = np.array(arrays[key][place] if own.startswith("model.layers.") else arrays[key])
+        return found
+
+    def trainable(self) -> dict[str, np.ndarray]:
+        return self.unstack(self.trained)
+
+    def load_trainable(self, values: Mapping[str, np.ndarray]) -> None:
+        check_values(values, trainable_shapes(self.spec), "the adapter")
+        self.trained = self.stack(values)
+
+    def base_tensor(self, name: str) -> np.ndarray:
+        value = self._one(name)
+        if isinstance(value, NF4):
+            value = resolve(DEQUANTIZE, "jax", Facts(platform()))(value, jnp.float32)
+        return np.asarray(value, np.float32)
+
+    def quantized_tensor(self, name: str) -> NF4:
+        value = self._one(name)
+        if not isinstance(value, NF4):
+            raise ValueError(f"{name} is not quantized")
+        return jax.tree.map(np.asarray, value)
+
+    def _one(self, name: str) -> Any:
+        trained = saved_name(name)
+        if self.spec.lora is not None and trained in trainable_shapes(self.spec):
+            return self.trainable()[trained]
+        if name not in tensor_shapes(self.spec):
+            raise ValueError(f"the model has no tensor {name}")
+        key, place = stacked_name(name, self.spec.layer_period())
+        value = self._weights[key]
+        if not name.startswith("model.layers."):
+            return value
+        return select_layer(value, jnp.int32(place)) if isinstance(value, NF4) else value[place]
+
+    def frequencies(self, length: int) -> tuple[tuple[Any, ...], tuple[tuple[Rope, float], ...]]:
+        """The rotary frequencies for sequences of `length`: (arrays, (setting, scaling) of each), a program's two kinds of
+        arguments."""
+        ropes = dict.fromkeys(layer.attention.rope for layer in self.spec.layers if layer.attention.rope is not None)
+        stretches = any(rope.scaling is not None and rope.scaling.kind in ("dynamic", "longrope") for rope in ropes)
+        key = length if stretches else None
+        if key not in self._frequencies:
+            arrays, settings = [], []
+            for rope in ropes:
+                values, scaling = inverse_frequencies(rope, max_positions=self.spec.max_positions, length=length)
+                arrays.append(jnp.array(values, jnp.float32))
+                settings.append((rope, scaling))
+            self._frequencies[key] = tuple(arrays), tuple(settings)
+        return self._frequencies[key]
+
+    def count_compilation(self, kind: str, shape: tuple[int, ...]) -> None:
+        self._compiled.add((kind, shape))
+
+    def compilations(self) -> int:
+        """How many programs have been compiled for this model: one a kind of pass and shape."""
+        return len(self._compiled)
+
+    def logits(self, batch: Batch) -> np.ndarray:
+        frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)
+        arrays = (batch.input_ids, batch.segments, batch.positions)
+        return np.asarray(_logits(self.trained, self.frozen, frequencies, arrays, structure=self.structure, ropes=ropes))
+
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+        if self.spec.lora is None:
+            raise ValueError("the model has no adapters to train; call add_adapters first")
+        frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)
+        arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)
+        count = np.float32(batch.valid_tokens())
+        loss, gradients = _gradients(
+            self.trained, self.frozen, frequencies, arrays, count, structure=self.structure, ropes=ropes
+        )
+        return float(loss), self.unstack(gradients)
+
+    def train_step(self, options: OptimizerOptions) -> TrainStep:
+        if self.spec.lora is None:
+            raise ValueError("the model has no adapters to train; call add_adapters first")
+        return make_train_step(self, options)
+
+    def eval_step(self) -> EvalStep:
+        return make_eval_step(self)
+
+    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
+        state = DecodeState(self, input_ids, lengths, capacity)
+        return state, state.first_logits
+
+
+@partial(jax.jit, static_argnames=("structure", "ropes"))
+def _logits(trained: Any, frozen: Any, frequencies: Any, arrays: Any, structure: Any, ropes: Any) -> Any:
+    input_ids, segments, positions = arrays
+    decoder = nnx.merge(structure, trained, frozen)
+    hidden, _ = decoder.hidden(input_ids, Context(decoder.rope_tables(positions, rates_of(ropes, frequencies)), segments))
+    return decoder.logits(hidden)
+
+
+@partial(jax.jit, static_argnames=("structure", "ropes"))
+def _gradients(trained: Any, frozen: Any, frequencies: Any, arrays: Any, count: Any, structure: Any, ropes: Any) -> Any:
+    def mean_loss(trained: Any) -> Any:
+        return summed_loss(structure, trained, frozen, rates_of(ropes, frequencies), arrays, None) / count
+
+    return jax.value_and_grad(mean_loss)(trained)
+
+
+def _own_name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)

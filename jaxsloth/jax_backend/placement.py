@@ -1,0 +1,81 @@
+"""Where things run: one mesh with a ``data`` axis over all visible devices, and how batches lie on it."""
+
+from __future__ import annotations
+
+import resource
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsloth.backend import DeviceInfo
+from jaxsloth.kernels.jax_platform import platform
+
+DATA = "data"
+
+
+@cache
+def mesh() -> Mesh:
+    return jax.make_mesh((jax.device_count(),), (DATA,))
+
+
+def device_info() -> DeviceInfo:
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    where = platform()
+    name = "CPU" if where == "cpu" else device.device_kind
+    return DeviceInfo(where, name, jax.device_count(), jax.process_index(), jax.process_count(), stats.get("bytes_limit"))
+
+
+def put_batch(array: np.ndarray, axis: int) -> Any:
+    """An array on the devices, its batch axis shared out among them.
+
+    Raises:
+        ValueError: the rows do not divide among the devices; the data pipeline fills batches up so that they do.
+    """
+    if jax.device_count() == 1:
+        return jax.device_put(array)
+    rows = array.shape[axis]
+    if rows % jax.device_count():
+        raise ValueError(f"a batch must have a multiple of {jax.device_count()} rows (one share a device), and it has {rows}")
+    spec = PartitionSpec(*(DATA if place == axis else None for place in range(array.ndim)))
+    return jax.device_put(array, NamedSharding(mesh(), spec))
+
+
+def replicate(tree: Any) -> Any:
+    """Arrays whole on every device."""
+    if jax.device_count() == 1:
+        return tree
+    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
+
+
+def over_devices(function: Any, replicated: int, sharded_axis: int) -> Any:
+    """`function` run on every device's share. Its first `replicated` arguments are whole everywhere, the others are shared out
+    along `sharded_axis`; what it returns must be equal on all devices (summed over `DATA`)."""
+    if jax.device_count() == 1:
+        return function
+
+    def shared(*arguments: Any) -> Any:
+        whole = PartitionSpec()
+        share = PartitionSpec(*([None] * sharded_axis), DATA)
+        specs = tuple(whole if place < replicated else share for place in range(len(arguments)))
+        # Pallas calls carry no information on what varies over the mesh.
+        mapped = jax.shard_map(function, mesh=mesh(), in_specs=specs, out_specs=whole, check_vma=False)
+        return mapped(*arguments)
+
+    return shared
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """The sum over the mesh, inside `over_devices`."""
+    return tree if jax.device_count() == 1 else jax.lax.psum(tree, DATA)
+
+
+def peak_memory() -> int:
+    """Peak bytes: in use on one device, or resident on the host."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,138 @@
+"""A train step over a whole accumulation window, and the evaluation step: one compiled function each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsloth.backend import OptimizerOptions, StepResult
+from jaxsloth.batch import Batch, Window
+from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend.layers import Context
+from jaxsloth.jax_backend.optimizer import AdamW, OptimizerState
+from jaxsloth.kernels.dropout.contract import step_words
+
+if TYPE_CHECKING:
+    from jaxsloth.jax_backend.model import JaxModel
+
+
+def summed_loss(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any) -> Any:
+    """The cross-entropy summed over a batch's targets; `batch` is (input_ids, targets, segments, positions, rows)."""
+    input_ids, targets, segments, positions, rows = batch
+    decoder = nnx.merge(structure, trained, frozen)
+    context = Context(decoder.rope_tables(positions, frequencies), segments, rows=rows, dropout_words=words)
+    return decoder.loss(input_ids, context, targets)
+
+
+def rates_of(ropes: Any, frequencies: Any) -> Any:
+    """rotary setting -> (its frequencies, its scaling), from the hashable and the traced half that a program takes apart."""
+    return {rope: (values, scaling) for (rope, scaling), values in zip(ropes, frequencies, strict=True)}
+
+
+class TrainStep:
+    """One optimizer step, compiled once a shape: a scan over micro-batches, one sum over devices, one update."""
+
+    def __init__(self, model: JaxModel, options: OptimizerOptions) -> None:
+        self._model, self._optimizer = model, AdamW(options)
+        self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
+        self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
+        self._run = jax.jit(self._step, static_argnames=("ropes",), donate_argnums=(0, 1))
+
+    def _step(
+        self, trained: Any, state: OptimizerState, frozen: Any, frequencies: Any, scalars: Any, window: Any, ropes: Any
+    ) -> tuple[Any, OptimizerState, Any, Any, Any]:
+        structure = self._model.structure
+
+        def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *window: Any) -> Any:
+            rates = rates_of(ropes, frequencies)
+            words = scalars["words"] if self._drops else None
+
+            def micro(total: Any, batch: Any) -> tuple[Any, None]:
+                def scaled(trained: Any) -> Any:
+                    loss = summed_loss(structure, trained, frozen, rates, batch, words) / scalars["count"]
+                    return loss * scale, loss
+
+                (_, loss), gradients = jax.value_and_grad(scaled, has_aux=True)(trained)
+                return jax.tree.map(jnp.add, total, (loss, gradients)), None
+
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+            return placement.sum_over_devices(jax.lax.scan(micro, zeros, window)[0])
+
+        run = placement.over_devices(share, replicated=5, sharded_axis=1)
+        loss, gradients = run(trained, frozen, frequencies, scalars, state.loss_scale, *window)
+        trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"])
+        return trained, state, loss, norm, skipped
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        model = self._model
+        scalars = {
+            "rate": np.float32(learning_rate),
+            "count": np.float32(max(window.valid_tokens, 1)),
+            "words": np.array(step_words(seed, step), np.uint32),
+        }
+        frequencies, ropes = model.frequencies(int(window.positions.max(initial=0)) + 1)
+        arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows)
+        put = tuple(placement.put_batch(array, 1) for array in arrays)
+        model.count_compilation("train", window.input_ids.shape)
+        model.trained, self._state, loss, norm, skipped = self._run(
+            model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes
+        )
+        return StepResult(loss, norm, skipped)
+
+    def state(self) -> dict[str, np.ndarray]:
+        adam, model = self._state.adam, self._model
+        found = {f"{name}.exp_avg": value for name, value in model.unstack(adam.mu).items()}
+        found |= {f"{name}.exp_avg_sq": value for name, value in model.unstack(adam.nu).items()}
+        found["count"] = np.array(adam.count, np.int64)
+        if self._optimizer.options.loss_scaling:
+            found["loss_scale"] = np.array(self._state.loss_scale, np.float32)
+            found["good_steps"] = np.array(self._state.good_steps, np.int64)
+        return found
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        model, now = self._model, self._state
+        names = [name.removesuffix(".exp_avg") for name in state if name.endswith(".exp_avg")]
+        adam = now.adam._replace(
+            count=jnp.int32(int(state["count"])),
+            mu=model.stack({name: state[f"{name}.exp_avg"] for name in names}),
+            nu=model.stack({name: state[f"{name}.exp_avg_sq"] for name in names}),
+        )
+        scale, good = now.loss_scale, now.good_steps
+        if self._optimizer.options.loss_scaling:
+            scale, good = jnp.float32(state.get("loss_scale", scale)), jnp.int32(state.get("good_steps", 0))
+        self._state = placement.replicate(OptimizerState(adam, scale, good))
+
+
+class EvalStep:
+    def __init__(self, model: JaxModel) -> None:
+        self._model = model
+        self._run = jax.jit(self._total, static_argnames=("ropes",))
+
+    def _total(self, trained: Any, frozen: Any, frequencies: Any, batch: Any, ropes: Any) -> Any:
+        def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
+            rates = rates_of(ropes, frequencies)
+            total = summed_loss(self._model.structure, trained, frozen, rates, batch, None)
+            return placement.sum_over_devices(total)
+
+        return placement.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
+
+    def __call__(self, batch: Batch) -> tuple[Any, int]:
+        model = self._model
+        frequencies, ropes = model.frequencies(int(batch.positions.max(initial=0)) + 1)
+        arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)
+        put = tuple(placement.put_batch(array, 0) for array in arrays)
+        model.count_compilation("evaluate", batch.input_ids.shape)
+        return self._run(model.trained, model.frozen, frequencies, put, ropes=ropes), batch.valid_tokens()
+
+
+def make_train_step(model: JaxModel, options: OptimizerOptions) -> TrainStep:
+    return TrainStep(model, options)
+
+
+def make_eval_step(model: JaxModel) -> EvalStep:
+    return EvalStep(model)
