@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jaxsloth.convert.checkpoint import PACKAGE_SCHEME, package_file
+from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.errors import DataError
 
 Row = dict[str, Any]
-_PACKAGE = "package:"
 _LONGEST_FIELD = 2**31 - 1
 
 
@@ -30,7 +30,7 @@ def load_rows(path: str, split: str = "train", limit: int | None = None) -> list
     Raises:
         DataError: no such file, data set or split, a file that doesn't parse (names the line), or no rows.
     """
-    file = _package_file(path) if path.startswith(_PACKAGE) else Path(path).expanduser()
+    file = _package_file(path) if path.startswith(PACKAGE_SCHEME) else Path(path).expanduser()
     if file.suffix.lower() in _READERS:
         rows = _read_file(file, split, limit)
     elif file.is_file():
@@ -44,15 +44,14 @@ def load_rows(path: str, split: str = "train", limit: int | None = None) -> list
 
 def is_file_path(path: str) -> bool:
     """Whether `load_rows` reads this path as a file, which has no splits."""
-    return path.startswith(_PACKAGE) or Path(path).suffix.lower() in _READERS
+    return path.startswith(PACKAGE_SCHEME) or Path(path).suffix.lower() in _READERS
 
 
 def _package_file(path: str) -> Path:
-    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"{path}: no Python package {name!r} is installed here")
-    return Path(spec.submodule_search_locations[0]) / inside
+    try:
+        return package_file(path)
+    except CheckpointError as error:
+        raise DataError(f"no data file: {error}") from error
 
 
 def _read_file(file: Path, split: str, limit: int | None) -> list[Row]:

@@ -137,8 +137,8 @@ def tokenize_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> Encoded:
     start, end = offsets[:, 0], offsets[:, 1]
     learn = np.zeros(len(offsets), bool)
     for first, last in spans:
-        # Byte-level tokenizers may trim whitespace off the offsets: a token of whitespace alone is then the empty range at
-        # its end, so an empty range belongs to the text before it.
+        # Byte-level tokenizers may trim whitespace off the offsets: a token of spaces alone is then the empty range at its
+        # end, so an empty range belongs to the text before it.
         learn |= (end > first) & ((start < last) | (end <= last))
     return np.array(encoded["input_ids"], np.int32), learn
 

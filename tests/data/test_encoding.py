@@ -118,12 +118,12 @@ def test_trimmed_offsets_and_no_double_bos(tiny, headers_template):
     assert not learn[:-1][tokens[:-1] == tiny.convert_tokens_to_ids("<|end|>")].any()
 
 
-def test_whitespace_tokens_at_the_borders(tiny):
-    # With trimmed offsets a line break is an empty range: those of the header aren't learnt, those of the answer are.
-    text = "<|end|>\n\neggs \n<|eot|>\n<|start|>user"
+def test_spaces_at_the_borders(tiny):
+    # With trimmed offsets a space is the empty range at its own end: the header's isn't learnt, the answer's is.
+    text = "<|end|> \neggs <|start|>user"
     answer = text.index("eggs"), text.index("<|start|>")
     tokens, learn = tokenize_spans(tiny, text, [answer])
-    assert tiny.decode(tokens[learn]) == "eggs \n<|eot|>\n"
+    assert tiny.decode(tokens[learn]) == "eggs "
 
 
 def test_tokenizer_without_offsets(smollm2):
@@ -189,6 +189,8 @@ def test_rows_without_anything_to_learn(tiny):
         encode_rows(rows, tiny, recipe(template="chatml", max_length=64, truncation=True))
     with pytest.raises(DataError, match=r"1 of 1 rows have all labels masked.*rows 0\."):
         encode_rows([{"messages": CHAT[:2]}], tiny, recipe(template="chatml"))
+    with pytest.raises(DataError, match=r"rows 0\."):  # nothing is before the first token, so it can't be learnt
+        encode_rows([{"input_ids": [5, 6], "labels": [5, IGNORE]}], tiny, recipe())
 
 
 def test_tokens_outside_the_vocabulary(tiny):

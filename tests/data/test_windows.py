@@ -83,6 +83,7 @@ def test_layout_and_devices_change_nothing(packing):
             windows = stream(examples, batch_size=batch_size, accumulation=accumulation, packing=packing, devices=devices)
             steps = [windows.window(step) for step in range(windows.steps_per_epoch)]
             assert all(w.input_ids.shape[0] == accumulation and w.input_ids.shape[1] % devices == 0 for w in steps)
+            assert all((np.count_nonzero(w.rows >= 0, axis=1) <= batch_size).all() for w in steps)
             found = [(read_rows(window), window.valid_tokens, window.tokens) for window in steps]
             expected = expected or found
             assert found == expected
@@ -134,6 +135,10 @@ def test_pack(buffer):
     # Best fit decreasing needs at most 11/9 of the best plus 4 (Johnson 1974); the best is at least the tokens / capacity.
     if buffer == 1000:
         assert len(rows) <= 11 / 9 * -(-sum(lengths) // 32) + 4
+
+
+def test_pack_fills_a_row_exactly():
+    assert pack([5, 3, 4, 4, 2, 6], 8) == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_eval_batches():
