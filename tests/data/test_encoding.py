@@ -1,5 +1,7 @@
 """What is learnt, against TRL's and transformers' own tokenization."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -36,7 +38,8 @@ def trl_examples(rows, tokenizer, folder, **options):
     trainer = SFTTrainer(
         LlamaForCausalLM(small), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
-    batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    prepared: Any = trainer.train_dataset
+    batches = [trainer.data_collator([row]) for row in prepared]
     return [(batch["input_ids"][0].tolist(), batch["labels"][0].tolist()) for batch in batches]
 
 

@@ -34,6 +34,7 @@ def test_no_held_out_rows(rows_file, tiny):
 def test_fraction(rows_file, tiny):
     recipe = DataRecipe(path=rows_file("a.jsonl", 20), validation_fraction=0.25)
     train, held_out = prepare(recipe, tiny, 0)
+    assert held_out is not None
     assert len(held_out) == 5
     assert sorted(texts(train + held_out, tiny)) == sorted(f"eggs {i}" for i in range(20))
     assert texts(prepare(recipe, tiny, 0)[1], tiny) == texts(held_out, tiny)
@@ -43,6 +44,7 @@ def test_fraction(rows_file, tiny):
 def test_validation_file(rows_file, tiny):
     recipe = DataRecipe(path=rows_file("a.jsonl", 3), validation_path=rows_file("b.jsonl", 2), limit=1)
     train, held_out = prepare(recipe, tiny, 0)
+    assert held_out is not None
     assert (len(train), len(held_out)) == (1, 2)
 
 
