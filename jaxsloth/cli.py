@@ -1,0 +1,148 @@
+"""The commands: train, generate, parity, info, schema."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="LoRA and QLoRA fine-tuning on PyTorch and on JAX, with the same numbers.", no_args_is_help=True)
+_USER_ERROR = 2
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    _state["debug"] = debug
+
+
+_state: dict[str, bool] = {"debug": False}
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. optimizer.learning_rate=1e-3")] = None,
+    backend: Annotated[str | None, typer.Option(help="torch or jax; overrides the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    stop_after: Annotated[int | None, typer.Option(help="Stop at this step; the schedule stays the whole run's.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
+) -> None:
+    """Train a recipe. Under torchrun every process trains its share of each batch."""
+    from jaxsloth.recipe import load_recipe
+    from jaxsloth.training import run
+
+    chosen = [*(overrides or []), *([f"backend={backend}"] if backend is not None else [])]
+    run.train(load_recipe(recipe, chosen), resume=resume, stop_after=stop_after, quiet=quiet)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option(help="A folder, a .gguf file, package:NAME/file, or a Hugging Face name.")],
+    adapter: Annotated[str | None, typer.Option(help="The folder of a PEFT adapter for that model.")] = None,
+    backend: Annotated[str | None, typer.Option(help="torch or jax.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Store the linear layers as NF4.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    max_new_tokens: int = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be given again.")] = None,
+    seed: int = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+) -> None:
+    """Answer a prompt, as it is written."""
+    from jaxsloth.convert.peft_adapter import read_adapter
+    from jaxsloth.frontend.language_model import FastLanguageModel
+
+    language_model, tokenizer = FastLanguageModel.from_pretrained(
+        model, backend=backend, load_in_4bit=load_in_4bit, dtype=dtype
+    )
+    if adapter is not None:
+        config, values = read_adapter(Path(adapter))
+        language_model.model.add_adapters(config.apply(language_model.spec), values)
+    text = prompt
+    if not raw and getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    settings: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if temperature > 0:
+        settings |= {"do_sample": True, "temperature": temperature}
+    language_model.generate(
+        text,
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        on_text=lambda row, piece: print(piece, end="", flush=True),
+        **settings,
+    )
+    print()
+
+
+@app.command()
+def parity(
+    model: Annotated[str | None, typer.Option(help="The checkpoint; SmolLM2-135M-Instruct where none is named.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write all numbers.")] = None,
+) -> None:
+    """Measure both backends against bitsandbytes, transformers, PEFT and TRL; exit 1 where a bar is missed."""
+    from jaxsloth.parity import run
+
+    if not run(model, json_file):
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, devices, model families, and which implementation every op would use here."""
+    from jaxsloth.info import collect, show
+
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, Console())
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema."""
+    from jaxsloth.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. A user's mistake is one message on stderr and exit code 2; anything else keeps its traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("jaxsloth").setLevel(logging.INFO)
+    try:
+        app(args=arguments)
+    except Exception as error:
+        if _state["debug"] or not _is_users(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_USER_ERROR)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is one that this project raises for wrong input: its own types, and ValueErrors that its code raised."""
+    from jaxsloth.backend import BackendUnavailableError
+    from jaxsloth.kernels.registry import RefusedError
+    from jaxsloth.training.loop import NonFiniteLossError
+
+    if isinstance(error, BackendUnavailableError | RefusedError | NonFiniteLossError):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("jaxsloth")

@@ -1,0 +1,74 @@
+"""What `jaxsloth info` tells: versions, devices, families, and the implementation that each op would use here."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxsloth import __version__
+from jaxsloth.backend import BACKENDS, DtypeName, load_backend, missing_packages
+from jaxsloth.kernels.registry import Facts, all_ops, select
+from jaxsloth.models.registry import families
+
+PACKAGES = (
+    *("torch", "triton", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "safetensors", "gguf"),
+    *("bitsandbytes", "peft", "trl", "numpy"),
+)
+
+
+def collect() -> dict[str, Any]:
+    """Everything as plain data. A backend whose packages are missing is named with what it lacks."""
+    backends: dict[str, Any] = {}
+    ops: dict[str, Any] = {}
+    for name in BACKENDS:
+        missing = missing_packages(name)
+        if missing:
+            backends[name] = {"missing": missing, "install": f"pip install 'jaxsloth[{name}]'"}
+            continue
+        devices = load_backend(name).devices()
+        backends[name] = {"platform": devices.platform, "device": devices.name, "count": devices.count}
+        dtype: DtypeName = "float32" if devices.platform == "cpu" else "bfloat16"
+        for op in all_ops():
+            choice = select(op, name, Facts(devices.platform, dtype))
+            refused = [{"name": other, "reason": reason} for other, reason in choice.refused]
+            ops.setdefault(op.name, {})[name] = {"uses": choice.implementation.name, "refused": refused}
+    return {
+        "jaxsloth": __version__,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "backends": backends,
+        "families": families(),
+        "ops": ops,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    console.print(f"[bold]jaxsloth {found['jaxsloth']}[/], Python {found['python']}")
+    versions = ", ".join(f"{name} {value or 'absent'}" for name, value in found["packages"].items())
+    console.print(f"packages: {versions}")
+    for name, backend in found["backends"].items():
+        if "missing" in backend:
+            console.print(f"backend {name}: needs {', '.join(backend['missing'])}; {backend['install']}", markup=False)
+        else:
+            console.print(f"backend {name}: {backend['count']} × {backend['device']}")
+    for family, models in found["families"].items():
+        console.print(f"family {family}: {models}")
+    table = Table(title="which implementation each op would use here")
+    for column in ("op", "backend", "uses", "and why not the others"):
+        table.add_column(column, overflow="fold")
+    for op, by_backend in found["ops"].items():
+        for backend, choice in by_backend.items():
+            why = "; ".join(f"{refusal['name']} {refusal['reason']}" for refusal in choice["refused"])
+            table.add_row(op, backend, choice["uses"], why)
+    console.print(table)
