@@ -119,8 +119,12 @@ def prune(output: Path, keep: int, best_step: int | None) -> None:
             remove_folder(output / f"checkpoint-{step}")
 
 
-def clean(output: Path) -> None:
-    """Removes what a killed save or deletion left behind."""
+def clean(output: Path, resume_step: int) -> None:
+    """Removes what a killed save or deletion left behind, and checkpoints after resume_step: those could not be read, and
+    would stand in the place of whole ones when the oldest are deleted."""
+    for step in steps_saved(output):
+        if step > resume_step:
+            remove_folder(output / f"checkpoint-{step}")
     for entry in output.glob(f"{TEMPORARY_PREFIX}*"):
         if entry.is_dir():
             shutil.rmtree(entry)

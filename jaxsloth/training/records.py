@@ -86,9 +86,11 @@ class Bookkeeping:
         self._log: RunLog | None = None
         if main:
             plan.output.mkdir(parents=True, exist_ok=True)
-            checkpoints.clean(plan.output)
+            first_step = plan.resume.state.step if plan.resume is not None else 0
+            checkpoints.clean(plan.output, first_step)
+            self._prune(plan.resume.state.best_step if plan.resume is not None else None)
             write_text(plan.output / RECIPE, plan.recipe.to_yaml())
-            self._log = RunLog(plan.output / LOG, plan.resume.state.step if plan.resume is not None else 0)
+            self._log = RunLog(plan.output / LOG, first_step)
 
     @property
     def entries(self) -> list[Entry]:
@@ -119,9 +121,12 @@ class Bookkeeping:
             )
             adapter = self._model.trainable()
             checkpoints.save(plan.output, state, plan.spec, adapter, optimizer, plan.base_model, **self._stages)
-            best = progress.best_step if plan.recipe.checkpoints.best else None
-            checkpoints.prune(plan.output, plan.recipe.checkpoints.keep, best)
+            self._prune(progress.best_step)
         self._plan.backend.barrier()
+
+    def _prune(self, best_step: int | None) -> None:
+        section = self._plan.recipe.checkpoints
+        checkpoints.prune(self._plan.output, section.keep, best_step if section.best else None)
 
     def finish(self, progress: Progress) -> None:
         """Writes the adapter (the best one where the recipe asks for it) and the plot."""

@@ -81,12 +81,14 @@ def train(
 
     Args:
         resume: go on from the output folder's newest whole checkpoint.
-        stop_after: stop at this step (saved and evaluated), with the schedule of the whole run.
+        stop_after: stop at this step (from 1; saved and evaluated), with the schedule of the whole run.
         on_stage: told where each save stands; see `checkpoints.save`.
 
     Raises:
         ValueError: (RunError, RecipeError, CheckpointError, DataError …) a user's mistake, found before anything is written.
     """
+    if stop_after is not None and stop_after < 1:
+        raise RunError(f"stop_after must be at least 1, and {stop_after} came")
     opened = open_checkpoint(resolve_path(recipe.model))
     plan = make_plan(recipe, opened, resume=resume)
     model = build_model(plan, opened)
@@ -132,8 +134,8 @@ def plan_from_examples(
     total = recipe.steps or math.ceil((recipe.epochs or 1) * windows.steps_per_epoch)
     if saved is not None:
         check_values(saved.adapter, trainable_shapes(spec), f"{saved.folder}")
-        if saved.state.step >= total:
-            raise RunError(f"{recipe.checkpoints.output}: the run is complete ({saved.state.step} of {total} steps)")
+        if saved.state.step >= total:  # perhaps killed between its last checkpoint and its adapter: both are written again
+            logger.warning("%s: all %d steps are done; only the adapter and the plot are written", saved.folder.parent, total)
     dtype = choose_dtype(recipe, devices)
     return Plan(recipe, backend, devices, dtype, spec, base_model, windows, batches, total, saved)
 
@@ -237,6 +239,9 @@ def _progress(saved: SavedRun | None) -> Progress:
     if saved is None:
         return Progress()
     state = saved.state
+    best = saved.folder.parent / f"checkpoint-{state.best_step}"
+    if not best.is_dir():  # the run did not keep its best until now; from here on it may
+        return Progress(state.step, state.tokens, state.seconds)
     return Progress(state.step, state.tokens, state.seconds, state.best_step, state.best_loss)
 
 

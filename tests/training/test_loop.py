@@ -1,0 +1,176 @@
+"""The loop's decisions, over a model that only counts: when results are read, what is saved, evaluated and logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxsloth.backend import OptimizerOptions, StepResult
+from jaxsloth.batch import Batch, Window
+from jaxsloth.training.checkpoint import SavedRun, TrainerState
+from jaxsloth.training.loop import Fit, FitOptions, NonFiniteLossError, Progress
+
+OPTIONS = FitOptions(total_steps=6, learning_rate=lambda step: 0.1 * (step + 1), optimizer=OptimizerOptions(), seed=9)
+
+
+@dataclass
+class Scalar:
+    """A value on a device: float() waits for it, and the journal says when."""
+
+    value: float
+    step: int
+    journal: list[str]
+
+    def __float__(self) -> float:
+        self.journal.append(f"read {self.step}")
+        return self.value
+
+
+@dataclass
+class Counting:
+    """A model whose loss at step s (from 1) is losses[s], else 1/s; its held-out losses come from `held_out` in turn."""
+
+    losses: dict[int, float] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()
+    held_out: list[list[tuple[float, int]]] = field(default_factory=list)
+    journal: list[str] = field(default_factory=list)
+    seen: list[tuple[int, float, int, int]] = field(default_factory=list)
+    loaded: Any = None
+
+    def train_step(self, options: OptimizerOptions) -> Any:
+        return self
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        done = step + 1
+        self.journal.append(f"step {done}")
+        self.seen.append((step, learning_rate, seed, int(window.rows[0, 0])))
+        loss = self.losses.get(done, 1.0 / done)
+        return StepResult(Scalar(loss, done, self.journal), 0.5, float(done in self.skipped))
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"count": np.array(len(self.seen), np.int64)}
+
+    def load_state(self, state: Any) -> None:
+        self.loaded = state
+
+    def eval_step(self) -> Any:
+        turns = iter([pair for turn in self.held_out for pair in turn])
+        return lambda batch: next(turns)
+
+
+class Windows:
+    """Step s has s + 1 tokens, and its row is named s."""
+
+    def window(self, step: int) -> Window:
+        ids = np.zeros((1, 1, 8), np.int32)
+        segments = (np.arange(8) <= step).astype(np.int32)[None, None]
+        return Window(ids, ids, segments, ids, np.full((1, 1), step, np.int32), step + 1)
+
+
+@dataclass
+class Recorder:
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    saves: list[int] = field(default_factory=list)
+
+    def on_log(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+
+    on_evaluate = on_log
+
+    def on_save(self, step: int) -> None:
+        self.saves.append(step)
+
+
+def fit(model: Counting, options: FitOptions, batches: int = 0, resume: SavedRun | None = None):
+    recorder, saved = Recorder(), []
+    ids = np.zeros((1, 8), np.int32)
+    held_out = [Batch(ids, ids, ids, ids, np.zeros(1, np.int32))] * batches
+    start = Progress() if resume is None else Progress(resume.state.step, resume.state.tokens, resume.state.seconds)
+
+    def save(progress: Progress, state: dict[str, np.ndarray]) -> None:
+        saved.append((progress, int(state["count"])))
+
+    loop = Fit(model, Windows(), held_out, options, save, [recorder], start)  # type: ignore[arg-type]
+    return loop.run(resume), recorder, saved
+
+
+def test_every_step_gets_its_window_rate_and_seed():
+    model = Counting()
+    progress, recorder, saved = fit(model, OPTIONS)
+    assert model.seen == [(s, pytest.approx(0.1 * (s + 1)), 9, s) for s in range(6)]
+    assert [(e["step"], e["loss"], e["tokens"]) for e in recorder.entries] == [
+        (s, 1 / s, s * (s + 1) // 2) for s in range(1, 7)
+    ]
+    assert (progress.step, progress.tokens) == (6, 21)
+    assert [p.step for p, _ in saved] == recorder.saves == [6]
+
+
+def test_a_result_is_read_only_after_the_next_step_was_dispatched():
+    model = Counting()
+    fit(model, replace(OPTIONS, total_steps=3))
+    assert model.journal == ["step 1", "step 2", "read 1", "step 3", "read 2", "read 3"]
+
+
+def test_results_that_are_not_logged_are_never_read():
+    model = Counting()
+    _, recorder, _ = fit(model, replace(OPTIONS, total_steps=7, log_every=3))
+    assert [e["step"] for e in recorder.entries] == [3, 6, 7]
+    assert [line for line in model.journal if "read" in line] == ["read 3", "read 6", "read 7"]
+
+
+def test_everything_up_to_a_checkpoint_is_logged_before_it_is_written():
+    recorder = Recorder()
+    logged = []
+    loop = Fit(
+        Counting(),  # type: ignore[arg-type]
+        Windows(),
+        [],
+        replace(OPTIONS, save_every=2),
+        lambda progress, state: logged.append((progress.step, [e["step"] for e in recorder.entries])),
+        [recorder],
+    )
+    loop.run()
+    assert logged == [(2, [1, 2]), (4, [1, 2, 3, 4]), (6, [1, 2, 3, 4, 5, 6])]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(loss, late):
+    with pytest.raises(NonFiniteLossError, match=r"step 4 is (nan|inf)"):
+        fit(Counting(losses={4: loss}), replace(OPTIONS, read_late=late))
+
+
+def test_a_step_that_fp16_skipped_may_overflow():
+    _, recorder, _ = fit(Counting(losses={4: float("inf")}, skipped=frozenset({4})), OPTIONS)
+    assert [e["step"] for e in recorder.entries if e.get("skipped")] == [4]
+    assert len(recorder.entries) == 6
+
+
+def test_the_held_out_loss_is_over_tokens_not_over_batches():
+    model = Counting(held_out=[[(30.0, 10), (1.0, 1)], [(11.0, 10), (0.0, 1)]])
+    _, recorder, _ = fit(model, replace(OPTIONS, total_steps=4, evaluate_every=2), batches=2)
+    found = [(e["step"], e["eval_loss"], e["eval_tokens"]) for e in recorder.entries if "eval_loss" in e]
+    assert found == [(2, 31 / 11, 11), (4, 1.0, 11)]
+
+
+def test_the_best_is_saved_when_it_is_met():
+    model = Counting(held_out=[[(3.0, 1)], [(1.0, 1)], [(2.0, 1)]])
+    progress, _, saved = fit(model, replace(OPTIONS, evaluate_every=2, save_best=True), batches=1)
+    assert [(p.step, p.best_step, p.best_loss) for p, _ in saved] == [(2, 2, 3.0), (4, 4, 1.0), (6, 4, 1.0)]
+    assert (progress.best_step, progress.best_loss) == (4, 1.0)
+
+
+def test_it_stops_where_it_is_told_with_the_whole_run_s_rates_and_goes_on_from_there():
+    model = Counting()
+    progress, _, saved = fit(model, replace(OPTIONS, stop_after=4))
+    assert [p.step for p, _ in saved] == [4]
+    state = TrainerState(progress.step, "torch", {}, progress.tokens, 100.0)
+    again = Counting()
+    resumed, recorder, _ = fit(again, OPTIONS, resume=SavedRun(state, {}, {"count": np.array(4)}, None))  # type: ignore[arg-type]
+    assert again.loaded == {"count": np.array(4)}
+    assert again.seen == [(s, pytest.approx(0.1 * (s + 1)), 9, s) for s in (4, 5)]
+    assert (resumed.step, resumed.tokens) == (6, 21)
+    assert all(entry["seconds"] >= 100.0 for entry in recorder.entries)
