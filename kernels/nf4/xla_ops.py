@@ -15,13 +15,14 @@ from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested
 jax.tree_util.register_dataclass(Nested, data_fields=["absmax", "offset", "code"], meta_fields=[])
 jax.tree_util.register_dataclass(NF4, data_fields=["codes", "absmax", "nested"], meta_fields=["shape"])
 
-SMALLEST_ABSMAX = 1e-38  # what bitsandbytes stores for a partial block of zeros
-SMALLEST_NORMAL = 2.0**-126
+SMALLEST_ABSMAX = np.float32(1e-38)
 _PADDING_INDEX = 7  # the code of zero: what bitsandbytes puts in the low nibble after an odd number of values
 
 
 def quantize(weight: Float[Array, "out in"], *, nested: bool = False, offset: Float32[Array, ""] | None = None) -> NF4:
     """Quantize a weight ``[out, in]`` of any float dtype, on its device; see the contract for the format.
+
+    Reciprocals of the maxima are taken on the host, so this can't be traced: weights are quantized as they are loaded.
 
     Args:
         offset: replaces the mean of the maxima in a nested quantization.
@@ -34,48 +35,63 @@ def quantize(weight: Float[Array, "out in"], *, nested: bool = False, offset: Fl
     if offset is not None and not nested:
         raise ValueError("offset belongs to nested quantization: pass nested=True with it, or leave it out")
     shape = (weight.shape[0], weight.shape[1])
-    codes, absmax = _quantize_blocks(weight)
+    absmax = _block_maxima(weight.reshape(-1), BLOCK)
+    flat = weight.reshape(-1)
+    tail = None
+    if flat.size % BLOCK:
+        # bitsandbytes multiplies whole blocks by a rounded reciprocal, divides a last, partial one, and keeps its scale from 0.
+        last = np.maximum(np.asarray(absmax[-1]), SMALLEST_ABSMAX)
+        tail = jnp.asarray(np.asarray(flat[-(flat.size % BLOCK) :], np.float32) / last)
+        absmax = absmax.at[-1].set(last)
+    codes = _codes(flat, _reciprocals(np.maximum(np.asarray(absmax), SMALLEST_ABSMAX)), tail)
     if not nested:
         return NF4(codes, absmax, None, shape)
     offset = jnp.mean(absmax) if offset is None else offset
-    absmax_codes, outer = _quantize_absmax(absmax, offset)
+    centred = absmax - offset
+    outer = _block_maxima(centred, NESTED_BLOCK)
+    absmax_codes = _nested_codes(centred, outer, _reciprocals(np.asarray(outer)))
     return NF4(codes, absmax_codes, Nested(outer, offset, jnp.asarray(dynamic_code())), shape)
 
 
+def _reciprocals(values: np.ndarray) -> Array:
+    """1 / values, 0 for 0, correctly rounded: XLA's division on a GPU is not, and it reads denormals as 0."""
+    with np.errstate(divide="ignore"):
+        return jnp.asarray(np.where(values > 0, np.float32(1.0) / values, np.float32(0.0)).astype(np.float32))
+
+
+@partial(jax.jit, static_argnames=("size",))
+def _block_maxima(flat: Array, size: int) -> Array:
+    """The largest magnitude of every `size` values, float32."""
+    flat = flat.astype(jnp.float32)
+    return jnp.max(jnp.abs(jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size)), axis=1)
+
+
 @jax.jit
-def _quantize_blocks(weight: Array) -> tuple[Array, Array]:
-    flat = weight.reshape(-1).astype(jnp.float32)
-    blocks = jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
-    absmax = jnp.max(jnp.abs(blocks), axis=1)
-    # bitsandbytes multiplies whole blocks by a rounded reciprocal, and divides a last, partial one. The barrier keeps XLA from
-    # turning the one into the other. Selections take the place of maxima with 1e-38, a denormal, which XLA reads as zero.
-    scale = jnp.where(absmax < SMALLEST_NORMAL, SMALLEST_NORMAL, absmax)
-    scaled = blocks * jax.lax.optimization_barrier(1.0 / scale)[:, None]
-    if flat.size % BLOCK:
-        scaled = scaled.at[-1].set(blocks[-1] / jax.lax.optimization_barrier(jnp.full(BLOCK, scale[-1])))
-        absmax = absmax.at[-1].set(jnp.where(absmax[-1] < SMALLEST_NORMAL, SMALLEST_ABSMAX, absmax[-1]))
-    midpoints = (CODE[:-1] + CODE[1:]) / np.float32(2)
+def _codes(flat: Array, reciprocals: Array, tail: Array | None) -> Array:
+    """uint8 ``[bytes]`` from the values, the reciprocal of every block's maximum, and a partial block already scaled."""
+    padded = jnp.pad(flat.astype(jnp.float32), (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+    scaled = (padded * reciprocals[:, None]).reshape(-1)[: flat.size + flat.size % 2]
+    if tail is not None:
+        scaled = jax.lax.dynamic_update_slice_in_dim(scaled, tail, flat.size - tail.size, axis=0)
     # The number of midpoints below a value; fifteen comparisons fuse, a binary search does not.
-    indices = sum((scaled > midpoint).astype(jnp.uint8) for midpoint in midpoints)
-    indices = jnp.asarray(indices).reshape(-1)[: flat.size + flat.size % 2]
+    midpoints = (CODE[:-1] + CODE[1:]) / np.float32(2)
+    indices = jnp.zeros(scaled.shape, jnp.uint8)
+    for midpoint in midpoints:
+        indices += (scaled > midpoint).astype(jnp.uint8)
     if flat.size % 2:
         indices = indices.at[-1].set(_PADDING_INDEX)
-    return (indices[::2] << 4) | indices[1::2], absmax
+    return (indices[::2] << 4) | indices[1::2]
 
 
 @jax.jit
-def _quantize_absmax(absmax: Array, offset: Array) -> tuple[Array, Array]:
-    """The maxima less their offset, in 8 bits, and their own maxima by blocks of 256."""
-    centred = absmax - offset
+def _nested_codes(centred: Array, outer: Array, reciprocals: Array) -> Array:
+    """The 8-bit codes of the maxima less their offset; outer holds the maximum of every 256."""
     padded = jnp.pad(centred, (0, -centred.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-    outer = jnp.max(jnp.abs(padded), axis=1)
-    reciprocal = jnp.where(outer > 0, 1.0 / jnp.where(outer > 0, outer, 1.0), 0.0)
-    scaled = jnp.clip(padded * reciprocal[:, None], -1.0, 1.0)
-    # Each operation is rounded by itself, as bitsandbytes' are: the clips keep XLA from contracting product and sum.
+    scaled = jnp.clip(padded * reciprocals[:, None], -1.0, 1.0)
+    # Each operation is rounded by itself, as bitsandbytes' are: the clip keeps XLA from contracting product and sum.
     steps = jnp.clip((scaled + 1.0) * 0.5 * 65535.0, 0.0, 65535.0) + 0.5
     codes = jnp.asarray(nested_lookup())[steps.astype(jnp.int32)]
-    codes = jnp.where(outer[:, None] == 0, jnp.uint8(0), codes)
-    return codes.reshape(-1)[: centred.size], outer
+    return jnp.where(outer[:, None] == 0, jnp.uint8(0), codes).reshape(-1)[: centred.size]
 
 
 def select_layer(quantized: NF4, layer: Int[Array, ""]) -> NF4:

@@ -1,0 +1,122 @@
+"""RMSNorm as Pallas kernels (lowered through Triton): a row is held whole in registers, read once and written once.
+
+Forward, a row a program: ``rstd = 1 / sqrt(mean(x²) + eps)``, ``y = x·rstd·(offset + w)``, rstd kept.
+Backward, a run of rows a program, each summing its part of dweight: with ``n = x·rstd`` and ``g = dy·(offset + w)``:
+``dx = rstd·(g - n·mean(g·n))``, ``dweight = Σ dy·n``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+PROGRAMS = 512  # of the backward: four for each multiprocessor of an H200
+
+
+def _parameters(width: int) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=4 if width <= 2048 else 8 if width <= 8192 else 16, num_stages=1)
+
+
+def _forward_kernel(x: Any, weight: Any, y: Any, rstd: Any, *, hidden: int, width: int, eps: float, offset: float) -> None:
+    row, column = pl.program_id(0), jnp.arange(width, dtype=jnp.int32)
+    inside = column < hidden
+    values = plgpu.load(x.at[row, column], mask=inside, other=0.0).astype(jnp.float32)
+    scale = plgpu.load(weight.at[column], mask=inside, other=0.0).astype(jnp.float32)
+    reciprocal = jax.lax.rsqrt(jnp.sum(values * values) / hidden + eps)
+    rstd[row] = reciprocal
+    normalised = values * reciprocal
+    # Llama rounds before it multiplies by the weight.
+    result = normalised.astype(x.dtype).astype(jnp.float32) * scale if offset == 0.0 else normalised * (offset + scale)
+    plgpu.store(y.at[row, column], result.astype(y.dtype), mask=inside)
+
+
+def _backward_kernel(
+    x: Any, weight: Any, rstd: Any, dy: Any, dx: Any, dweight: Any, *, rows: int, each: int, width: int, offset: float
+) -> None:
+    hidden = x.shape[1]
+    program, column = pl.program_id(0), jnp.arange(width, dtype=jnp.int32)
+    inside = column < hidden
+    scale = offset + plgpu.load(weight.at[column], mask=inside, other=0.0).astype(jnp.float32)
+
+    def one_row(step: Any, total: Any) -> Any:
+        row = program * each + step
+        valid = inside & (row < rows)
+        row = jnp.minimum(row, rows - 1)
+        slope = plgpu.load(dy.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
+        n = plgpu.load(x.at[row, column], mask=valid, other=0.0).astype(jnp.float32) * rstd[row]
+        g = slope * scale
+        result = rstd[row] * (g - n * (jnp.sum(g * n) / hidden))
+        plgpu.store(dx.at[row, column], result.astype(dx.dtype), mask=valid)
+        return total + slope * n
+
+    total = jax.lax.fori_loop(0, each, one_row, jnp.zeros(width, jnp.float32))
+    plgpu.store(dweight.at[program, column], total, mask=inside)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _rms_norm(x: Array, weight: Array, eps: float, offset: float, interpret: bool) -> Array:
+    return _forward(x, weight, eps, offset, interpret)[0]
+
+
+def _forward(x: Array, weight: Array, eps: float, offset: float, interpret: bool) -> tuple[Array, Any]:
+    rows, hidden = x.shape
+    width = pl.next_power_of_2(hidden)
+    call = pl.pallas_call(
+        partial(_forward_kernel, hidden=hidden, width=width, eps=eps, offset=offset),
+        out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)),
+        grid=(rows,),
+        compiler_params=_parameters(width),
+        interpret=interpret,
+        name="rms_norm_forward",
+    )
+    y, rstd = call(x, weight)
+    return y, (x, weight, rstd)
+
+
+def _backward(eps: float, offset: float, interpret: bool, kept: Any, dy: Array) -> tuple[Array, Array]:
+    del eps
+    x, weight, rstd = kept
+    rows, hidden = x.shape
+    width = pl.next_power_of_2(hidden)
+    programs = min(rows, PROGRAMS)
+    call = pl.pallas_call(
+        partial(_backward_kernel, rows=rows, each=pl.cdiv(rows, programs), width=width, offset=offset),
+        out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((programs, hidden), jnp.float32)),
+        grid=(programs,),
+        compiler_params=_parameters(width),
+        interpret=interpret,
+        name="rms_norm_backward",
+    )
+    dx, parts = call(x, weight, rstd, dy)
+    return dx, parts.sum(axis=0).astype(weight.dtype)
+
+
+_rms_norm.defvjp(_forward, _backward)
+
+
+def rms_norm(
+    x: Float[Array, "*lead hidden"],
+    weight: Float[Array, " hidden"],
+    *,
+    eps: float,
+    offset: float = 0.0,
+    interpret: bool = False,
+) -> Float[Array, "*lead hidden"]:
+    """Normalise the last axis to a root mean square of one and scale it by ``offset + weight``; x's dtype is kept."""
+    if x.size == 0:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    # Offsets are int32 in the kernel: more elements than that take several calls.
+    pieces = [rows[start : start + _most_rows(rows)] for start in range(0, rows.shape[0], _most_rows(rows))]
+    done = [_rms_norm(piece, weight, eps, offset, interpret) for piece in pieces]
+    return (done[0] if len(done) == 1 else jnp.concatenate(done)).reshape(x.shape)
+
+
+def _most_rows(rows: Array) -> int:
+    return (2**31 - 1) // rows.shape[1]

@@ -1,0 +1,94 @@
+"""Every JAX implementation of every op against its float64 reference: one body, all cases and dtypes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
+from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
+from jaxsloth.kernels.dropout.torch_ops import keep_mask as torch_keep_mask
+from jaxsloth.kernels.dropout.xla_ops import keep_mask, threefry_2x32
+from jaxsloth.kernels.registry import Facts, Implementation, Op, all_ops
+from jaxsloth.kernels.rms_norm import pallas_kernel
+from jaxsloth.parity.l1_ops import error
+from jaxsloth.parity.op_runners import ARGUMENTS, part, prepare, run_jax, run_reference
+
+DTYPES = ("float32", "bfloat16", "float16")
+OPS = {op.name: op for op in all_ops() if op.name in ARGUMENTS}
+
+
+class Interpreted(Implementation):
+    """The Pallas RMSNorm as JAX's interpreter runs it."""
+
+    def load(self):
+        return partial(pallas_kernel.rms_norm, interpret=True)
+
+
+def check(op: Op, case, dtype: str, requested: str, platform: str = "cpu") -> None:
+    inputs = prepare(op.name, case, dtype)
+    tolerance = part(op.name, "contract").TOLERANCES[dtype]
+    got = run_jax(op, case, inputs, Facts(platform, dtype), requested)
+    for name, expected in run_reference(op.name, case, inputs).items():
+        bar = tolerance.output if name == "output" else tolerance.gradient
+        assert error(got[name], expected) <= bar, f"{name}: {error(got[name], expected):.2e} over {bar}"
+
+
+def every_case():
+    return [pytest.param(name, case, id=f"{name}-{case.name}") for name in OPS for case in part(name, "cases").CASES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])  # float16 takes the same code; the GPU tests have it
+@pytest.mark.parametrize(("name", "case"), every_case())
+def test_xla_against_the_reference(name, case, dtype):
+    check(OPS[name], case, dtype, "xla")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("case", part("rms_norm", "cases").CASES, ids=lambda case: case.name)
+def test_pallas_rms_norm_interpreted(case, dtype):
+    inputs = prepare("rms_norm", case, dtype)
+    tolerance = part("rms_norm", "contract").TOLERANCES[dtype]
+    interpreted = Interpreted("interpreted", "jax", "")
+    got = run_jax(Op("rms_norm", (interpreted,)), case, inputs, Facts("cpu", dtype))
+    for name, expected in run_reference("rms_norm", case, inputs).items():
+        assert error(got[name], expected) <= (tolerance.output if name == "output" else tolerance.gradient), name
+
+
+@pytest.mark.parametrize("case", DROPOUT_CASES, ids=lambda case: case.name)
+def test_dropout_masks_are_torchs(case):
+    import torch
+
+    inputs = make_dropout_inputs(case, 0)
+    ours = keep_mask(
+        jnp.asarray(inputs["key"], jnp.uint32), jnp.asarray(inputs["rows"]), case.length, case.channels, rate=case.rate
+    )
+    theirs = torch_keep_mask(
+        torch.from_numpy(inputs["key"].astype(np.int64)),
+        torch.from_numpy(inputs["rows"]),
+        case.length,
+        case.channels,
+        rate=case.rate,
+    )
+    assert np.array_equal(np.asarray(ours), theirs.numpy())
+
+
+def test_threefry_is_jaxs():
+    from jax.extend.random import threefry_2x32 as judge
+
+    key = jnp.array([123456789, 987654321], jnp.uint32)
+    counter = jnp.arange(64, dtype=jnp.uint32)
+    expected = judge(key, counter)
+    first, second = threefry_2x32(key, counter[:32], counter[32:])
+    assert np.array_equal(np.concatenate([first, second]), np.asarray(expected))
+
+
+def test_a_dropout_step_needs_no_other_program():
+    mask = jax.jit(lambda key: keep_mask(key, jnp.arange(2, dtype=jnp.int32), 3, 5, rate=0.5))
+    masks = [np.asarray(mask(jnp.array([step, 7], jnp.uint32))) for step in range(8)]
+    assert mask._cache_size() == 1
+    assert len({m.tobytes() for m in masks}) > 1
