@@ -73,18 +73,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_rows(file: Path, count: int = 22) -> Path:
-    """Prompts and completions of unequal lengths, 20 to 60 tokens in all."""
+    """Prompts and completions of unequal lengths, 15 to 60 tokens in all."""
     generator = np.random.Generator(np.random.Philox(7))
     lines = []
     for number in range(count):
-        words = generator.choice(WORDS, 3 + number % 7)
+        words = generator.choice(WORDS, 3 + number % 6)
         row = {"prompt": f"{number}: {words[0]} ", "completion": " ".join(words[1:])}
         lines.append(json.dumps(row) + "\n")
     file.write_text("".join(lines), encoding="utf-8")
     return file
 
 
-def recipe_values(model: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def recipe_values(model: Path, rows: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
     """A recipe as plain data: 6 steps of 2 × 2 rows in float32 with clipping, decay and dropout; `changes` replace fields."""
     return {
         "model": str(model),
@@ -102,5 +102,5 @@ def recipe_values(model: Path, rows: Path, output: Path, **changes: Any) -> dict
     } | changes
 
 
-def tiny_recipe(model: Path, rows: Path, output: Path, **changes: Any) -> Recipe:
+def tiny_recipe(model: Path, rows: Path, output: Path, /, **changes: Any) -> Recipe:
     return make_recipe(recipe_values(model, rows, output, **changes))

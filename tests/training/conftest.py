@@ -18,7 +18,7 @@ class Tiny:
     model: Path
     rows: Path
 
-    def recipe(self, output: Path, **changes: Any) -> Recipe:
+    def recipe(self, output: Path, /, **changes: Any) -> Recipe:
         return tiny_recipe(self.model, self.rows, output, **changes)
 
 

@@ -1,0 +1,104 @@
+"""A run that goes on, on its own backend or the other, has the uninterrupted run's curve."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxsloth.backend import BACKENDS
+from jaxsloth.training import checkpoint as checkpoints
+from jaxsloth.training.log import read_log
+from jaxsloth.training.records import RunResult
+from jaxsloth.training.run import train
+
+BAR = 1e-5
+HALF, WHOLE = 20, 40
+
+
+@dataclass(frozen=True)
+class Run:
+    output: Path
+    result: RunResult
+    losses: np.ndarray
+
+
+def recipe(tiny, output, backend):
+    return tiny.recipe(
+        output,
+        backend=backend,
+        steps=WHOLE,
+        optimizer={"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        checkpoints={"output": str(output), "every": HALF},
+    )
+
+
+def losses(output):
+    return np.array([entry["loss"] for entry in read_log(output / "log.jsonl") if "loss" in entry])
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """40 steps of each backend."""
+    runs = {}
+    for backend in BACKENDS:
+        output = tmp_path_factory.mktemp("whole") / backend
+        result = train(recipe(tiny, output, backend), quiet=True)
+        runs[backend] = Run(output, result, losses(output))
+    return runs
+
+
+def test_the_backends_have_one_curve(whole):
+    assert whole["torch"].losses.shape == whole["jax"].losses.shape == (WHOLE,)
+    np.testing.assert_allclose(whole["torch"].losses, whole["jax"].losses, rtol=0, atol=BAR)
+    assert whole["torch"].losses[:5].mean() - whole["torch"].losses[-5:].mean() > 0.3  # it learns, with clipping and dropout
+    norms = [entry["grad_norm"] for entry in read_log(whole["torch"].output / "log.jsonl")]
+    assert min(norms) < max(norms)
+    assert np.mean(np.array(norms) > 0.5) > 0.5
+
+
+@pytest.mark.parametrize(("first", "second"), [("torch", "jax"), ("jax", "torch")])
+def test_a_run_goes_on_on_the_other_backend(tiny, whole, tmp_path, first, second):
+    output = tmp_path / "run"
+    source = whole[first].output
+    for name in (f"checkpoint-{HALF}", "log.jsonl", "recipe.yaml"):  # as a kill in steps 21 to 40 would have left it
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+        output.mkdir(exist_ok=True)
+        copy(source / name, output / name)
+    result = train(recipe(tiny, output, second), resume=True, quiet=True)
+    assert checkpoints.load(output / f"checkpoint-{WHOLE}").state.backend == second
+    found = losses(output)
+    np.testing.assert_array_equal(found[:HALF], whole[first].losses[:HALF])
+    for judge in BACKENDS:
+        np.testing.assert_allclose(found[HALF:], whole[judge].losses[HALF:], rtol=0, atol=BAR, err_msg=f"against {judge}")
+    assert (result.steps, result.tokens) == (WHOLE, whole[first].result.tokens)
+
+
+def test_without_the_optimizer_s_state_the_curve_is_another(tiny, whole, tmp_path):
+    """The bar can be missed: the adapter alone is not enough."""
+    output = tmp_path / "run"
+    shutil.copytree(whole["torch"].output, output)
+    shutil.rmtree(output / f"checkpoint-{WHOLE}")
+    saved = checkpoints.load(output / f"checkpoint-{HALF}")
+    from safetensors.numpy import save_file
+
+    forgotten = {name: value if name == "count" else np.zeros_like(value) for name, value in saved.optimizer.items()}
+    save_file(forgotten, saved.folder / checkpoints.STATE)
+    train(recipe(tiny, output, "torch"), resume=True, quiet=True)
+    assert np.abs(losses(output)[HALF:] - whole["torch"].losses[HALF:]).max() > 100 * BAR
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4-nested"])
+def test_stopping_and_going_on_equals_not_stopping(tiny, tmp_path, quantization):
+    def of(name):
+        return tiny.recipe(tmp_path / name, steps=8, quantization=quantization)
+
+    train(of("whole"), quiet=True)
+    stopped = train(of("parts"), stop_after=3, quiet=True)
+    assert stopped.steps == 3
+    assert (tmp_path / "parts" / "adapter").is_dir()
+    train(of("parts"), resume=True, quiet=True)
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
