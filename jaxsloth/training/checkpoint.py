@@ -33,7 +33,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint knows besides weights. step: optimizer steps done; tokens and seconds: since the run began."""
+    """What a checkpoint knows besides weights. step: optimizer steps done; tokens and seconds: since the run began; backend
+    and devices: what the last part of the run was trained on."""
 
     step: int
     backend: str
@@ -42,6 +43,7 @@ class TrainerState:
     seconds: float
     best_step: int | None = None
     best_loss: float | None = None
+    devices: int = 1
 
 
 @dataclass(frozen=True)

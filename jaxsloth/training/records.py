@@ -118,6 +118,7 @@ class Bookkeeping:
                 seconds=progress.seconds,
                 best_step=progress.best_step,
                 best_loss=progress.best_loss,
+                devices=plan.devices.count,
             )
             adapter = self._model.trainable()
             checkpoints.save(plan.output, state, plan.spec, adapter, optimizer, plan.base_model, **self._stages)

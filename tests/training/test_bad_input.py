@@ -163,6 +163,17 @@ def test_an_output_folder_that_holds_another_run_or_a_changed_one(tiny, finished
     assert contents(finished) == before
 
 
+def test_a_checkpoint_of_another_model(tiny, finished, contents):
+    file = finished / "checkpoint-2" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file({key: value for key, value in weights.items() if key != name}, file)
+    before = contents(finished)
+    with pytest.raises(ValueError, match=f"checkpoint-2 lacks {name}"):
+        train(tiny.recipe(finished, steps=3), resume=True, quiet=True)
+    assert contents(finished) == before
+
+
 def test_an_output_folder_that_holds_something_else(tiny, tmp_path, contents):
     output = tmp_path / "run"
     output.mkdir()
