@@ -55,14 +55,17 @@ def attention(
     """As the contract says; keeps what autodiff keeps, the probabilities among it.
 
     Raises:
-        ValueError: heads is no multiple of kv_heads, or only kv_segments is given.
+        ValueError: heads is no multiple of kv_heads, segments are given for the keys only, or q_segments has to serve for
+            keys of another length.
     """
     batch, q_length, heads, head_dim = q.shape
     kv_length, kv_heads = k.shape[1:3]
     if heads % kv_heads:
         raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
     if q_segments is None and kv_segments is not None:
-        raise ValueError("kv_segments need q_segments beside them")
+        raise ValueError("kv_segments came without q_segments: pass the queries' segments too")
+    if q_segments is not None and kv_segments is None and q_length != kv_length:
+        raise ValueError(f"q_segments [{q_length}] can't stand for {kv_length} keys: pass kv_segments")
     grouped = q.reshape(batch, q_length, kv_heads, heads // kv_heads, head_dim)
     precision = precision_of(q.dtype)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, precision=precision, preferred_element_type=jnp.float32) * scale

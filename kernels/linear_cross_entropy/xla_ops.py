@@ -100,7 +100,7 @@ def linear_cross_entropy(
     """The summed cross entropy of ``hidden·weightᵀ`` against `targets`, with at most `chunk` tokens' logits at a time.
 
     Args:
-        train_weight: also form the gradient of the weight (of the weight's dtype; float32 while it is summed).
+        train_weight: also form the gradient of the weight, float32 whatever the weight's dtype.
 
     Raises:
         ValueError: chunk is not positive.

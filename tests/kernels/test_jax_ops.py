@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsloth.kernels.attention.xla_ops import attention
 from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask as torch_keep_mask
 from jaxsloth.kernels.dropout.xla_ops import keep_mask, threefry_2x32
+from jaxsloth.kernels.linear_cross_entropy.xla_ops import linear_cross_entropy
+from jaxsloth.kernels.lora_matmul.contract import Dropout
+from jaxsloth.kernels.lora_matmul.xla_ops import lora_matmul
 from jaxsloth.kernels.registry import Facts, Implementation, Op, all_ops
 from jaxsloth.kernels.rms_norm import pallas_kernel
 from jaxsloth.parity.l1_ops import error
@@ -92,3 +96,59 @@ def test_a_dropout_step_needs_no_other_program():
     masks = [np.asarray(mask(jnp.array([step, 7], jnp.uint32))) for step in range(8)]
     assert mask._cache_size() == 1
     assert len({m.tobytes() for m in masks}) > 1
+
+
+def test_a_layer_of_a_dense_stack():
+    stack = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 7)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 7)), jnp.float32)
+
+    def value_and_gradient(x, base, layer):
+        return jax.value_and_grad(lambda x: (lora_matmul(x, base, layer=layer) ** 2).sum())(x)
+
+    for index in range(3):
+        stacked = jax.jit(value_and_gradient)(x, stack, jnp.int32(index))
+        single = jax.jit(lambda x, base: value_and_gradient(x, base, None))(x, stack[index])
+        for got, expected in zip(stacked, single, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_traced_offset_is_the_plain_one():
+    q, k, v = (jnp.asarray(np.random.default_rng(i).normal(size=(1, n, 2, 8)), jnp.float32) for i, n in enumerate((1, 9, 9)))
+    traced = jax.jit(lambda offset: attention(q, k, v, scale=0.3, window=3, q_offset=offset))
+    for offset in (0, 4, 8):
+        expected = attention(q, k, v, scale=0.3, window=3, q_offset=offset)
+        np.testing.assert_allclose(traced(jnp.int32(offset)), expected, rtol=0, atol=1e-6)  # of values around 1
+    assert traced._cache_size() == 1
+
+
+def heads(count: int, length: int = 4):
+    return jnp.ones((1, length, count, 8))
+
+
+SEGMENTS = jnp.ones((1, 4), jnp.int32)
+DROPOUT = Dropout(0.5, jnp.zeros(2, jnp.uint32), jnp.zeros(1, jnp.int32))
+WRONG = {
+    "heads": (lambda: attention(heads(3), heads(2), heads(2), scale=1.0), "multiple of kv_heads"),
+    "no q_segments": (lambda: attention(heads(2), heads(2), heads(2), scale=1.0, kv_segments=SEGMENTS), "without q_segments"),
+    "lengths": (
+        lambda: attention(heads(2), heads(2, 6), heads(2, 6), scale=1.0, q_segments=SEGMENTS),
+        "can't stand for 6 keys",
+    ),
+    "half an adapter": (lambda: lora_matmul(jnp.ones((2, 4)), jnp.ones((3, 4)), jnp.ones((1, 4))), "both or neither"),
+    "flat dropout": (
+        lambda: lora_matmul(jnp.ones((2, 4)), jnp.ones((3, 4)), dropout=DROPOUT),
+        "must be \\[batch, length, in\\]",
+    ),
+    "chunk": (
+        lambda: linear_cross_entropy(jnp.ones((2, 4)), jnp.ones((3, 4)), jnp.zeros(2, jnp.int32), chunk=-1),
+        "chunk must be positive",
+    ),
+    "rate": (lambda: keep_mask(DROPOUT.key, DROPOUT.rows, 2, 2, rate=1.0), "in \\[0, 1\\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        call()
