@@ -1,0 +1,154 @@
+"""Imports point one way: docs/architecture.md's table, enforced on every import of every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxsloth.kernels.registry import OP_FOLDERS
+
+ROOT = Path(__file__).parents[2]
+TORCH, JAX = {"torch", "triton"}, {"jax", "jaxlib", "flax", "optax"}
+FRAMEWORKS = TORCH | JAX
+NUMBERS = {"numpy", "ml_dtypes"}
+FREE = None  # may import anything
+BACKEND_MAY = ("kernels", "models", "recipe", "backend", "batch", "convert")
+
+# A file matches the first pattern that fits. (third-party packages, parts of jaxsloth, packages allowed inside functions only)
+RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
+    ("jaxsloth/models/*.py", {"pydantic"}, ("models",), set()),
+    ("jaxsloth/transforms.py", {"pydantic"}, ("models",), set()),
+    ("jaxsloth/recipe.py", {"pydantic", "pydantic_core", "yaml"}, ("models", "transforms"), set()),
+    ("jaxsloth/batch.py", NUMBERS, (), set()),
+    ("jaxsloth/backend.py", NUMBERS, ("batch", "models"), set()),
+    ("jaxsloth/generation.py", NUMBERS, ("backend",), set()),
+    ("kernels/registry.py", set(), (), set()),
+    ("kernels/tolerance.py", set(), (), set()),
+    ("kernels/*/contract.py", NUMBERS, ("kernels",), set()),
+    ("kernels/*/cases.py", NUMBERS, ("kernels",), set()),
+    ("kernels/*/reference.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/torch_ops.py", NUMBERS | {"torch", "jaxtyping"}, ("kernels",), set()),
+    ("kernels/torch_matmul.py", {"torch", "jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/triton_kernel.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/xla_ops.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
+    ("kernels/jax_platform.py", {"jax"}, ("kernels",), set()),
+    ("kernels/*/pallas_kernel.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
+    (
+        "convert/*.py",
+        NUMBERS | {"safetensors"},
+        ("convert", "models", "transforms", "backend", "kernels.nf4.contract"),
+        FRAMEWORKS | {"gguf", "huggingface_hub"},
+    ),
+    (
+        "jaxsloth/data/*.py",
+        NUMBERS | {"jinja2", "rich"},
+        ("data", "recipe", "batch", "convert"),
+        {"datasets", "transformers", "pyarrow", "jinja2"},
+    ),
+    (
+        "jaxsloth/training/*.py",
+        NUMBERS | {"rich", "yaml", "safetensors"},
+        ("training", "data", "convert", "models", "recipe", "batch", "backend"),
+        {"matplotlib"},
+    ),
+    (
+        "torch_backend/*.py",
+        NUMBERS | TORCH,
+        ("torch_backend", "kernels", "models", "recipe", "backend", "batch", "convert"),
+        set(),
+    ),
+    (
+        "jaxsloth/jax_backend/*.py",
+        NUMBERS | JAX,
+        ("jax_backend", "kernels", "models", "recipe", "backend", "batch", "convert"),
+        set(),
+    ),
+    ("jaxsloth/parity/*.py", FREE, (), set()),
+    ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
+    ("jaxsloth/*.py", NUMBERS | {"typer", "rich"}, ("*",), set()),
+]
+
+
+def sources() -> list[Path]:
+    folders = ("jaxsloth", "kernels", "torch_backend", "convert")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    return sorted(file for file in files if "__pycache__" not in file.parts and file.resolve() == file)
+
+
+def rule_of(file: Path):
+    relative = file.relative_to(ROOT)
+    return next((rule for rule in RULES if relative.match(rule[0]) and len(Path(rule[0]).parts) == len(relative.parts)), None)
+
+
+def imports(file: Path) -> list[tuple[str, bool]]:
+    """(module, whether it is imported inside a function or for type checking only)."""
+    found: list[tuple[str, bool]] = []
+
+    def visit(node: ast.AST, late: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, late) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                found.append((child.module, late))
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            visit(child, late or inside)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")), False)
+    return found
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_one_way(file):
+    rule = rule_of(file)
+    if file.name == "__init__.py" and rule is None:
+        assert not imports(file)
+        return
+    assert rule is not None, f"no rule for {file.relative_to(ROOT)}; say in RULES what it may import"
+    _, packages, parts, late_packages = rule
+    if packages is None:
+        return
+    for module, late in imports(file):
+        top, _, rest = module.partition(".")
+        if top == "jaxsloth":
+            allowed = not rest or "*" in parts or any(rest == part or rest.startswith(f"{part}.") for part in parts)
+            crosses = "*" in parts and rest.split(".")[0] in ("torch_backend", "jax_backend")
+            assert allowed and not crosses, f"{file.name} imports {module}; allowed: {parts}"
+        elif top not in sys.stdlib_module_names:
+            assert top in packages or (late and top in late_packages), f"{file.name} imports {module}"
+
+
+def test_bare_names_of_symlinked_folders_are_never_imported():
+    for file in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for module, _ in imports(file):
+            assert module.partition(".")[0] not in ("kernels", "torch_backend", "convert"), f"{file}: {module}"
+
+
+@pytest.mark.parametrize("name", ["kernels", "torch_backend", "convert"])
+def test_symlinks(name):
+    link = ROOT / "jaxsloth" / name
+    assert link.is_symlink() and link.resolve() == ROOT / name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["-c", "import jaxsloth"], ["-m", "jaxsloth", "--help"], ["-m", "jaxsloth", "schema"]],
+    ids=["import", "help", "schema"],
+)
+def test_no_framework_is_imported(command):
+    program = [sys.executable, "-X", "importtime", *command]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "jaxsloth" in imported
+    assert not imported & (FRAMEWORKS | {"transformers", "datasets"})
+
+
+@pytest.mark.parametrize("folder", OP_FOLDERS)
+def test_every_op_folder_has_the_same_files(folder):
+    names = {"contract", "cases", "reference", "torch_ops", "xla_ops"}
+    if folder in ("nf4", "rms_norm"):
+        names |= {"triton_kernel", "pallas_kernel"}
+    assert names <= {file.stem for file in (ROOT / "kernels" / folder).glob("*.py")}
