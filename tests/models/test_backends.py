@@ -1,0 +1,291 @@
+"""Both backends on a small random Llama, by one body, judged by transformers, PEFT, bitsandbytes and torch's AdamW."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
+from jaxsloth.batch import IGNORE
+from jaxsloth.convert.peft_adapter import write_adapter
+from jaxsloth.kernels.nf4.contract import NF4, Nested
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.parity.l2_logits import pack
+from jaxsloth.parity.measure import max_abs, relative_frobenius
+from jaxsloth.parity.subjects import judge_logits, valid_rows
+from jaxsloth.training.initialize import initial_adapters
+from jaxsloth.transforms import add_lora, quantize
+from tests.support.sources import DictSource, examples, first_batch, stream, transformers_llama
+from tests.support.tiny import CONFIG, random_weights
+
+BACKENDS = ("torch", "jax")
+VOCAB = CONFIG["vocab_size"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "llama3": {"rope_parameters": LLAMA3},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+}
+both = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def build(backend, changes=None, *, lora=None, nested=None, options=None, stir=True, seed=0):
+    """(a model, its spec, its weights, its adapter); lora are `add_lora`'s arguments."""
+    config = CONFIG | (changes or {})
+    weights = random_weights(config, 1)
+    base = spec_from_config(config)
+    if nested is not None:
+        base = quantize(base, nested=nested)
+    model = load_backend(backend).build(base, DictSource(weights), options or BuildOptions())
+    spec = add_lora(base, **({"r": 4, "alpha": 8.0} | (lora or {})))
+    values = initial_adapters(spec, "kaiming", seed, model.base_tensor)
+    if stir:
+        generator = np.random.Generator(np.random.Philox(5))
+        values = {n: generator.normal(0, 0.1, v.shape).astype(np.float32) if "lora_B" in n else v for n, v in values.items()}
+    model.add_adapters(spec, values)
+    return model, spec, weights, values
+
+
+def peft_model(config, weights, spec, values):
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder) / "adapter", spec, values, base_model="none")
+        return PeftModel.from_pretrained(transformers_llama(config, weights), Path(folder) / "adapter", is_trainable=True)
+
+
+def judge_loss(model, batch):
+    logits = model(
+        input_ids=torch.from_numpy(batch.input_ids.astype(np.int64)),
+        attention_mask=torch.from_numpy((batch.segments != 0).astype(np.int64)),
+    ).logits
+    targets = torch.from_numpy(batch.targets.astype(np.int64))
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+
+
+@both
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_transformers(backend, variant):
+    model, _, weights, _ = build(backend, VARIANTS[variant], stir=False)
+    batch = first_batch(stream(examples(4, VOCAB)))
+    judge = transformers_llama(CONFIG | VARIANTS[variant], weights)
+    assert max_abs(valid_rows(model.logits(batch), batch), valid_rows(judge_logits(judge, batch), batch)) <= 1e-5
+
+
+@both
+def test_packed_rows_are_padded_rows(backend):
+    model, *_ = build(backend)
+    batch = first_batch(stream(examples(4, VOCAB)))
+    packed = pack(batch)
+    loss, gradients = model.gradients(batch)
+    packed_loss, packed_gradients = model.gradients(packed)
+    assert abs(loss - packed_loss) <= 1e-5
+    assert max(relative_frobenius(packed_gradients[n], g) for n, g in gradients.items()) <= 1e-5
+
+
+def bitsandbytes_quantized(weight: np.ndarray, nested: bool) -> tuple[NF4, np.ndarray]:
+    """(bitsandbytes' NF4 of a weight as numpy arrays, what it dequantizes to)."""
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(torch.from_numpy(weight), compress_statistics=nested, quant_type="nf4")
+    second = None
+    if nested:
+        second = Nested(state.state2.absmax.numpy(), state.offset.numpy(), state.state2.code.numpy())
+    quantized = NF4(codes.numpy().reshape(-1), state.absmax.numpy(), second, weight.shape)
+    return quantized, functional.dequantize_4bit(codes, state).numpy()
+
+
+@both
+@pytest.mark.parametrize("nested", [False, True], ids=["nf4", "nested"])
+def test_a_bitsandbytes_base_is_taken_as_it_is(backend, nested):
+    weights = random_weights(CONFIG, 1)
+    spec = quantize(spec_from_config(CONFIG), nested=nested)
+    stored, dense = dict(weights), dict(weights)
+    for name in (f"{module}.weight" for module in spec.quantization.modules):
+        stored[name], dense[name] = bitsandbytes_quantized(weights[name], nested)
+    model = load_backend(backend).build(spec, DictSource(stored), BuildOptions())
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.3.mlp.down_proj.weight"):
+        assert np.array_equal(model.base_tensor(name), dense[name])
+        assert np.array_equal(model.quantized_tensor(name).codes, stored[name].codes)
+    batch = first_batch(stream(examples(4, VOCAB)))
+    judge = judge_logits(transformers_llama(CONFIG, dense), batch)
+    assert max_abs(valid_rows(model.logits(batch), batch), valid_rows(judge, batch)) <= 1e-5
+
+
+@both
+def test_quantizing_while_loading_is_bitsandbytes(backend):
+    model, spec, weights, _ = build(backend, nested=False)
+    for module in spec.quantization.modules:
+        _, dense = bitsandbytes_quantized(weights[f"{module}.weight"], False)
+        assert np.array_equal(model.base_tensor(f"{module}.weight"), dense)
+
+
+@both
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"targets": ["q_proj", "down_proj"], "rslora": True},
+        {"targets": r"model\.layers\.[13]\..*proj"},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "targets": ["v_proj"]},
+    ],
+    ids=["all", "rslora", "some_layers", "lm_head", "embed_tokens"],
+)
+def test_gradients_are_pefts(backend, lora):
+    model, spec, weights, values = build(backend, lora=lora)
+    batch = first_batch(stream(examples(4, VOCAB)))
+    judge = peft_model(CONFIG, weights, spec, values)
+    expected = judge_loss(judge, batch)
+    expected.backward()
+    loss, gradients = model.gradients(batch)
+    assert abs(loss - expected.item()) <= 2e-6
+    found = {}
+    for name, parameter in judge.named_parameters():
+        if parameter.grad is not None:
+            found[name.replace(".default.", ".").replace(".modules_to_save", "").replace(".default", "")] = parameter.grad
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative_frobenius(gradient, found[name].numpy()) <= 1e-5, name
+
+
+def losses_of(model, windows, steps, options=None, rate=1e-2, seed=9):
+    step_function = model.train_step(options or OptimizerOptions(weight_decay=0.1, max_grad_norm=0.3))
+    results = [step_function(windows.window(s), learning_rate=rate, step=s, seed=seed) for s in range(steps)]
+    return np.array([result.floats()[0] for result in results]), step_function
+
+
+@both
+def test_steps_are_torchs_adamw_on_peft(backend):
+    model, spec, weights, values = build(backend)
+    windows = stream(examples(20, VOCAB))
+    ours, _ = losses_of(model, windows, 10)
+    judge = peft_model(CONFIG, weights, spec, values)
+    parameters = [p for p in judge.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    for step in range(10):
+        loss = judge_loss(judge, first_batch(windows, step))
+        assert abs(loss.item() - ours[step]) <= 1e-5
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        optimizer.step()
+
+
+@both
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_accumulation_layouts(backend, dropout):
+    rows = examples(21, VOCAB)  # the last step of the epoch is short
+    curves = []
+    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        model, *_ = build(backend, lora={"dropout": dropout})
+        curves.append(losses_of(model, stream(rows, batch_size=batch_size, accumulation=accumulation), 5)[0])
+    assert max_abs(curves[1], curves[0]) <= 1e-5
+    assert max_abs(curves[2], curves[0]) <= 1e-5
+
+
+def test_dropout_is_the_same_on_both_backends_and_does_something():
+    windows = stream(examples(16, VOCAB))
+    curves = {b: losses_of(build(b, lora={"dropout": 0.3})[0], windows, 4)[0] for b in BACKENDS}
+    assert max_abs(curves["torch"], curves["jax"]) <= 1e-5
+    assert max_abs(curves["torch"], losses_of(build("torch")[0], windows, 4)[0]) > 1e-3
+
+
+@pytest.mark.parametrize(("first", "second"), [("torch", "jax"), ("jax", "torch"), ("torch", "torch"), ("jax", "jax")])
+def test_a_run_changes_backend(first, second):
+    windows = stream(examples(24, VOCAB))
+    whole, _ = losses_of(build(first)[0], windows, 6)
+    model, *_ = build(first)
+    _, step_function = losses_of(model, windows, 3)
+    other, *_ = build(second, stir=False)
+    other.load_trainable(model.trainable())
+    rest = other.train_step(OptimizerOptions(weight_decay=0.1, max_grad_norm=0.3))
+    rest.load_state(step_function.state())
+    for step in range(3, 6):
+        loss = rest(windows.window(step), learning_rate=1e-2, step=step, seed=9).floats()[0]
+        assert abs(loss - whole[step]) <= 1e-5
+
+
+@both
+def test_loss_scaling_skips_an_overflow(backend):
+    model, *_ = build(backend, options=BuildOptions(dtype="float16"))
+    windows = stream(examples(8, VOCAB))
+    step_function = model.train_step(OptimizerOptions(loss_scaling=True))
+    state = step_function.state()
+    state["loss_scale"] = np.array(2.0**60, np.float32)
+    step_function.load_state(state)
+    before = model.trainable()
+    loss, _, skipped = step_function(windows.window(0), learning_rate=1e-2, step=0, seed=0).floats()
+    after, now = model.trainable(), step_function.state()
+    assert skipped and np.isfinite(loss)
+    assert all(np.array_equal(before[n], after[n]) for n in before)
+    assert float(now["loss_scale"]) == 2.0**59 and int(now["count"]) == 0
+    state["loss_scale"] = np.array(2.0**10, np.float32)
+    step_function.load_state(state)
+    assert not step_function(windows.window(0), learning_rate=1e-2, step=0, seed=0).floats()[2]
+    assert any(not np.array_equal(before[n], v) for n, v in model.trainable().items())
+    assert int(step_function.state()["good_steps"]) == 1
+
+
+@both
+def test_recomputing_changes_nothing(backend):
+    batch = first_batch(stream(examples(4, VOCAB)))
+    plain, *_ = build(backend)
+    recomputed, *_ = build(backend, options=BuildOptions(gradient_checkpointing="full"))
+    (loss, gradients), (again, same) = plain.gradients(batch), recomputed.gradients(batch)
+    assert loss == pytest.approx(again, abs=1e-7)
+    assert max(relative_frobenius(same[n], g) for n, g in gradients.items()) <= 1e-6
+
+
+@both
+def test_filler_rows_change_nothing(backend):
+    rows = examples(3, VOCAB)
+    losses = []
+    for devices in (1, 4):
+        model, *_ = build(backend)
+        losses.append(losses_of(model, stream(rows, batch_size=3, devices=devices), 1)[0][0])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+@both
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w: w.pop("model.layers.2.mlp.up_proj.weight"), "lacks the tensor model.layers.2.mlp.up_proj.weight"),
+        (
+            lambda w: w.update({"model.norm.weight": np.ones(63, np.float32)}),
+            r"model.norm.weight must have the shape \(64,\), and it has \(63,\)",
+        ),
+        (
+            lambda w: w["model.layers.1.self_attn.q_proj.weight"].__setitem__((0, 0), np.nan),
+            "layers.1.self_attn.q_proj.weight.*NaN",
+        ),
+    ],
+    ids=["missing", "shape", "nan"],
+)
+def test_damaged_weights_are_named(backend, damage, message):
+    weights = random_weights(CONFIG, 1)
+    damage(weights)
+    with pytest.raises(ValueError, match=message):
+        load_backend(backend).build(spec_from_config(CONFIG), DictSource(weights), BuildOptions())
+
+
+@both
+def test_an_unsupported_part_is_named(backend):
+    spec = spec_from_config(CONFIG)
+    layer = replace(spec.layers[0], placement="post")
+    with pytest.raises(ValueError, match="placement 'post'"):
+        load_backend(backend).build(replace(spec, layers=(layer,) * 4), DictSource(random_weights(CONFIG, 1)), BuildOptions())

@@ -1,0 +1,71 @@
+"""A checkpoint in memory, and transformers' model of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from jaxsloth.batch import Batch
+from jaxsloth.data.encode import Example
+from jaxsloth.data.windows import WindowStream
+
+
+class DictSource:
+    """A TensorSource over arrays by name."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self.arrays = dict(arrays)
+
+    def names(self) -> Sequence[str]:
+        return tuple(self.arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.arrays[name].shape)
+
+    def read(self, name: str) -> Any:
+        return self.arrays[name]
+
+
+def transformers_llama(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> LlamaForCausalLM:
+    """transformers' model holding `weights`, float32, in evaluation mode."""
+    fields = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+    model = LlamaForCausalLM(LlamaConfig(**fields)).float().eval()
+    state = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def examples(count: int, vocab: int, seed: int = 3, longest: int = 40) -> list[Example]:
+    """Random rows of unequal lengths; the first third of each is not learnt."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    rows = []
+    for _ in range(count):
+        length = int(generator.integers(6, longest))
+        rows.append(Example(generator.integers(0, vocab, length).astype(np.int32), np.arange(length) >= length // 3))
+    return rows
+
+
+def stream(rows: Sequence[Example], **changes: Any) -> WindowStream:
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "accumulation": 1,
+        "seed": 0,
+        "shuffle": False,
+        "packing": False,
+        "max_length": 64,
+        "pad_to_multiple_of": 32,
+        "devices": 1,
+    }
+    return WindowStream(rows, **(settings | changes))
+
+
+def first_batch(windows: WindowStream, step: int = 0) -> Batch:
+    """The first micro-batch of a step."""
+    window = windows.window(step)
+    return Batch(window.input_ids[0], window.targets[0], window.segments[0], window.positions[0], window.rows[0])
