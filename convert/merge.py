@@ -15,7 +15,7 @@ from jaxsloth.backend import DtypeName, TensorSource
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.convert.safetensors_source import INDEX, SINGLE
-from jaxsloth.models.names import lora_names, saved_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 
 SHARD_BYTES = 4 << 30
@@ -58,9 +58,9 @@ def write_merged(
 
 
 def _merged(name: str, source: TensorSource, spec: ModelSpec, values: Mapping[str, np.ndarray]) -> np.ndarray:
-    whole = values.get(saved_name(name))
-    if whole is not None:
-        return whole
+    for trained, value in values.items():
+        if own_name(trained) == name:
+            return value
     tensor = source.read(name)
     if not isinstance(tensor, np.ndarray):
         raise ValueError(f"{name} is stored as NF4; merge into the 16-bit checkpoint that it was made from")

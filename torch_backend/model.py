@@ -15,7 +15,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
 from jaxsloth.kernels.registry import Facts, resolve
-from jaxsloth.models.names import lora_names, saved_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.decoder import Decoder
@@ -56,11 +56,11 @@ class TorchModel:
             linear = self.decoder.get_submodule(module)
             assert isinstance(linear, Linear)
             linear.add_adapter(spec.lora, parameters[a], parameters[b])
-        for tensor in tensor_shapes(spec):
-            trained = parameters.get(saved_name(tensor))
-            if trained is not None:
-                owner, _, attribute = tensor.rpartition(".")
-                setattr(self.decoder.get_submodule(owner), attribute, trained)
+        base = tensor_shapes(spec)
+        for name, parameter in parameters.items():
+            if own_name(name) in base:  # a bias, or a module trained whole
+                owner, _, attribute = own_name(name).rpartition(".")
+                setattr(self.decoder.get_submodule(owner), attribute, parameter)
 
     def trainable(self) -> dict[str, np.ndarray]:
         flat = self.flat()

@@ -25,7 +25,7 @@ from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
 from jaxsloth.kernels.registry import Facts, resolve
-from jaxsloth.models.names import PEFT_PREFIX, saved_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.names import own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.models.spec import ModelSpec, Rope
 
@@ -72,7 +72,7 @@ class JaxModel:
         found: dict[str, np.ndarray] = {}
         places: dict[str, int] = {}
         for name, value in values.items():
-            own = name.removeprefix(PEFT_PREFIX)
+            own = own_name(name)
             if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
                 own = own.removesuffix(".weight")
             key, place = stacked_name(own, period)
@@ -92,17 +92,17 @@ class JaxModel:
     def stack(self, values: Mapping[str, np.ndarray]) -> Any:
         """Values by PEFT name as a state of the trained variables' shape."""
         stacked = self._stack_values(values)
-        flat = [(path, leaf.replace(stacked[_own_name(path)])) for path, leaf in nnx.to_flat_state(self.trained)]
+        flat = [(path, leaf.replace(stacked[_path_name(path)])) for path, leaf in nnx.to_flat_state(self.trained)]
         return placement.replicate(nnx.from_flat_state(flat))
 
     def unstack(self, state: Any) -> dict[str, np.ndarray]:
         """A state of the trained variables' shape as float32 arrays by PEFT name, in `trainable_shapes`' order."""
         period, arrays = self.spec.layer_period(), {}
         for path, leaf in nnx.to_flat_state(state):
-            arrays[_own_name(path)] = np.asarray(leaf[...])
+            arrays[_path_name(path)] = np.asarray(leaf[...])
         found = {}
         for name in trainable_shapes(self.spec):
-            own = name.removeprefix(PEFT_PREFIX)
+            own = own_name(name)
             if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
                 own = own.removesuffix(".weight")
             key, place = stacked_name(own, period)
@@ -129,9 +129,9 @@ class JaxModel:
         return jax.tree.map(np.asarray, value)
 
     def _one(self, name: str) -> Any:
-        trained = saved_name(name)
-        if self.spec.lora is not None and trained in trainable_shapes(self.spec):
-            return self.trainable()[trained]
+        for trained, value in (self.trainable() if self.spec.lora is not None else {}).items():
+            if own_name(trained) == name:
+                return value
         if name not in tensor_shapes(self.spec):
             raise ValueError(f"the model has no tensor {name}")
         key, place = stacked_name(name, self.spec.layer_period())
@@ -207,5 +207,5 @@ def _gradients(trained: Any, frozen: Any, frequencies: Any, arrays: Any, count: 
     return jax.value_and_grad(mean_loss)(trained)
 
 
-def _own_name(path: tuple[Any, ...]) -> str:
+def _path_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in path)

@@ -88,8 +88,14 @@ def lora_names(module: str) -> tuple[str, str]:
 
 
 def saved_name(tensor: str) -> str:
-    """PEFT's name of a tensor that is trained whole (modules_to_save, biases): ``base_model.model.`` and the tensor's own."""
+    """PEFT's name of a tensor of a module that is trained whole: ``base_model.model.`` and the tensor's own."""
     return f"{PEFT_PREFIX}{tensor}"
+
+
+def own_name(trained: str) -> str:
+    """The model's own name of what PEFT calls `trained`: a base tensor's, or ``….q_proj.lora_A.weight``. PEFT wraps a layer
+    that has an adapter, and calls its bias ``….q_proj.base_layer.bias``."""
+    return trained.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def trainable_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -105,7 +111,8 @@ def trainable_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         shapes[b] = (by_name[module].out_features, spec.lora.r)
     for linear in by_name.values():
         if linear.bias and (spec.lora.bias == "all" or (spec.lora.bias == "lora_only" and linear.name in spec.lora.modules)):
-            shapes[saved_name(f"{linear.name}.bias")] = (linear.out_features,)
+            layer = f"{linear.name}.base_layer" if linear.name in spec.lora.modules else linear.name
+            shapes[saved_name(f"{layer}.bias")] = (linear.out_features,)
     for module in spec.lora.modules_to_save:
         for tensor, shape in base.items():
             if tensor.rpartition(".")[0] == module:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxsloth.models.names import PEFT_PREFIX, lora_names, trainable_shapes
+from jaxsloth.models.names import lora_names, own_name, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 
 
@@ -39,5 +39,5 @@ def initial_adapters(
         values[b] = np.zeros(shapes[b], np.float32)
     for name in shapes:
         if name not in values:
-            values[name] = np.array(base(name.removeprefix(PEFT_PREFIX)), np.float32)
+            values[name] = np.array(base(own_name(name)), np.float32)
     return {name: values[name] for name in shapes}

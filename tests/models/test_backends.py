@@ -146,9 +146,19 @@ def test_quantizing_while_loading_is_bitsandbytes(backend):
     ids=["all", "rslora", "some_layers", "lm_head", "embed_tokens"],
 )
 def test_gradients_are_pefts(backend, lora):
-    model, spec, weights, values = build(backend, lora=lora)
+    check_gradients(backend, {}, lora)
+
+
+@both
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_pefts(backend, bias):
+    check_gradients(backend, VARIANTS["biased"], {"targets": ["o_proj", "up_proj"], "bias": bias})
+
+
+def check_gradients(backend, changes, lora):
+    model, spec, weights, values = build(backend, changes, lora=lora)
     batch = first_batch(stream(examples(4, VOCAB)))
-    judge = peft_model(CONFIG, weights, spec, values)
+    judge = peft_model(CONFIG | changes, weights, spec, values)
     expected = judge_loss(judge, batch)
     expected.backward()
     loss, gradients = model.gradients(batch)
