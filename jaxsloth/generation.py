@@ -110,12 +110,14 @@ def choose(logits: np.ndarray, seen: np.ndarray, settings: GenerationSettings, r
 
 @dataclass
 class _Row:
-    """One prompt being answered. sent: how many characters of the answer have been handed on."""
+    """One prompt being answered. sent: how many characters of the answer have been handed on. text: the answer where a stop
+    string has cut it, perhaps in the middle of a token."""
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     sent: int = 0
+    text: str | None = None
 
     def seen(self) -> np.ndarray:
         return np.array(self.prompt + self.tokens, np.int64)
@@ -138,7 +140,8 @@ def generate(
             back.
 
     Returns:
-        The new tokens of each row, without the token or string that ended it.
+        The new tokens of each row, without the token or string that ended it; a token that a stop string begins in is dropped
+        whole, while on_text gets the text up to the very character.
 
     Raises:
         ValueError: no prompts, an empty one, or a tokenizer is needed and missing.
@@ -180,16 +183,15 @@ def _take(row: _Row, token: int, eos: set[int], settings: GenerationSettings, to
     row.tokens.append(token)
     if settings.stop:
         text = tokenizer.decode(row.tokens, skip_special_tokens=True)
-        if any(stop in text for stop in settings.stop):
-            row.done = True
-            # The longest run of tokens whose text has no part of the stop string that was found.
-            while row.tokens and any(stop in text for stop in settings.stop):
+        found = [text.index(stop) for stop in settings.stop if stop in text]
+        if found:
+            row.done, row.text = True, text[: min(found)]
+            while row.tokens and len(tokenizer.decode(row.tokens, skip_special_tokens=True)) > len(row.text):
                 row.tokens.pop()
-                text = tokenizer.decode(row.tokens, skip_special_tokens=True)
 
 
 def _send(row: _Row, place: int, settings: GenerationSettings, tokenizer: Any, on_text: Callable[[int, str], None]) -> None:
-    text = tokenizer.decode(row.tokens, skip_special_tokens=True)
+    text = tokenizer.decode(row.tokens, skip_special_tokens=True) if row.text is None else row.text
     certain = len(text)
     if not row.done:
         certain = len(text.rstrip(_INCOMPLETE))

@@ -59,8 +59,15 @@ class LanguageModel:
         self, texts: Sequence[str], settings: GenerationSettings, on_text: Callable[[int, str], None] | None
     ) -> list[str]:
         rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        answers = generate(self.model, rows, settings, tokenizer=self.tokenizer, on_text=on_text)
-        return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+        answers = ["" for _ in rows]
+
+        def collect(row: int, text: str) -> None:
+            answers[row] += text
+            if on_text is not None:
+                on_text(row, text)
+
+        generate(self.model, rows, settings, tokenizer=self.tokenizer, on_text=collect)
+        return answers
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes the adapter as PEFT does, with the tokenizer beside it.
