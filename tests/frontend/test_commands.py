@@ -1,0 +1,115 @@
+"""The command line and the front end on a tiny checkpoint, both backends."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
+from jaxsloth.cli import main
+from tests.support.sources import examples, first_batch, stream
+from tests.support.tiny import recipe_values, write_checkpoint, write_rows
+
+both = pytest.mark.parametrize("backend", ["torch", "jax"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("front") / "model")
+
+
+def run(*arguments: str) -> int:
+    """A command's exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return int(stopped.value.code or 0)
+
+
+def write_recipe(folder, checkpoint, **changes):
+    import yaml
+
+    values = recipe_values(checkpoint, write_rows(folder / "rows.jsonl"), folder / "out", **changes)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / "recipe.yaml")
+
+
+@both
+def test_train_stop_resume_generate(tmp_path, checkpoint, capsys, backend):
+    recipe = write_recipe(tmp_path, checkpoint)
+    assert run("train", recipe, "--backend", backend, "--stop-after", "2", "steps=4") == 0
+    assert run("train", recipe, "--backend", backend, "steps=4") == 2
+    assert "holds another run; go on with --resume" in capsys.readouterr().err
+    assert run("train", recipe, "--backend", backend, "--resume", "steps=4", "lora.r=8") == 2
+    assert "lora.r: 4 -> 8" in capsys.readouterr().err
+    assert run("train", recipe, "--backend", backend, "--resume", "steps=4") == 0
+    assert "summary" in capsys.readouterr().out
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    adapter = str(tmp_path / "out" / "adapter")
+    command = ["generate", "--model", str(checkpoint), "--adapter", adapter, "--backend", backend, "--max-new-tokens", "4"]
+    assert run(*command, "the duck") == 0
+    first = capsys.readouterr().out
+    assert run(*command, "the duck") == 0
+    assert capsys.readouterr().out == first and first.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.yaml"], "no recipe file at none.yaml"),
+        (["generate", "--model", "./nowhere", "hello"], "no file or folder at ./nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, message):
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_debug_shows_the_error_itself():
+    with pytest.raises(ValueError, match="no recipe file"):
+        main(["--debug", "train", "none.yaml"])
+
+
+def test_info_as_json(capsys):
+    assert run("info", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ops"]["nf4_dequantize"]["torch"]["uses"] == "torch"
+    assert "NVIDIA GPU" in found["ops"]["nf4_dequantize"]["jax"]["refused"][0]["reason"]
+    assert found["packages"]["torch"] and "llama" in found["families"]
+
+
+def test_schema(capsys):
+    assert run("schema") == 0
+    assert "lora" in json.loads(capsys.readouterr().out)["properties"]
+
+
+@both
+def test_front_end_round_trip(tmp_path, checkpoint, backend):
+    model, tokenizer = FastLanguageModel.from_pretrained(str(checkpoint), backend=backend, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    rows = [{"prompt": f"{n}: the duck", "completion": "lays eggs"} for n in range(12)]
+    config = SFTConfig(output_dir=str(tmp_path / "run"), max_steps=3, learning_rate=1e-2, max_length=64)
+    done = SFTTrainer(model, args=config, train_dataset=rows, eval_dataset=rows[:4], processing_class=tokenizer).train()
+    assert done.global_step == 3 and done.metrics["eval_loss"] < done.result.first_loss
+    model.save_pretrained(tmp_path / "adapter")
+    again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), backend=backend, load_in_4bit=True)
+    batch = first_batch(stream(examples(2, 260)))
+    assert np.array_equal(again.model.logits(batch), model.model.logits(batch))
+    assert again.generate(["the duck", "a"], max_new_tokens=5) == model.generate(["the duck", "a"], max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: FastLanguageModel.from_pretrained(c, load_in_4bits=True), "did you mean 'load_in_4bit'?"),
+        (lambda c: FastLanguageModel.from_pretrained(c, dtype="int8"), "dtype must be one of"),
+        (lambda c: FastLanguageModel.from_pretrained(c, backend="tensorflow"), "backend must be one of"),
+    ],
+)
+def test_wrong_arguments(checkpoint, call, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(str(checkpoint))
+    assert message in str(caught.value)
