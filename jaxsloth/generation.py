@@ -185,8 +185,9 @@ def _take(row: _Row, token: int, eos: set[int], settings: GenerationSettings, to
         text = tokenizer.decode(row.tokens, skip_special_tokens=True)
         found = [text.index(stop) for stop in settings.stop if stop in text]
         if found:
-            row.done, row.text = True, text[: min(found)]
-            while row.tokens and len(tokenizer.decode(row.tokens, skip_special_tokens=True)) > len(row.text):
+            end = min(found)
+            row.done, row.text = True, text[:end]
+            while row.tokens and len(tokenizer.decode(row.tokens, skip_special_tokens=True)) > end:
                 row.tokens.pop()
 
 

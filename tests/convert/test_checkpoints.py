@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -114,9 +115,10 @@ def test_bitsandbytes_checkpoints_are_read_as_they_are(saved, tmp_path, nested):
         if type(module).__name__ == "Linear4bit":
             ours = opened.source.read(f"{name}.weight")
             dense = dequantize(map_nf4(lambda array: torch.from_numpy(np.array(array)), ours)).float()
-            theirs = functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            weight: Any = module.weight
+            theirs = functional.dequantize_4bit(weight.data, weight.quant_state).float()
             assert torch.allclose(dense, theirs, rtol=1e-6, atol=0)
-            assert np.array_equal(ours.codes, module.weight.data.numpy().reshape(-1))
+            assert np.array_equal(ours.codes, weight.data.numpy().reshape(-1))
 
 
 def test_gguf_is_what_transformers_loads():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import (
@@ -67,7 +69,7 @@ def test_trained_tensors_are_pefts(lora):
     biased = "bias" in lora
     model, spec = llama(attention_bias=biased, mlp_bias=biased)
     renamed = {"targets": "target_modules", "rslora": "use_rslora"}
-    arguments = {renamed.get(name, name): value for name, value in lora.items()}
+    arguments: dict[str, Any] = {renamed.get(name, name): value for name, value in lora.items()}
     judge = get_peft_model_state_dict(get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **arguments)))
     ours = trainable_shapes(add_lora(spec, r=4, alpha=8.0, **lora))
     assert ours == {name: tuple(value.shape) for name, value in judge.items()}
