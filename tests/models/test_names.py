@@ -9,12 +9,18 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -68,8 +74,9 @@ def test_base_tensors_are_transformers(changes):
 def test_trained_tensors_are_pefts(lora):
     biased = "bias" in lora
     model, spec = llama(attention_bias=biased, mlp_bias=biased)
-    renamed = {"targets": "target_modules", "rslora": "use_rslora"}
-    arguments: dict[str, Any] = {renamed.get(name, name): value for name, value in lora.items()}
+    arguments: dict[str, Any] = dict(lora)
+    arguments["target_modules"] = arguments.pop("targets")
+    arguments["use_rslora"] = arguments.pop("rslora", False)
     judge = get_peft_model_state_dict(get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **arguments)))
     ours = trainable_shapes(add_lora(spec, r=4, alpha=8.0, **lora))
     assert ours == {name: tuple(value.shape) for name, value in judge.items()}
@@ -138,6 +145,18 @@ def test_the_spec_expresses_other_families():
                 norm=gemma,
                 head=Head(tied=True, soft_cap=30.0),
             ),
+        ),
+        "qwen2": (
+            Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"})),
+            spec_of([block(attention={"qkv_bias": True})] * 2),
+        ),
+        "gemma": (
+            GemmaForCausalLM(GemmaConfig(**SMALL)),
+            spec_of([block(norm=gemma)] * 2, norm=gemma, embedding=Embedding(50, scale=32**0.5), head=Head(tied=True)),
+        ),
+        "gemma3": (
+            Gemma3ForCausalLM(Gemma3TextConfig(**SMALL)),
+            spec_of([block("pre_post", gemma, attention={"qk_norm": gemma})] * 2, norm=gemma, head=Head(tied=True)),
         ),
         "phi3": (
             Phi3ForCausalLM(Phi3Config(**{k: v for k, v in SMALL.items() if k != "head_dim"})),
