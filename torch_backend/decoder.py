@@ -10,31 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models import spec as specs
+from jaxsloth.models.buildable import check_buildable
 from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD
 from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.torch_backend.layers import Block, Context, Ops, RMSNorm, Take, _dense
-
-
-def check_supported(spec: specs.ModelSpec) -> None:
-    """ValueError names the first field of the spec that this backend has no layer for."""
-    wrong: list[str] = []
-    for index, layer in enumerate(spec.layers):
-        norms = (layer.attention_norm, layer.mlp_norm, layer.attention.qk_norm)
-        if any(norm is not None and (norm.kind != "rms" or norm.bias) for norm in norms):
-            wrong.append(f"layers[{index}]: layer norms")
-        if layer.placement == "post":
-            wrong.append(f"layers[{index}].placement 'post'")
-        if not layer.mlp.gated:
-            wrong.append(f"layers[{index}].mlp.gated False")
-    embedding, head = spec.embedding, spec.head
-    if embedding.learned_positions or embedding.token_types or embedding.norm is not None:
-        wrong.append("embedding: learned positions, token types or a norm")
-    if head.kind != "lm" or head.bias or head.transform is not None:
-        wrong.append(f"head: {head}")
-    if spec.norm is None or spec.norm.kind != "rms":
-        wrong.append("norm: a final RMSNorm is needed")
-    if wrong:
-        raise ValueError(f"the torch backend can't build this {spec.family} model: {wrong[0]}")
 
 
 class Embedding(nn.Module):
@@ -61,7 +40,7 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: specs.ModelSpec, take: Take, ops: Ops, dtype: torch.dtype, recompute: bool) -> None:
         super().__init__()
-        check_supported(spec)
+        check_buildable(spec, "torch")
         self.spec, self.dtype, self._ops, self._recompute = spec, dtype, ops, recompute
         self.model = Inner(spec, take, ops)
         self.lm_head = self.model.embed_tokens if spec.head.tied else Embedding(_dense(take(f"{LM_HEAD}.weight")))

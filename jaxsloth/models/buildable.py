@@ -1,0 +1,27 @@
+"""What of a spec the backends can build today."""
+
+from __future__ import annotations
+
+from jaxsloth.models.spec import ModelSpec
+
+
+def check_buildable(spec: ModelSpec, backend: str) -> None:
+    """ValueError names the first field of the spec that the backends have no layer for; both have the same ones."""
+    wrong: list[str] = []
+    for index, layer in enumerate(spec.layers):
+        norms = (layer.attention_norm, layer.mlp_norm, layer.attention.qk_norm)
+        if any(norm is not None and (norm.kind != "rms" or norm.bias) for norm in norms):
+            wrong.append(f"layers[{index}]: layer norms")
+        if layer.placement == "post":
+            wrong.append(f"layers[{index}].placement 'post'")
+        if not layer.mlp.gated:
+            wrong.append(f"layers[{index}].mlp.gated False")
+    embedding, head = spec.embedding, spec.head
+    if embedding.learned_positions or embedding.token_types or embedding.norm is not None:
+        wrong.append("embedding: learned positions, token types or a norm")
+    if head.kind != "lm" or head.bias or head.transform is not None:
+        wrong.append(f"head: {head}")
+    if spec.norm is None or spec.norm.kind != "rms":
+        wrong.append("norm: a final RMSNorm is needed")
+    if wrong:
+        raise ValueError(f"the {backend} backend can't build this {spec.family} model: {wrong[0]}")
