@@ -39,16 +39,16 @@ def make_pass(model: TorchModel) -> FastPass | None:
         RefusedError: "fused" was asked for and can't train this model, or another name came.
     """
     requested = (model.options.implementations or {}).get("train_pass")
-    if requested not in (None, "fused", "autograd"):
-        raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, autograd")
+    if requested not in (None, "fused", "composed"):
+        raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, composed")
     reason = fused.refusal(model.spec)
     if requested == "fused" and reason is not None:
         raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
     if reason is None and requested is None and model.decoder.device.type != "cuda":
         reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
-    if reason is not None or requested == "autograd":
+    if reason is not None or requested == "composed":
         if reason is not None:
-            logger.info("op train_pass on torch uses autograd (fused %s)", reason)
+            logger.info("op train_pass on torch uses composed (fused %s)", reason)
         return None
     return FastPass(model)
 

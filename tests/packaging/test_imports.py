@@ -32,6 +32,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("kernels/*/cases.py", NUMBERS, ("kernels",), set()),
     ("kernels/*/reference.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
     ("kernels/*/torch_ops.py", NUMBERS | {"torch", "jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/jax_library_ops.py", NUMBERS | {"jax"}, ("kernels",), set()),
     ("kernels/*/library_ops.py", NUMBERS | {"torch"}, ("kernels",), set()),
     ("kernels/*/extended.py", {"torch"}, ("kernels",), set()),
     ("kernels/torch_matmul.py", {"torch", "jaxtyping"}, ("kernels",), set()),
