@@ -11,7 +11,7 @@ BAR = 2e-2  # relative Frobenius difference, bf16 against bf16
 
 
 def difference(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> tuple[float, str]:
-    """The largest ‖ours - theirs‖ / ‖theirs‖ over all tensors, and the tensor's name; inf where one is not finite or lacking."""
+    """The largest ‖ours - theirs‖ / ‖theirs‖ of any tensor, and its name; inf where one is not finite or lacking."""
     worst, where = 0.0, ""
     for name, reference in theirs.items():
         norm = float(np.linalg.norm(reference))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,13 +16,16 @@ from benchmarks.shapes import RandomSource, shape_config, shape_spec
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.models.names import tensor_shapes
 
+_ROOM = 20 << 30
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
 
 
 def scratch_root() -> Path:
-    """Memory-backed where there is such a place, so that no disk is measured."""
+    """Memory-backed where there is such a place with room for an 8B model, so that no disk is measured."""
     shared = Path("/dev/shm")
-    return shared if shared.is_dir() and os.access(shared, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))
+    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > _ROOM:
+        return shared
+    return Path(tempfile.gettempdir())
 
 
 def ensure_checkpoint(shape: str, root: Path) -> Path:

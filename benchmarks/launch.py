@@ -27,7 +27,7 @@ def run_entry(
     profile: bool = False,
     timeout: float = 600.0,
 ) -> dict[str, Any]:
-    """What the entry's worker measured, or {"error": the last line of what it said}; with "label" and "contender" in any case."""
+    """What the entry's worker measured, or {"error": the last line of what it said}; always with "label" and "contender"."""
     about: dict[str, Any] = {"label": entry.label, "contender": entry.contender.name, "checkpointing": work.checkpointing}
     missing = entry.contender.missing()
     if missing:

@@ -30,13 +30,13 @@ def _torch(run: Callable[[], object]) -> list[dict[str, Any]]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu, cuda = torch.cuda.is_available(), torch.autograd.DeviceType.CUDA
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
         run()
     events = trace.events() or []
     if on_gpu:
-        cuda = torch.autograd.DeviceType.CUDA
-        return _top((event.name, event.device_time_total) for event in events if event.device_type == cuda)
+        on_device = (event for event in events if event.device_type == cuda and not event.is_user_annotation)
+        return _top((event.name, event.device_time_total) for event in on_device)
     return _top((event.name, event.self_cpu_time_total) for event in events)
 
 

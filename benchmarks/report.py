@@ -101,13 +101,14 @@ def print_training(title: str, results: Sequence[dict[str, Any]], work: Work) ->
     rows = []
     for r in results:
         if "error" in r:
-            rows.append((r["label"], r["checkpointing"], failure(r)))
+            rows.append((r["label"], r["checkpointing"], "[red]failed[/]"))
             continue
         span = f"{r['min_s'] * 1e3:.1f}–{r['max_s'] * 1e3:.1f}"
         cells = [r["label"], r["checkpointing"], f"{r['median_s'] * 1e3:.1f}", span, f"{r['tokens_per_s']:.0f}"]
         cells += [gib(r["peak_bytes"]), f"{r['first_step_s']:.1f}", f"{r['load_s']:.1f}", f"{r['of_limit']:.2f}"]
         rows.append((*cells, times(r, "unsloth"), times(r, "hf"), _difference(r)))
     print_table(title, (*columns, "×Unsloth", "×HF", "Δ gradient"), rows)
+    print_failures(results)
     for r in results:
         if r.get("losses"):
             console.print(f"  {r['label']}: losses {' '.join(f'{loss:.4f}' for loss in r['losses'][:8])}")
@@ -124,8 +125,10 @@ def _difference(result: dict[str, Any]) -> str:
     return f"{max(value[0] for value in found.values()):.1e}" if found else ""
 
 
-def failure(result: dict[str, Any]) -> str:
-    return f"[red]{result['error']}[/]"
+def print_failures(results: Sequence[dict[str, Any]]) -> None:
+    for result in results:
+        if "error" in result:
+            console.print(f"  {result['label']} failed: {result['error']}", style="red", markup=False)
 
 
 def gib(count: int | None) -> str:
@@ -139,7 +142,7 @@ def times(result: dict[str, Any], peer: str) -> str:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("contender", "mode") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in ("contender", "mode", "kernel") else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -153,7 +156,7 @@ def print_kernels(results: Sequence[dict[str, Any]]) -> None:
             console.print(f"{result['label']}: no trace: {kernels['error']}")
         elif kernels is not None:
             rows = [(kernel["name"], str(kernel["calls"]), f"{kernel['ms']:.2f}") for kernel in kernels]
-            print_table(f"{result['label']}: kernels of one step", ("contender", "calls", "ms"), rows)
+            print_table(f"{result['label']}: kernels of one run", ("kernel", "calls", "ms"), rows)
 
 
 def save(output: Path, benchmark: str, rows: dict[str, Any]) -> None:

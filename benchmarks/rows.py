@@ -28,7 +28,13 @@ class Row:
 
 
 def _row(
-    name: str, shape: str, batch: int, length: int, recompute: bool, quantization: Literal["nf4", "none"] = "nf4", floor: bool = True
+    name: str,
+    shape: str,
+    batch: int,
+    length: int,
+    recompute: bool,
+    quantization: Literal["nf4", "none"] = "nf4",
+    floor: bool = True,
 ) -> Row:
     work = Work(shape=shape, batch=batch, length=length, quantization=quantization)
     return Row(name, work, recompute, f"{DEFAULT},floor" if floor else DEFAULT)

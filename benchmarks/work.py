@@ -127,5 +127,3 @@ def weight_bytes(work: Work) -> int:
     frozen = sum(linear.in_features * linear.out_features for linear in linears(spec))
     per_weight = 0.5 + 1 / 64 if work.quantization == "nf4" else 2.0
     return int(frozen * per_weight) + 2 * spec.embedding.vocab * spec.hidden
-
-

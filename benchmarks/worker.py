@@ -46,8 +46,10 @@ def train(runner: Runner, work: Work, task: dict[str, Any]) -> dict[str, Any]:
         losses.append(runner.step(ids))
         times.append(time.perf_counter() - start)
         if step == 0 and task["gradients"]:
-            np.savez(task["gradients"], **runner.gradients(compared_names(work)))  # type: ignore[arg-type]
-    return {"times_s": times, "losses": losses}
+            gradients = runner.gradients(compared_names(work))
+            if gradients:
+                np.savez(task["gradients"], **gradients)  # type: ignore[arg-type]
+    return {"times_s": times, "losses": losses if any(losses) else []}
 
 
 def decode(runner: Runner, work: Work) -> dict[str, Any]:

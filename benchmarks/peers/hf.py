@@ -16,7 +16,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def build(folder: Path, work: Work) -> PeftRunner:
     """Loads the checkpoint; checkpointing is "true" or "false".
 
-    prepare_model_for_kbit_training is left out: it would turn embedding, head and norms into float32, which is slower and larger.
+    prepare_model_for_kbit_training is left out: it would turn embedding, head and norms into float32, slower and larger.
     """
     if work.checkpointing not in ("true", "false"):
         raise ValueError(f"hf's checkpointing must be 'true' or 'false', not {work.checkpointing!r}")
@@ -33,7 +33,9 @@ def build(folder: Path, work: Work) -> PeftRunner:
     if work.lora:
         if work.checkpointing == "true":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        config = LoraConfig(r=work.r, lora_alpha=work.alpha, target_modules=PROJECTIONS, lora_dropout=0.0, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        config = LoraConfig(
+            r=work.r, lora_alpha=work.alpha, target_modules=PROJECTIONS, lora_dropout=0.0, task_type="CAUSAL_LM"
+        )  # type: ignore[arg-type]
         model = get_peft_model(model, config)
     model.train(work.lora)
     synchronize()
