@@ -28,6 +28,13 @@ def scratch_root() -> Path:
     return Path(tempfile.gettempdir())
 
 
+def scratch_folder(asked: Path | None) -> Path:
+    """Where checkpoints and workers' files go: kept between runs, so that a checkpoint is written once."""
+    folder = asked or scratch_root() / "jaxsloth-benchmarks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def ensure_checkpoint(shape: str, root: Path) -> Path:
     """The folder of `shape`'s random bf16 checkpoint under `root`, written on first use, a shard a layer, by all cores."""
     folder = root / f"random-{shape}"

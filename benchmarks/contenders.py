@@ -24,6 +24,9 @@ class Contender:
         return [package for package in self.needs if find_spec(package) is None]
 
     def load(self) -> Callable[[Path, Work], Runner]:
+        """The builder, everything that it needs imported."""
+        for package in self.needs:
+            import_module(package)
         module, _, function = self.path.partition(":")
         return getattr(import_module(module), function)
 

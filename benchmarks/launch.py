@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.contenders import Entry
 from benchmarks.work import Work
+from jaxsloth.backend import DtypeName
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,7 +93,7 @@ def nvidia_smi(field: str) -> str | None:
     return done.stdout.splitlines()[0].strip()
 
 
-def default_dtype() -> str:
+def default_dtype() -> DtypeName:
     """bfloat16 on a GPU; float32 on a CPU, which has no fast bf16."""
     return "bfloat16" if nvidia_smi("name") is not None else "float32"
 

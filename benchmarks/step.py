@@ -16,7 +16,7 @@ import typer
 
 from benchmarks import report
 from benchmarks.agreement import compare
-from benchmarks.checkpoint import ensure_checkpoint, scratch_root
+from benchmarks.checkpoint import ensure_checkpoint, scratch_folder
 from benchmarks.contenders import DEFAULT, parse_entries
 from benchmarks.launch import default_dtype, run_entry
 from benchmarks.rows import ROWS, Row
@@ -72,8 +72,7 @@ def main(
     timeout: Annotated[float, typer.Option(help="seconds that one contender may take")] = 400.0,
 ) -> None:
     """Times a training step of every contender on the same work."""
-    root = scratch or scratch_root() / "jaxsloth-benchmarks"
-    root.mkdir(parents=True, exist_ok=True)
+    root = scratch_folder(scratch)
     work = Work(shape, batch, length, quantization, dtype or default_dtype(), warmup=warmup, steps=steps)  # type: ignore[arg-type]
     rows: dict[str, Any] = {}
     for each in chosen_rows(row, work, recompute):

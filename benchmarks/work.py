@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from benchmarks.shapes import shape_spec
+from jaxsloth.backend import DtypeName
 from jaxsloth.models.names import linears, lora_names
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.training.initialize import initial_adapters
@@ -27,12 +28,12 @@ class Work:
     batch: int = 2
     length: int = 64
     quantization: Literal["nf4", "none"] = "nf4"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: DtypeName = "bfloat16"
     checkpointing: str = "none"
     options: dict[str, str] = field(default_factory=dict)  # further fields of jaxsloth's BuildOptions
     lora: bool = True
     r: int = 16
-    alpha: float = 16.0
+    alpha: int = 16
     learning_rate: float = 1e-4
     warmup: int = 3
     steps: int = 8
@@ -44,6 +45,12 @@ class Work:
 
     def of(self, checkpointing: str, options: dict[str, str]) -> Work:
         return replace(self, checkpointing=checkpointing, options=options)
+
+    def at_length(self, length: int) -> Work:
+        return replace(self, length=length)
+
+    def within(self, shape: str, memory_limit: int) -> Work:
+        return replace(self, shape=shape, memory_limit=memory_limit)
 
 
 class Runner(Protocol):
@@ -73,7 +80,7 @@ def specs(work: Work) -> tuple[ModelSpec, ModelSpec]:
     base = shape_spec(work.shape)
     if work.quantization == "nf4":
         base = quantize(base, nested=True)
-    return base, add_lora(base, r=work.r, alpha=work.alpha)
+    return base, add_lora(base, r=work.r, alpha=float(work.alpha))
 
 
 def adapters(work: Work) -> dict[str, np.ndarray]:
@@ -125,5 +132,19 @@ def weight_bytes(work: Work) -> int:
     """Bytes of the frozen weights that one decoded token reads: layers and head."""
     _, spec = specs(work)
     frozen = sum(linear.in_features * linear.out_features for linear in linears(spec))
-    per_weight = 0.5 + 1 / 64 if work.quantization == "nf4" else 2.0
-    return int(frozen * per_weight) + 2 * spec.embedding.vocab * spec.hidden
+    return int(frozen * _bytes_a_weight(work)) + 2 * spec.embedding.vocab * spec.hidden
+
+
+def layer_bytes(work: Work) -> int:
+    """Bytes that one layer of `shape` keeps on the device: frozen weights, and of its adapters the float32 weights, gradients
+    and both moments."""
+    _, spec = specs(work)
+    layer = [linear for linear in linears(spec) if linear.name.startswith("model.layers.0.")]
+    frozen = sum(linear.in_features * linear.out_features for linear in layer)
+    adapter = sum(work.r * (linear.in_features + linear.out_features) for linear in layer)
+    return int(frozen * _bytes_a_weight(work)) + 16 * adapter
+
+
+def _bytes_a_weight(work: Work) -> float:
+    """Nested NF4: a nibble, a byte of absmax a block of 64, its float32 absmax every 256 blocks."""
+    return 0.5 + 1 / 64 + 4 / (64 * 256) if work.quantization == "nf4" else 2.0

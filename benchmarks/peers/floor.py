@@ -81,7 +81,8 @@ class Floor:
 
     def _attention(self, backward: bool) -> None:
         with sdpa_kernel(BACKENDS, set_priority=True), torch.set_grad_enabled(backward):
-            output = scaled_dot_product_attention(*self._qkv, is_causal=True, enable_gqa=True)
+            q, k, v = self._qkv
+            output = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             if backward:
                 torch.autograd.grad(output, self._qkv, self._dy)
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.work import Work, adapters
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def device() -> torch.device:
@@ -80,15 +80,14 @@ class PeftRunner:
 
     def generate(self, prompts: np.ndarray, new_tokens: int) -> np.ndarray:
         inputs = torch.from_numpy(prompts).to(device(), torch.int64)
-        with torch.inference_mode(), torch.autocast(device().type, torch.bfloat16, enabled=self._autocast):
-            found = self.model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                do_sample=False,
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                use_cache=True,
-            )
+        found = self.model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            use_cache=True,
+        )
         synchronize()
         return found[:, prompts.shape[1] :].cpu().numpy()
 

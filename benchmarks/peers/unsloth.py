@@ -34,8 +34,9 @@ def build(folder: Path, work: Work) -> PeftRunner:
             bias="none",
             use_gradient_checkpointing=words[work.checkpointing],
         )
-        model.train()
-    else:
+    if work.new_tokens:
         FastLanguageModel.for_inference(model)
+    else:
+        model.train()
     synchronize()
     return PeftRunner(model, work)
