@@ -50,7 +50,13 @@ def run_entry(
         try:
             with log.open("wb") as output:
                 code = subprocess.run(
-                    command, cwd=own, env=_environment(work), stdout=output, stderr=output, timeout=timeout, check=False
+                    command,
+                    cwd=own,
+                    env=_environment(work, _import_folder(scratch)),
+                    stdout=output,
+                    stderr=output,
+                    timeout=timeout,
+                    check=False,
                 ).returncode
         except subprocess.TimeoutExpired:
             return about | {"error": f"not done after {timeout:.0f} s", "log": _tail(log)}
@@ -61,9 +67,25 @@ def run_entry(
     return about | found
 
 
-def _environment(work: Work) -> dict[str, str]:
+def _import_folder(scratch: Path) -> Path:
+    """A folder that holds nothing but links to these two packages: the checkout's own root also holds `kernels`, a name that
+    transformers, bitsandbytes and Unsloth look for and take for Hugging Face's."""
+    folder = scratch / "imports"
+    folder.mkdir(exist_ok=True)
+    for name in ("benchmarks", "jaxsloth"):
+        link = folder / name
+        if not link.is_symlink() or link.readlink() != ROOT / name:
+            link.unlink(missing_ok=True)
+            link.symlink_to(ROOT / name)
+    return folder
+
+
+def _environment(work: Work, imports: Path) -> dict[str, str]:
     """The worker starts in an empty folder (Unsloth writes where it stands), so import paths must be whole."""
-    paths = [str(ROOT), *(str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
+    paths = [
+        str(imports.absolute()),
+        *(str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path),
+    ]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",

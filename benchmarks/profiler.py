@@ -36,7 +36,7 @@ def _torch(run: Callable[[], object]) -> list[dict[str, Any]]:
     events = trace.events() or []
     if on_gpu:
         on_device = (event for event in events if event.device_type == cuda and not event.is_user_annotation)
-        return _top((event.name, event.device_time_total) for event in on_device)
+        return _top((event.name, event.time_range.elapsed_us()) for event in on_device)
     return _top((event.name, event.self_cpu_time_total) for event in events)
 
 

@@ -21,7 +21,10 @@ LABELS = ["jaxsloth-torch", "jaxsloth-jax:full", "hf", "hf:true"]
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    return tmp_path_factory.mktemp("scratch")
+    """The workers' folder. They run with one thread each: OpenMP's waiting threads make tiny products slow on shared cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield tmp_path_factory.mktemp("scratch")
 
 
 @pytest.fixture(scope="module")
