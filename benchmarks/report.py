@@ -88,8 +88,8 @@ def summarize(results: Sequence[dict[str, Any]], work: Work, recompute: bool) ->
 
 
 def add_ratios(result: dict[str, Any], results: Sequence[dict[str, Any]], key: str) -> None:
-    """How many times faster than each peer: the peer's seconds over its own."""
-    for peer in ("unsloth", "hf"):
+    """How many times faster than each peer, and than the floor of bare products: their seconds over its own."""
+    for peer in ("unsloth", "hf", "floor"):
         times = [other[key] for other in results if other["contender"] == peer and "error" not in other]
         if times:
             result[f"times_{peer}"] = times[0] / result[key]
@@ -106,8 +106,8 @@ def print_training(title: str, results: Sequence[dict[str, Any]], work: Work) ->
         span = f"{r['min_s'] * 1e3:.1f}–{r['max_s'] * 1e3:.1f}"
         cells = [r["label"], r["checkpointing"], f"{r['median_s'] * 1e3:.1f}", span, f"{r['tokens_per_s']:.0f}"]
         cells += [gib(r["peak_bytes"]), f"{r['first_step_s']:.1f}", f"{r['load_s']:.1f}", f"{r['of_limit']:.2f}"]
-        rows.append((*cells, times(r, "unsloth"), times(r, "hf"), _difference(r)))
-    print_table(title, (*columns, "×Unsloth", "×HF", "Δ gradient"), rows)
+        rows.append((*cells, times(r, "unsloth"), times(r, "hf"), times(r, "floor"), _difference(r)))
+    print_table(title, (*columns, "×Unsloth", "×HF", "×floor", "Δ gradient"), rows)
     print_failures(results)
     for r in results:
         if r.get("losses"):

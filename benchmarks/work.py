@@ -38,6 +38,8 @@ class Work:
     warmup: int = 3
     steps: int = 8
     new_tokens: int = 0  # over 0: decode that many after prompts of `length`, instead of training
+    documents: int = 0  # over 0: whole epochs over so many documents of at most `length` tokens (jaxsloth only)
+    packing: bool = False  # documents side by side in rows of `length`, not one a row
     memory_limit: int | None = None  # bytes of the device that the process may use
 
     def to_json(self) -> dict[str, Any]:
@@ -99,6 +101,14 @@ def tokens(work: Work) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(1))
     vocab = shape_spec(work.shape).embedding.vocab
     return generator.integers(FIRST_TOKEN, vocab, (work.batch, work.length), dtype=np.int32)
+
+
+def documents(work: Work) -> list[np.ndarray]:
+    """`work.documents` token arrays whose lengths are spread like an instruction data set's: log-normal, 180 on average."""
+    generator = np.random.Generator(np.random.Philox(2))
+    lengths = np.clip(generator.lognormal(np.log(180.0) - 0.32, 0.8, work.documents).astype(int), 8, work.length)
+    vocab = shape_spec(work.shape).embedding.vocab
+    return [generator.integers(FIRST_TOKEN, vocab, length, dtype=np.int32) for length in lengths]
 
 
 def compared_names(work: Work) -> list[str]:

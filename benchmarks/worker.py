@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.work import Runner, Work, compared_names, tokens
+from benchmarks.work import Runner, Work, compared_names, documents, tokens
+
+PAD_TO = 64  # what a padded batch's length is rounded up to: a compilation, or a CUDA graph, a length
 
 
 def main(task_file: Path) -> None:
@@ -27,7 +29,10 @@ def main(task_file: Path) -> None:
     runner = build(Path(task["folder"]), work)
     loaded = time.time()
     found: dict[str, Any] = {"import_s": imported - task["started"], "load_s": loaded - imported}
-    found |= decode(runner, work) if work.new_tokens else train(runner, work, task)
+    if work.documents:
+        found |= epochs(runner, work)
+    else:
+        found |= decode(runner, work) if work.new_tokens else train(runner, work, task)
     found["start_to_first_step_s"] = loaded - task["started"] + found["times_s"][0]
     found["peak_bytes"] = runner.peak_memory()
     if task["profile"]:
@@ -63,6 +68,41 @@ def decode(runner: Runner, work: Work) -> dict[str, Any]:
     if answer.shape != (work.batch, work.new_tokens):
         raise RuntimeError(f"{work.batch}×{work.new_tokens} tokens were asked for, and {answer.shape} came")
     return {"times_s": times, "tokens": answer[0, :16].tolist()}
+
+
+def epochs(runner: Runner, work: Work) -> dict[str, Any]:
+    """Times whole epochs over the documents; the warm-up epochs have learning rate 0, so that their loss is the model's own."""
+    from benchmarks.peers.own import OwnRunner
+    from jaxsloth.data.encode import Example
+    from jaxsloth.data.windows import WindowStream
+
+    if not isinstance(runner, OwnRunner):
+        raise TypeError("only jaxsloth's contenders are measured over documents")
+    examples = [Example(tokens, np.ones(len(tokens), bool)) for tokens in documents(work)]
+    stream = WindowStream(
+        examples,
+        batch_size=work.batch,
+        accumulation=1,
+        seed=0,
+        shuffle=False,  # every epoch has the same shapes, so that the timed ones compile nothing
+        packing=work.packing,
+        max_length=work.length,
+        pad_to_multiple_of=PAD_TO,
+    )
+    times, losses, shapes = [], [], set()
+    for epoch in range(work.warmup + work.steps):
+        loss = valid = seconds = 0.0
+        for step in range(stream.steps_per_epoch):
+            window = stream.window(epoch * stream.steps_per_epoch + step)
+            start = time.perf_counter()
+            mean = runner.train_on(window, work.learning_rate if epoch >= work.warmup else 0.0)
+            seconds += time.perf_counter() - start
+            loss, valid = loss + mean * window.valid_tokens, valid + window.valid_tokens
+            shapes.add(window.input_ids.shape[1:])
+        times.append(seconds)
+        losses.append(loss / valid)
+    tokens = sum(len(example.tokens) for example in examples)
+    return {"times_s": times, "losses": losses, "tokens": tokens, "steps": stream.steps_per_epoch, "shapes": len(shapes)}
 
 
 def _profile(runner: Runner, work: Work) -> Any:

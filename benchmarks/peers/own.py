@@ -37,7 +37,11 @@ class OwnRunner:
             restart_peak()
 
     def step(self, ids: np.ndarray) -> float:
-        result = self._step(window(ids), learning_rate=self._work.learning_rate, step=self._done, seed=0)
+        return self.train_on(window(ids), self._work.learning_rate)
+
+    def train_on(self, tokens: Window, learning_rate: float) -> float:
+        """One optimizer step on any window."""
+        result = self._step(tokens, learning_rate=learning_rate, step=self._done, seed=0)
         self._done += 1
         self._engine.synchronize()
         return result.floats()[0]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import context, decode, ops, step
+from benchmarks import context, decode, ops, packing, step
 from benchmarks.agreement import difference
 from benchmarks.contenders import parse_entries
 from benchmarks.peers.own import build_options
@@ -133,3 +133,11 @@ def test_report_files(scratch, tmp_path):
     assert "KeyError" in bad["error"]
     assert {"gpu", "driver", "versions", "date", "commit"} <= saved["environment"].keys()
     assert output.with_suffix(".png").stat().st_size > 5000
+
+
+def test_packed_and_padded_epochs_have_the_same_loss(scratch):
+    work = replace(TINY, length=128, steps=1, documents=12)
+    padded, packed = packing.run(work, 4, "jaxsloth-torch", scratch, timeout=300)
+    assert (padded["tokens"], padded["steps"]) == (packed["tokens"], 3)
+    assert packed["loss_difference"] < 1e-5
+    assert packed["gain"] > 0
