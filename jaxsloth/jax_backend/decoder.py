@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
         if plan.mode is None:
             hidden = self.hidden(input_ids, context)[0].reshape(-1, self.spec.hidden)
         else:
-            hidden = fused.hidden(self, input_ids, context, plan.mode, documents, plan.plain)
+            hidden = fused.hidden(self, input_ids, context, plan.mode, documents, plan.plain, plan.unrolled)
         weight, trained = self.head_weight()
         targets, tokens = targets.reshape(-1), hidden.shape[0]
         if plan.chosen < tokens:

@@ -81,8 +81,12 @@ def policy(mode: str) -> Any:
     return jax.checkpoint_policies.save_only_these_names(*(MANY if mode == "none" else FEW))
 
 
-def hidden(decoder: Decoder, input_ids: Any, context: Context, mode: str, documents: Any, plain: bool) -> Any:
-    """Final hidden states ``[tokens, hidden]``, normed."""
+def hidden(decoder: Decoder, input_ids: Any, context: Context, mode: str, documents: Any, plain: bool, unrolled: bool) -> Any:
+    """Final hidden states ``[tokens, hidden]``, normed.
+
+    unrolled: the layers one after the other, a program as long as the model is deep that stacks and slices nothing, instead of
+    a scan.
+    """
     x = decoder.model.embed_tokens.weight[...][input_ids.reshape(-1)].astype(decoder.dtype)
     if decoder.spec.embedding.scale != 1.0:
         x = x * jnp.asarray(decoder.spec.embedding.scale, decoder.dtype)
@@ -97,8 +101,13 @@ def hidden(decoder: Decoder, input_ids: Any, context: Context, mode: str, docume
         return x, None
 
     count = len(decoder.spec.layers) // len(decoder.model.layers)
-    body = jax.checkpoint(period, policy=policy(mode), prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, (jnp.arange(count, dtype=jnp.int32), trained))
+    if unrolled:
+        body = jax.checkpoint(period, policy=policy(mode))
+        for index in range(count):
+            x, _ = body(x, (jnp.int32(index), jax.tree.map(lambda stack, index=index: stack[index], trained)))
+    else:
+        body = jax.checkpoint(period, policy=policy(mode), prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, (jnp.arange(count, dtype=jnp.int32), trained))
     return decoder.model.norm(x[:, : decoder.spec.hidden])
 
 

@@ -176,6 +176,17 @@ class JaxModel:
             return None
         return self.options.gradient_checkpointing
 
+    def unrolled(self) -> bool:
+        """Whether the fused layers run one after the other instead of in a scan; implementations={"layer_loop": …} decides.
+
+        Raises:
+            RefusedError: another name than scan or unrolled came.
+        """
+        requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if platform() == "cuda" else "scan")
+        if requested not in ("scan", "unrolled"):
+            raise RefusedError(f"op layer_loop has no implementation {requested!r} for jax; it has: scan, unrolled")
+        return requested == "unrolled"
+
     def count_compilation(self, kind: str, shape: tuple[Any, ...]) -> None:
         self._compiled.add((kind, shape))
 
@@ -192,7 +203,7 @@ class JaxModel:
         if self.spec.lora is None:
             raise ValueError("the model has no adapters to train; call add_adapters first")
         frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(self.mode(), batch.targets[None], batch.segments[None], 1)
+        plan, documents = make_plan(self.mode(), self.unrolled(), batch.targets[None], batch.segments[None], 1)
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         count = np.float32(batch.valid_tokens())

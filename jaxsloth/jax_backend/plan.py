@@ -16,15 +16,18 @@ class Plan:
     """A static argument of the programs.
 
     mode: the `gradient_checkpointing` of the fused blocks, None for the composed ones. chosen: the most targets that a device's
-    micro-batch may have. plain: every row is one document, perhaps with padding behind it.
+    micro-batch may have. plain: every row is one document, perhaps with padding behind it. unrolled: the layers are.
     """
 
     mode: str | None
     chosen: int
     plain: bool
+    unrolled: bool = False
 
 
-def make_plan(mode: str | None, targets: np.ndarray, segments: np.ndarray, devices: int) -> tuple[Plan, tuple[np.ndarray, ...]]:
+def make_plan(
+    mode: str | None, unrolled: bool, targets: np.ndarray, segments: np.ndarray, devices: int
+) -> tuple[Plan, tuple[np.ndarray, ...]]:
     """(the plan of a window, the arrays of its documents where it is packed).
 
     targets and segments ``[micro, batch, length]``. The arrays are a `Documents`' with a leading micro axis; their second axis
@@ -39,7 +42,7 @@ def make_plan(mode: str | None, targets: np.ndarray, segments: np.ndarray, devic
     chosen = min(-(-max(most, 1) // unit) * unit, tokens) if mode is not None else tokens
     found = [documents_of(share) for share in segments.reshape(shares)]
     if mode is None or all(documents is None for documents in found):
-        return Plan(mode, chosen, mode is not None), ()
+        return Plan(mode, chosen, mode is not None, unrolled), ()
     packed = [documents or whole_rows(share) for documents, share in zip(found, segments.reshape(shares), strict=True)]
     count, longest = (max(documents.tokens.shape[axis] for documents in packed) for axis in (0, 1))
     same = [pad_documents(documents, count, longest, tokens) for documents in packed]
@@ -48,7 +51,7 @@ def make_plan(mode: str | None, targets: np.ndarray, segments: np.ndarray, devic
         parts = np.stack([getattr(documents, field) for documents in same])
         return parts.reshape(micros, devices * parts.shape[1], *parts.shape[2:])
 
-    return Plan(mode, chosen, False), (together("tokens"), together("lengths"), together("rows"))
+    return Plan(mode, chosen, False, unrolled), (together("tokens"), together("lengths"), together("rows"))
 
 
 def whole_rows(segments: np.ndarray) -> Documents:

@@ -27,7 +27,10 @@ from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
 
 ROOM = 64
-DEPTH = 128  # columns of x that a step of the accumulation takes
+DEPTH = 64  # of a step of an accumulation
+WIDTH = 128  # columns of x whose gradients a program forms
+FEW_ROWS = 4096
+PROGRAMS = 528  # that a kernel should have: four for each multiprocessor of an H200
 
 
 @dataclass(frozen=True)
@@ -59,24 +62,36 @@ def refuses(in_features: int, ranks: tuple[int, ...]) -> str | None:
     return None if in_features % 64 == 0 else f"needs inputs that are a multiple of 64 wide, and one has {in_features}"
 
 
-def _append_kernel(x: Any, matrix: Any, _: Any, out: Any, *, rows: int, width: int, height: int, depth: int) -> None:
+def _tile(ref: Any, rows: Any, columns: Any, row_end: int, column_end: int) -> Any:
+    """``ref[rows, columns]``, zero outside of the first row_end rows and column_end columns."""
+    inside = (rows < row_end)[:, None] & (columns < column_end)[None, :]
+    return plgpu.load(ref.at[jnp.where(rows < row_end, rows, 0)[:, None], columns[None, :]], mask=inside, other=0.0)
+
+
+def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _append_kernel(
+    x: Any, matrix: Any, _: Any, out: Any, *, rows: int, width: int, height: int, steps: int, splits: int
+) -> None:
+    """One program: `height` rows times a part of the columns. Without splits the products go behind the rows of x."""
     row = pl.program_id(0) * height + jnp.arange(height, dtype=jnp.int32)
-    inside = (row < rows)[:, None]
-    safe = jnp.where(row < rows, row, 0)[:, None]
     low = jnp.arange(ROOM, dtype=jnp.int32)
+    first = pl.program_id(1) * steps
 
     def add(step: Any, total: Any) -> Any:
-        column = step * depth + jnp.arange(depth, dtype=jnp.int32)[None, :]
-        seen = column < width
-        part = plgpu.load(x.at[safe, column], mask=inside & seen, other=0.0)
-        other = plgpu.load(matrix.at[low[:, None], column], mask=jnp.broadcast_to(seen, (ROOM, depth)), other=0.0)
-        precision = precision_of(part.dtype)
-        return total + jax.lax.dot_general(
-            part, other, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+        column = (first + step) * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
+        return total + _dot(_tile(x, row, column, rows, width), _tile(matrix, low, column, ROOM, width), (1, 1))
 
-    total = jax.lax.fori_loop(0, pl.cdiv(width, depth), add, jnp.zeros((height, ROOM), jnp.float32))
-    plgpu.store(out.at[safe, width + low[None, :]], total.astype(out.dtype), mask=jnp.broadcast_to(inside, (height, ROOM)))
+    total = jax.lax.fori_loop(0, steps, add, jnp.zeros((height, ROOM), jnp.float32))
+    inside = jnp.broadcast_to((row < rows)[:, None], (height, ROOM))
+    safe = jnp.where(row < rows, row, 0)[:, None]
+    if splits == 1:
+        plgpu.store(out.at[safe, width + low[None, :]], total.astype(out.dtype), mask=inside)
+    else:
+        plgpu.store(out.at[pl.program_id(1), safe, low[None, :]], total, mask=inside)
 
 
 def append_product(x: Any, matrix: Any, *, interpret: bool = False) -> Any:
@@ -85,17 +100,60 @@ def append_product(x: Any, matrix: Any, *, interpret: bool = False) -> Any:
     matrix ``[ROOM, width]`` in x's dtype.
     """
     rows, width = x.shape[0], x.shape[1] - ROOM
-    height = 16 if rows <= 4096 else 64
+    height = 16 if rows <= FEW_ROWS else 64
+    steps = pl.cdiv(width, DEPTH)
+    # Few rows make few programs: the columns are shared out too, and the parts summed behind.
+    splits = min(steps, pl.cdiv(PROGRAMS, pl.cdiv(rows, height))) if rows <= FEW_ROWS else 1
+    steps = pl.cdiv(steps, splits)
     call = pl.pallas_call(
-        partial(_append_kernel, rows=rows, width=width, height=height, depth=DEPTH),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid=(pl.cdiv(rows, height),),
-        input_output_aliases={2: 0},
+        partial(_append_kernel, rows=rows, width=width, height=height, steps=steps, splits=splits),
+        out_shape=jax.ShapeDtypeStruct(*((x.shape, x.dtype) if splits == 1 else ((splits, rows, ROOM), jnp.float32))),
+        grid=(pl.cdiv(rows, height), splits),
+        input_output_aliases={2: 0} if splits == 1 else {},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="lora_append",
     )
-    return call(x, matrix, x)
+    if splits == 1:
+        return call(x, matrix, x)
+    # The kernel's third argument stands for the output that it shares; here it has one of its own.
+    product = call(x, matrix, jnp.zeros(1, jnp.float32)).sum(axis=0).astype(x.dtype)
+    return jax.lax.dynamic_update_slice(x, product, (0, width))
+
+
+def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps: int) -> None:
+    """One program: `WIDTH` columns of x, a part of the rows."""
+    columns = pl.program_id(0) * WIDTH + jnp.arange(WIDTH, dtype=jnp.int32)
+    room = jnp.arange(ROOM, dtype=jnp.int32)
+    start = pl.program_id(1) * steps
+
+    def add(step: Any, total: Any) -> Any:
+        row = (start + step) * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
+        return total + _dot(_tile(x, row, columns, rows, x.shape[1]), _tile(low, row, first + room, rows, low.shape[1]), (0, 0))
+
+    total = jax.lax.fori_loop(0, steps, add, jnp.zeros((WIDTH, ROOM), jnp.float32))
+    inside = jnp.broadcast_to((columns < x.shape[1])[:, None], (WIDTH, ROOM))
+    plgpu.store(
+        out.at[pl.program_id(1), jnp.where(columns < x.shape[1], columns, 0)[:, None], room[None, :]], total, mask=inside
+    )
+
+
+def low_rank_gradient(x: Any, low: Any, *, interpret: bool = False) -> Any:
+    """``xᵀ·low[:, -ROOM:]``, float32 ``[columns of x, ROOM]``; x and low ``[tokens, …]`` of one dtype."""
+    rows = x.shape[0]
+    across, steps = pl.cdiv(x.shape[1], WIDTH), pl.cdiv(rows, DEPTH)
+    splits = min(steps, pl.cdiv(PROGRAMS, across))
+    steps = pl.cdiv(steps, splits)
+    call = pl.pallas_call(
+        partial(_gradient_kernel, rows=rows, first=low.shape[1] - ROOM, steps=steps),
+        out_shape=jax.ShapeDtypeStruct((splits, x.shape[1], ROOM), jnp.float32),
+        grid=(across, splits),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
+        interpret=interpret,
+        name="lora_gradient",
+    )
+    parts = call(x, low)
+    return parts[0] if splits == 1 else parts.sum(axis=0)
 
 
 def _low_a(group: Group, adapters: Any, dtype: Any) -> Any:
@@ -161,12 +219,12 @@ def _forward(group: Group, x: Any, bases: Any, adapters: Any, bias: Any, layer: 
 
 def _backward(group: Group, kept: Any, dy: Any) -> tuple[Any, ...]:
     x, bases, adapters, layer = kept
-    in_, out = group.in_features, group.out_features
+    in_ = group.in_features
     low_a, high_b = _low_a(group, adapters, x.dtype), _high_b(group, adapters, x.dtype)
     dy = append_product(dy, high_b.T, interpret=group.interpret)
     dx = _product(dy, _matrix(group, bases, low_a, high_b, layer, x.dtype), (1, 0), x.dtype)
-    da = _product(dy[:, out:], x, (0, 0), jnp.float32)
-    db = _product(dy, x[:, in_:], (0, 0), jnp.float32)
+    da = low_rank_gradient(x, dy, interpret=group.interpret).T
+    db = low_rank_gradient(dy, x, interpret=group.interpret)
     gradients, row, column = [], 0, 0
     for rows, rank, scale, pair in zip(group.outs, group.ranks, group.scales, adapters, strict=True):
         if pair is None:

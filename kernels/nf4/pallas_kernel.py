@@ -23,17 +23,16 @@ _BYTES = BLOCK // 2
 _INT32 = 2**31
 
 
-def _look_up(index: Any) -> Any:
-    """CODE[index] by fifteen selections on the bits of the index: no table in memory, and it lowers everywhere."""
-    values = [jnp.float32(value) for value in CODE]
-    for bit in range(4):
-        odd = (index >> bit) & 1 == 1
-        values = [jnp.where(odd, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
-
-
 def _kernel(
-    layer: Any, codes: Any, absmax: Any, *rest: Any, blocks: int, outer_blocks: int, across: int = 1, first_row: int = 0
+    layer: Any,
+    table: Any,
+    codes: Any,
+    absmax: Any,
+    *rest: Any,
+    blocks: int,
+    outer_blocks: int,
+    across: int = 1,
+    first_row: int = 0,
 ) -> None:
     """across: blocks in a row of the output, which is then a matrix; its first row is `first_row`."""
     *nested, out = rest
@@ -48,7 +47,7 @@ def _kernel(
         # bitsandbytes rounds the product before it adds; a clip that changes nothing keeps the two from being fused.
         scale = jnp.clip(product, -3e38, 3e38) + offset[jnp.zeros(TILE, jnp.int32) + layer[0]]
     byte = codes[row[:, None], jnp.arange(_BYTES, dtype=jnp.int32)[None, :]].astype(jnp.int32)
-    pair = jnp.stack([_look_up(byte >> 4), _look_up(byte & 15)], axis=-1).reshape(TILE, BLOCK)
+    pair = jnp.stack([table[byte >> 4], table[byte & 15]], axis=-1).reshape(TILE, BLOCK)
     value = (pair * scale[:, None]).astype(out.dtype)
     place, column = tile // across + first_row, (tile % across * BLOCK)[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
     plgpu.store(out.at[place[:, None], column], value, mask=inside[:, None])
@@ -120,7 +119,7 @@ def _arguments(quantized: NF4, layer: Array | None) -> tuple[list[Any], int, int
         layer = jnp.zeros((), jnp.int32)
     layers, blocks = stacked.absmax.shape
     codes = jnp.pad(stacked.codes, ((0, 0), (0, blocks * _BYTES - stacked.codes.shape[1]))).reshape(layers * blocks, _BYTES)
-    arguments = [jnp.reshape(layer, 1).astype(jnp.int32), codes, stacked.absmax.reshape(-1)]
+    arguments = [jnp.reshape(layer, 1).astype(jnp.int32), jnp.asarray(CODE), codes, stacked.absmax.reshape(-1)]
     outer_blocks = 0
     if stacked.nested is not None:
         outer_blocks = stacked.nested.absmax.shape[1]
