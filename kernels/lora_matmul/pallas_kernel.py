@@ -73,9 +73,7 @@ def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
     return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _append_kernel(
-    x: Any, matrix: Any, _: Any, out: Any, *, rows: int, width: int, height: int, steps: int, splits: int
-) -> None:
+def _append_kernel(x: Any, matrix: Any, out: Any, *, rows: int, width: int, height: int, steps: int, splits: int) -> None:
     """One program: `height` rows times a part of the columns. Without splits the products go behind the rows of x."""
     row = pl.program_id(0) * height + jnp.arange(height, dtype=jnp.int32)
     low = jnp.arange(ROOM, dtype=jnp.int32)
@@ -109,16 +107,13 @@ def append_product(x: Any, matrix: Any, *, interpret: bool = False) -> Any:
         partial(_append_kernel, rows=rows, width=width, height=height, steps=steps, splits=splits),
         out_shape=jax.ShapeDtypeStruct(*((x.shape, x.dtype) if splits == 1 else ((splits, rows, ROOM), jnp.float32))),
         grid=(pl.cdiv(rows, height), splits),
-        input_output_aliases={2: 0} if splits == 1 else {},
+        input_output_aliases={0: 0} if splits == 1 else {},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="lora_append",
     )
-    if splits == 1:
-        return call(x, matrix, x)
-    # The kernel's third argument stands for the output that it shares; here it has one of its own.
-    product = call(x, matrix, jnp.zeros(1, jnp.float32)).sum(axis=0).astype(x.dtype)
-    return jax.lax.dynamic_update_slice(x, product, (0, width))
+    product = call(x, matrix)
+    return product if splits == 1 else jax.lax.dynamic_update_slice(x, product.sum(axis=0).astype(x.dtype), (0, width))
 
 
 def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps: int) -> None:
