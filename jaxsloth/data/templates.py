@@ -84,7 +84,7 @@ class ChatTemplate:
             DataError: the template refuses the conversation or drops a role of it, or it can't be split into prompts and
                 answers.
         """
-        self._check_roles(conversation.messages)
+        self.check_roles(conversation.messages)
         if response_only and self.marks_answers:
             return tokenize_spans(self.tokenizer, *self._tagged_spans(conversation))
         text = self.render(conversation.messages)
@@ -108,8 +108,12 @@ class ChatTemplate:
         skipped = sum(message["role"] == "assistant" for message in conversation.messages[: conversation.first_learnt])
         return texts[0], spans[0][skipped:]
 
-    def _check_roles(self, messages: Sequence[Message]) -> None:
-        """That what each role says is in the text: seen once for each, with marks in place of what it says."""
+    def check_roles(self, messages: Sequence[Message]) -> None:
+        """That what each role says is in the text: looked at once for each, with marks in place of what it says.
+
+        Raises:
+            DataError: the template drops a role, or refuses the conversation.
+        """
         for role in sorted({message["role"] for message in messages} - self._written):
             marks = {
                 number: _PROBE.format(number, role)
@@ -122,7 +126,7 @@ class ChatTemplate:
             if any(mark not in text for mark in marks.values()):
                 raise DataError(
                     f"the chat template drops the role {role!r}: what its messages say is not in the rendered text. Give a "
-                    "template that writes it (data.template), or remove those messages"
+                    "template that writes it, or remove those messages"
                 )
             self._written.add(role)
 

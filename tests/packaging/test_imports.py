@@ -50,6 +50,12 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
         {"datasets", "transformers", "pyarrow", "jinja2"},
     ),
     (
+        "jaxsloth/chat_templates/*.py",
+        NUMBERS,
+        ("chat_templates", "data", "batch"),
+        {"transformers", "tokenizers"},
+    ),
+    (
         "jaxsloth/training/*.py",
         NUMBERS | {"rich", "yaml", "safetensors"},
         ("training", "data", "convert", "models", "recipe", "batch", "backend"),
