@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 from jaxsloth.chat_templates import get_chat_template
 from jaxsloth.data.catalogue import TEMPLATES
 from jaxsloth.data.errors import DataError
-from tests.data.conftest import SMOLLM2
 from tests.data.test_encoding import CHATML
 from tests.support.real_tokenizers import llama3, qwen
 from tests.support.tiny import byte_tokenizer
@@ -18,11 +17,6 @@ from tests.support.tiny import byte_tokenizer
 SHAREGPT = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
 TURNS = [{"role": "user", "content": "Hi é😀"}, {"role": "assistant", "content": "Hello"}]
 THEIRS = [{"from": "human", "value": "Hi é😀"}, {"from": "gpt", "value": "Hello"}]
-
-
-@pytest.fixture
-def smollm2():
-    return AutoTokenizer.from_pretrained(str(SMOLLM2.parent), gguf_file=SMOLLM2.name)
 
 
 def text(tokenizer, messages, **settings):
@@ -82,11 +76,10 @@ def test_the_vocabularys_own_token_becomes_eos():
     for made, name, stop, number in ((llama3, "llama-3.1", "<|eot_id|>", 128009), (qwen, "qwen-2.5", "<|im_end|>", 151645)):
         tokenizer = copy.deepcopy(made())
         before, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+        assert get_chat_template(tokenizer, chat_template=name, map_eos_token=False).eos_token_id == before != number
         assert get_chat_template(tokenizer, chat_template=name) is tokenizer
         assert (tokenizer.eos_token, tokenizer.eos_token_id) == (stop, number)
-        assert before != number and tokenizer.pad_token_id == padding and len(tokenizer) == len(made())
-        untouched = get_chat_template(copy.deepcopy(made()), chat_template=name, map_eos_token=False)
-        assert untouched.eos_token_id == before
+        assert tokenizer.pad_token_id == padding and len(tokenizer) == len(made())
 
 
 @pytest.mark.parametrize("template", ["chatml", (CHATML, "<|im_end|>")])

@@ -38,7 +38,7 @@ def test_conversations_become_messages(column, keys):
         assert done[0] == {column: PAIR, "id": 0}
         assert done[1][column] == [{"role": "system", "content": "s"}, *PAIR]
         assert function(done).to_list() == done.to_list(), "what is standard stays so"
-    both = standardize_sharegpt(DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:1])))
+    both = standardize_sharegpt(DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}))
     assert both["test"][0][column] == PAIR
     assert next(iter(standardize_sharegpt(Dataset.from_list(rows).to_iterable_dataset())))[column] == PAIR
 
