@@ -125,6 +125,12 @@ def test_trimmed_offsets_and_no_double_bos(tiny, headers_template):
     assert not learn[:-1][tokens[:-1] == tiny.convert_tokens_to_ids("<|end|>")].any()
 
 
+def test_text_gets_one_bos_and_one_eos(tiny):
+    for text in ("eggs", "<bos>eggs", "<bos>eggs<eos>"):
+        (example,) = encode_rows([{"text": text}], tiny, recipe())
+        assert tiny.decode(example.tokens) == "<bos>eggs<eos>"
+
+
 def test_spaces_at_the_borders(tiny):
     # With trimmed offsets a space is the empty range at its own end: the header's isn't learnt, the answer's is.
     text = "<|end|> \neggs <|start|>user"
