@@ -36,8 +36,9 @@ def encode_rows(
 ) -> list[Example]:
     """Tokenizes rows in the recipe's format and template; one example a row, in order.
 
-    Text gets the tokenizer's special tokens, BOS only where it has none, and ends in its EOS; conversations get exactly what the template writes. EOS is
-    learnt also where a tokenizer uses it for padding. With truncation, tokens past max_length are dropped.
+    Text gets the tokenizer's special tokens (BOS only where it has none) and ends in its EOS; conversations get exactly what
+    the template writes. EOS is learnt also where a tokenizer uses it for padding. With truncation, tokens past max_length are
+    dropped.
 
     Args:
         vocab_size: the model's, to check the tokens against.

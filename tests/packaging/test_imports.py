@@ -55,6 +55,13 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
         ("chat_templates", "data", "batch"),
         {"transformers", "tokenizers"},
     ),
+    ("jaxsloth/evaluation/metrics.py", set(), (), {"rouge_score", "sacrebleu"}),
+    (
+        "jaxsloth/evaluation/*.py",
+        NUMBERS | {"rich", "pydantic"},
+        ("evaluation", "training", "data", "convert", "models", "transforms", "recipe", "batch", "backend", "generation"),
+        set(),
+    ),
     (
         "jaxsloth/training/*.py",
         NUMBERS | {"rich", "yaml", "safetensors"},
