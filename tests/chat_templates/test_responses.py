@@ -241,3 +241,15 @@ def test_this_projects_trainer(tmp_path, backend):
         assert found.count("<|im_end|>\n") == count and "Sixteen" in found and "eggs" not in found
         assert "user" not in found and "assistant" not in found
     assert np.isfinite(trainer.train().training_loss)
+
+
+@pytest.mark.parametrize("name", ["qwen-3", "chatml", "gemma-3"])
+def test_trls_assistant_only_loss_reads_the_templates_tags(smollm2, tmp_path, name):
+    tokenizer = get_chat_template(smollm2, chat_template=name)
+    conversations = [TURNS, THOUGHTS]
+    trainer = trl_trainer(tokenizer, tmp_path, [{"messages": messages} for messages in conversations], assistant_only_loss=True)
+    template = ChatTemplate(tokenizer)
+    for row, messages in zip(trainer.train_dataset, conversations, strict=True):
+        tokens, learn = template.encode(Conversation(messages))
+        assert row["input_ids"] == tokens.tolist()
+        assert row["labels"] == np.where(learn, tokens, IGNORE).tolist()
