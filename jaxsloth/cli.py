@@ -1,4 +1,4 @@
-"""The commands: train, generate, parity, info, schema."""
+"""The commands: train, generate, evaluate, parity, info, schema."""
 
 from __future__ import annotations
 
@@ -85,6 +85,65 @@ def generate(
         **settings,
     )
     print()
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="What generate takes, or the folder of an adapter, whose base is then loaded.")],
+    data: Annotated[str, typer.Option(help="A .json, .jsonl, .csv or .parquet file, package:NAME/file, or a data set's name.")],
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="loss, accuracy (share of the answers' tokens that are the likeliest), exact_match, f1 (SQuAD's), rouge, bleu."
+        ),
+    ] = "loss,accuracy",
+    adapter: Annotated[str | None, typer.Option(help="The folder of a PEFT adapter for that model.")] = None,
+    compare_base: Annotated[bool, typer.Option("--compare-base", help="Measure the base too, and the change.")] = False,
+    split: Annotated[str, typer.Option(help="The data set's split; a file is one split, train.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first rows only.")] = None,
+    data_format: Annotated[str, typer.Option("--format", help="As a recipe's data.format.")] = "auto",
+    column: Annotated[list[str] | None, typer.Option(help="expected=field, e.g. prompt=question; may be given again.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="A chat template's name, or Jinja; the tokenizer's own if left out.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message for conversations that have none.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens that a row may have.")] = 2048,
+    truncation: Annotated[bool, typer.Option("--truncation", help="Cut longer rows instead of refusing them.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens that a generated answer may have.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    backend: Annotated[str | None, typer.Option(help="torch or jax.")] = None,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Store the linear layers as NF4.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the scores and the answers.")] = None,
+) -> None:
+    """Measure a model on rows: loss on their answers, and answers of its own against theirs."""
+    from jaxsloth.evaluation import run
+
+    rows = run.data_settings(
+        path=data,
+        split=split,
+        format=data_format,
+        columns=run.pairs(column or []),
+        template=template,
+        system=system,
+        max_length=max_length,
+        truncation=truncation,
+    )
+    settings = run.EvaluationSettings(
+        model=model,
+        data=rows,
+        metrics=metrics.split(","),
+        adapter=adapter,
+        compare_base=compare_base,
+        limit=limit,
+        backend=backend,
+        dtype=run.dtype_name(dtype),
+        load_in_4bit=load_in_4bit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        json_file=json_file,
+    )
+    Console().print(run.table(run.evaluate(settings)))
 
 
 @app.command()

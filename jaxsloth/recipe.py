@@ -71,7 +71,9 @@ class DataRecipe(Section):
     split: str = "train"
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
     columns: dict[str, str] = Field(default_factory=dict, description="expected field -> the file's field")
-    template: str | None = Field(default=None, description="'chatml', a Jinja template, or null for the tokenizer's own")
+    template: str | None = Field(
+        default=None, description="a name (chatml, llama-3.1, qwen-3 …), a Jinja template, or null for the tokenizer's own"
+    )
     system: str | None = Field(default=None, description="a system message put before every conversation that has none")
     response_only: bool = Field(default=True, description="only the answers are learnt, not the prompts")
     packing: bool = False

@@ -36,8 +36,9 @@ def encode_rows(
 ) -> list[Example]:
     """Tokenizes rows in the recipe's format and template; one example a row, in order.
 
-    Text gets the tokenizer's special tokens and ends in its EOS; conversations get exactly what the template writes. EOS is
-    learnt also where a tokenizer uses it for padding. With truncation, tokens past max_length are dropped.
+    Text gets the tokenizer's special tokens (BOS only where it has none) and ends in its EOS; conversations get exactly what
+    the template writes. EOS is learnt also where a tokenizer uses it for padding. With truncation, tokens past max_length are
+    dropped.
 
     Args:
         vocab_size: the model's, to check the tokens against.
@@ -79,7 +80,9 @@ def _encode_all(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: DataRec
 
 
 def _encode_text(content: Text, tokenizer: Any) -> Example:
-    tokens = tokenizer(content.text)["input_ids"]
+    # A text that a chat template wrote begins with BOS already.
+    begins = tokenizer.bos_token is not None and content.text.startswith(tokenizer.bos_token)
+    tokens = tokenizer(content.text, add_special_tokens=not begins)["input_ids"]
     end = tokenizer.eos_token_id
     if end is not None and (not tokens or tokens[-1] != end):
         tokens = [*tokens, end]

@@ -10,14 +10,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from jaxsloth.data.catalogue import TEMPLATES, template_name, template_source
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation, Message
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = "probe{}of{}"
 Span = tuple[int, int]
 Encoded = tuple[np.ndarray, np.ndarray]
 
@@ -27,42 +25,51 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer. Its rendering is used, so texts are those of its apply_chat_template.
-        template: "chatml", a Jinja template, or None for the tokenizer's own.
+        template: a name of the catalogue, a Jinja template, or None for the tokenizer's own.
 
     Raises:
-        DataError: the tokenizer has no template and none is given, or the given one is no Jinja.
+        DataError: the tokenizer has no template and none is given, or no template goes by the name.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self.tokenizer = tokenizer
+        self._written: set[str] = set()  # roles that the template was seen to write
         if template is None:
             try:
                 self.source: str = tokenizer.get_chat_template()
             except ValueError as error:
                 raise DataError(
-                    "the tokenizer has no chat template, and conversations need one: set data.template to 'chatml' or to a "
-                    "Jinja template, or use format 'text'"
+                    "the tokenizer has no chat template, and conversations need one: set data.template to a name such as "
+                    "'chatml' or to a Jinja template, or use format 'text'"
                 ) from error
-        elif template == "chatml":
-            self.source = CHATML
-            if "<|im_end|>" not in tokenizer.get_vocab():
-                warnings.warn(
-                    "the tokenizer has no <|im_end|> token: template 'chatml' writes it as several tokens, and generation will "
-                    "not stop at them. A Jinja template that ends turns with {{ eos_token }} suits this model better",
-                    stacklevel=2,
-                )
         elif "{" in template:
             self.source = template
         else:
-            raise DataError(f"data.template must be 'chatml', a Jinja template, or null, and {template!r} came")
+            name = template_name(template)
+            stop = TEMPLATES[name].stop
+            if stop is not None and stop not in tokenizer.get_vocab():
+                warnings.warn(
+                    f"the tokenizer has no {stop} token: template {name!r} writes it as several tokens, and generation will "
+                    "not stop at them. A template that ends turns with {{ eos_token }} suits this model better",
+                    stacklevel=2,
+                )
+            self.source = template_source(name, tokenizer)
         self.marks_answers = _GENERATION_TAG.search(self.source) is not None
 
     def render(self, messages: Sequence[Message], answer_follows: bool = False) -> str:
         """The conversation's text; answer_follows adds the header after which the assistant answers."""
+        return self._refusing(
+            self.tokenizer.apply_chat_template,
+            list(messages),
+            chat_template=self.source,
+            tokenize=False,
+            add_generation_prompt=answer_follows,
+        )
+
+    @staticmethod
+    def _refusing(render: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.source, tokenize=False, add_generation_prompt=answer_follows
-            )
+            return render(*arguments, **settings)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
@@ -74,10 +81,12 @@ class ChatTemplate:
         what is learnt. No special token is added to those that the template writes, so none is doubled.
 
         Raises:
-            DataError: the template refuses the conversation, or it can't be split into prompts and answers.
+            DataError: the template refuses the conversation or drops a role of it, or it can't be split into prompts and
+                answers.
         """
+        self.check_roles(conversation.messages)
         if response_only and self.marks_answers:
-            return self._encode_by_tags(conversation)
+            return tokenize_spans(self.tokenizer, *self._tagged_spans(conversation))
         text = self.render(conversation.messages)
         if not response_only:
             tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
@@ -85,14 +94,41 @@ class ChatTemplate:
         spans = answer_spans(self.render, conversation, text)
         return tokenize_spans(self.tokenizer, text, spans)
 
-    def _encode_by_tags(self, conversation: Conversation) -> Encoded:
-        encoded = self.tokenizer.apply_chat_template(
-            conversation.messages, chat_template=self.source, return_dict=True, return_assistant_tokens_mask=True
+    def _tagged_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The conversation's text, and where the answers that are learnt stand in it."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = self._refusing(
+            render_jinja_template,
+            conversations=[list(conversation.messages)],
+            chat_template=self.source,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
         )
-        learn = np.array(encoded["assistant_masks"], bool)
         skipped = sum(message["role"] == "assistant" for message in conversation.messages[: conversation.first_learnt])
-        answer = np.cumsum(np.diff(learn, prepend=False) & learn)  # which answer, from 1, a learnt token belongs to
-        return np.array(encoded["input_ids"], np.int32), learn & (answer > skipped)
+        return texts[0], spans[0][skipped:]
+
+    def check_roles(self, messages: Sequence[Message]) -> None:
+        """That what each role says is in the text: looked at once for each, with marks in place of what it says.
+
+        Raises:
+            DataError: the template drops a role, or refuses the conversation.
+        """
+        for role in sorted({message["role"] for message in messages} - self._written):
+            marks = {
+                number: _PROBE.format(number, role)
+                for number, message in enumerate(messages)
+                if message["role"] == role and message["content"] and not message.get("tool_calls")
+            }
+            if not marks:
+                continue
+            text = self.render([m | {"content": marks.get(number, m["content"])} for number, m in enumerate(messages)])
+            if any(mark not in text for mark in marks.values()):
+                raise DataError(
+                    f"the chat template drops the role {role!r}: what its messages say is not in the rendered text. Give a "
+                    "template that writes it, or remove those messages"
+                )
+            self._written.add(role)
 
 
 def answer_spans(render: Callable[..., str], conversation: Conversation, text: str) -> list[Span]:

@@ -123,14 +123,19 @@ class SFTTrainer:
         self.model, self.args = model, args
         backend = load_backend(model.backend)
         self.recipe = args.recipe(model, backend.devices().count, eval_dataset is not None)
-        tokenizer = processing_class or model.tokenizer
+        self.processing_class = processing_class or model.tokenizer
         check_output(self.recipe, resume=False)
-        examples = self._encode(train_dataset, tokenizer)
-        held_out = None if eval_dataset is None else self._encode(eval_dataset, tokenizer)
-        self._plan = plan_from_examples(self.recipe, model.spec, model.base_model, examples, held_out)
+        held_out = None if eval_dataset is None else self._encode(eval_dataset)
+        self.replace_examples(self._encode(train_dataset), held_out)
 
-    def _encode(self, rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Example]:
-        return encode_rows([dict(row) for row in rows], tokenizer, self.recipe.data, self.model.spec.embedding.vocab)
+    def replace_examples(self, examples: list[Example], held_out: list[Example] | None) -> None:
+        """Trains and evaluates on these from now on."""
+        self.examples, self.held_out = examples, held_out
+        self._plan = plan_from_examples(self.recipe, self.model.spec, self.model.base_model, examples, held_out)
+
+    def _encode(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
+        vocab = self.model.spec.embedding.vocab
+        return encode_rows([dict(row) for row in rows], self.processing_class, self.recipe.data, vocab)
 
     def train(self) -> TrainOutput:
         result = execute(self._plan, self.model.model)

@@ -10,9 +10,13 @@ from jaxsloth.batch import IGNORE
 from jaxsloth.data.encode import encode_rows
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation
-from jaxsloth.data.templates import CHATML, ChatTemplate, tokenize_spans
+from jaxsloth.data.templates import ChatTemplate, tokenize_spans
 from jaxsloth.recipe import DataRecipe
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "How many eggs?"},
@@ -121,6 +125,12 @@ def test_trimmed_offsets_and_no_double_bos(tiny, headers_template):
     assert not learn[:-1][tokens[:-1] == tiny.convert_tokens_to_ids("<|end|>")].any()
 
 
+def test_text_gets_one_bos_and_one_eos(tiny):
+    for text in ("eggs", "<bos>eggs", "<bos>eggs<eos>"):
+        (example,) = encode_rows([{"text": text}], tiny, recipe())
+        assert tiny.decode(example.tokens) == "<bos>eggs<eos>"
+
+
 def test_spaces_at_the_borders(tiny):
     # With trimmed offsets a space is the empty range at its own end: the header's isn't learnt, the answer's is.
     text = "<|end|> \neggs <|start|>user"
@@ -157,11 +167,21 @@ def test_templates_that_cannot_be_used(tiny):
         ChatTemplate(tiny, rewrites).encode(Conversation(CHAT))
     with pytest.raises(DataError, match=r"no chat template.*'chatml'"):
         ChatTemplate(tiny)
-    with pytest.raises(DataError, match="must be 'chatml', a Jinja template, or null, and 'llama3' came"):
-        ChatTemplate(tiny, "llama3")
+    with pytest.raises(DataError, match=r"one of llama-3, .*, and 'lama-3' came; did you mean 'llama-3'\?"):
+        ChatTemplate(tiny, "lama-3")
     with pytest.raises(DataError, match=r"row 1 .*the chat template refuses the conversation: no system"):
         refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
         encode_rows([{"messages": CHAT[1:]}, {"messages": CHAT}], tiny, recipe(template=refusing))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_template_that_drops_a_role_is_refused(smollm2, role):
+    drops = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != '" + role + "' %}")
+    with pytest.raises(DataError, match=f"row 0 .*the chat template drops the role '{role}'"):
+        encode_rows([{"messages": CHAT}], smollm2, recipe(template=drops))
+    others = {"user": CHAT[:1] + CHAT[2:3], "system": CHAT[1:3]}.get(role)
+    if others is not None:
+        assert len(encode_rows([{"messages": others}], smollm2, recipe(template=drops))) == 1
 
 
 def test_system_message_is_put_first(smollm2):

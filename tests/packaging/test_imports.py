@@ -53,6 +53,19 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
         {"datasets", "transformers", "pyarrow", "jinja2"},
     ),
     (
+        "jaxsloth/chat_templates/*.py",
+        NUMBERS,
+        ("chat_templates", "data", "batch"),
+        {"transformers", "tokenizers"},
+    ),
+    ("jaxsloth/evaluation/metrics.py", set(), (), {"rouge_score", "sacrebleu"}),
+    (
+        "jaxsloth/evaluation/*.py",
+        NUMBERS | {"rich", "pydantic"},
+        ("evaluation", "training", "data", "convert", "models", "transforms", "recipe", "batch", "backend", "generation"),
+        set(),
+    ),
+    (
         "jaxsloth/training/*.py",
         NUMBERS | {"rich", "yaml", "safetensors"},
         ("training", "data", "convert", "models", "recipe", "batch", "backend"),

@@ -17,6 +17,7 @@ def test_wheel(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "-q", "-w", str(tmp_path)]
     subprocess.run(command, check=True, timeout=300)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for file in ("kernels/nf4/contract.py", "torch_backend/model.py", "convert/merge.py", "jax_backend/model.py", "py.typed"):
+    code = ("kernels/nf4/contract.py", "torch_backend/model.py", "convert/merge.py", "jax_backend/model.py")
+    for file in (*code, "py.typed", "data/jinja/chatml.jinja"):
         assert f"jaxsloth/{file}" in names
     assert not any(name.startswith(("kernels/", "torch_backend/", "convert/", "tests/")) for name in names)
