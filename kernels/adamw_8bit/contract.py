@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.kernels.registry import Implementation, Op
+from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
 
 BLOCK = 256
 SMALLEST = 4096  # tensors with fewer values keep float32 moments, as bitsandbytes' min_8bit_size has it
@@ -77,10 +77,18 @@ def check_sizes(sizes: tuple[int, ...], values: int, blocks: int) -> None:
         )
 
 
+def _pallas_refuses(facts: Facts) -> str | None:
+    if facts.sizes.get("values", 0) >= 2**31:
+        return f"counts values in int32, and there are {facts.sizes['values']}"
+    return needs_cuda(facts)
+
+
 ADAMW_8BIT = Op(
     "adamw_8bit",
     (
+        Implementation("triton", "torch", "jaxsloth.kernels.adamw_8bit.triton_kernel:adamw_8bit", needs_cuda),
         Implementation("torch", "torch", "jaxsloth.kernels.adamw_8bit.torch_ops:adamw_8bit"),
+        Implementation("pallas", "jax", "jaxsloth.kernels.adamw_8bit.pallas_kernel:adamw_8bit", _pallas_refuses),
         Implementation("xla", "jax", "jaxsloth.kernels.adamw_8bit.xla_ops:adamw_8bit"),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,21 @@ def adamw_8bit(
     Raises:
         ValueError: sizes do not make up the parameter.
     """
+    return over_runs(_update, parameter, gradient, moments, factors, sizes=sizes, betas=betas, eps=eps)
+
+
+def over_runs(
+    update: Callable[..., tuple[Array, Moments]],
+    parameter: Array,
+    gradient: Array,
+    moments: Moments,
+    factors: Array,
+    *,
+    sizes: tuple[int, ...],
+    betas: tuple[float, float],
+    eps: float,
+) -> tuple[Array, Moments]:
+    """`update` of every run of tensors of one size, joined; it takes how many there are after the factors."""
     check_sizes(sizes, parameter.size, moments.exp_avg_absmax.size)
     done, value, block = [], 0, 0
     for size, count in runs(sizes):
@@ -41,7 +57,7 @@ def adamw_8bit(
             moments.exp_avg_sq[values],
             moments.exp_avg_sq_absmax[blocks],
         )
-        done.append(_update(parameter[values], gradient[values], one, factors, count, betas, eps))
+        done.append(update(parameter[values], gradient[values], one, factors, count, betas, eps))
         value, block = values.stop, blocks.stop
     return done[0] if len(done) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsloth.kernels.adamw_8bit import xla_ops
+from jaxsloth.kernels.adamw_8bit import pallas_kernel, xla_ops
 from jaxsloth.kernels.adamw_8bit.cases import CASES, make_inputs
-from jaxsloth.kernels.adamw_8bit.contract import Moments
+from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments
+from jaxsloth.kernels.registry import Facts, select
 from tests.kernels.adamw_8bit_checks import (
     STATE,
     Step,
@@ -20,8 +22,9 @@ from tests.kernels.adamw_8bit_checks import (
     check_each_step_against_bitsandbytes,
     check_free_run_against_bitsandbytes,
 )
+from tests.kernels.test_jax_nf4 import lowered_for_cuda
 
-FUNCTIONS = {"xla": xla_ops.adamw_8bit}
+FUNCTIONS = {"xla": xla_ops.adamw_8bit, "pallas": partial(pallas_kernel.adamw_8bit, interpret=True)}
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -63,3 +66,17 @@ def test_wrong_sizes(name):
         FUNCTIONS[name](
             inputs["parameter"], inputs["gradient"], moments, jnp.ones(3), sizes=(4095,), betas=(0.9, 0.999), eps=1e-8
         )
+
+
+def test_the_kernel_is_chosen_on_a_gpu_only():
+    assert select(ADAMW_8BIT, "jax", Facts("cpu")).implementation.name == "xla"
+    assert select(ADAMW_8BIT, "jax", Facts("cuda")).implementation.name == "pallas"
+    assert select(ADAMW_8BIT, "jax", Facts("cuda", sizes={"values": 2**31})).implementation.name == "xla"
+
+
+def test_the_kernel_lowers_for_cuda():
+    arrays = {key: jnp.asarray(array) for key, array in make_inputs(CASES[3], 0).items()}
+    moments = Moments(**{key: arrays[key] for key in STATE})
+    step = partial(pallas_kernel.adamw_8bit, sizes=CASES[3].sizes, betas=(0.9, 0.999), eps=1e-8)
+    text = lowered_for_cuda(step, arrays["parameter"], arrays["gradient"], moments, jnp.ones(3))
+    assert "adamw_8bit" in text and "triton" in text

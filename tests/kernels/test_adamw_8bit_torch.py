@@ -8,10 +8,11 @@ import torch
 from bitsandbytes import functional as bnb
 
 from jaxsloth.kernels.adamw_8bit.cases import CASES, make_inputs
-from jaxsloth.kernels.adamw_8bit.contract import Moments
+from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments
 from jaxsloth.kernels.adamw_8bit.torch_ops import adamw_8bit
 from jaxsloth.kernels.nf4.contract import dynamic_code
 from jaxsloth.kernels.nf4.torch_ops import quantize_dynamic
+from jaxsloth.kernels.registry import Facts, select
 from tests.kernels.adamw_8bit_checks import STATE, check_case, check_free_run_against_bitsandbytes, torch_step
 
 STEP = torch_step(adamw_8bit, "cpu")
@@ -60,3 +61,8 @@ def test_wrong_sizes(sizes):
     moments = Moments(**{name: inputs[name] for name in STATE})
     with pytest.raises(ValueError, match="make up the parameter"):
         adamw_8bit(inputs["parameter"], inputs["gradient"], moments, torch.ones(3), sizes=sizes, betas=(0.9, 0.999), eps=1e-8)
+
+
+def test_the_kernel_is_chosen_on_a_gpu_only():
+    assert select(ADAMW_8BIT, "torch", Facts("cpu")).implementation.name == "torch"
+    assert select(ADAMW_8BIT, "torch", Facts("cuda")).implementation.name == "triton"
