@@ -13,7 +13,7 @@ from jaxsloth.batch import IGNORE, Batch, Window
 from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.layers import Context
-from jaxsloth.torch_backend.optimizer import AdamW
+from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -24,7 +24,7 @@ class TrainStep:
 
     def __init__(self, model: TorchModel, options: OptimizerOptions) -> None:
         self._model = model
-        self._optimizer = AdamW(model.flat(), options)
+        self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:

@@ -21,6 +21,7 @@ A gradient that is not finite spoils its block (bitsandbytes passes over such va
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -75,6 +76,20 @@ def check_sizes(sizes: tuple[int, ...], values: int, blocks: int) -> None:
             f"sizes must be positive and make up the parameter; {sizes} mean {expected[0]} values in {expected[1]} blocks, and "
             f"the parameter has {values} and the moments {blocks}"
         )
+
+
+def check_stored(state: Mapping[str, np.ndarray], *, eight_bit: bool) -> None:
+    """ValueError unless the moments of a checkpoint (``{name}.exp_avg`` and ``.exp_avg_sq``) are stored as this optimizer's."""
+    for name, value in state.items():
+        if not name.endswith((".exp_avg", ".exp_avg_sq")):
+            continue
+        expected = "uint8" if eight_bit and value.size >= SMALLEST else "float32"
+        if value.dtype.name != expected:
+            optimizer = "adamw_8bit" if eight_bit else "adamw"
+            raise ValueError(
+                f"the optimizer {optimizer} keeps {name} as {expected}, and {value.dtype.name} came; "
+                "go on with the optimizer that wrote the checkpoint (optimizer.name)"
+            )
 
 
 def _pallas_refuses(facts: Facts) -> str | None:
