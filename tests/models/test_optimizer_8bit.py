@@ -31,9 +31,9 @@ def test_fifty_steps_of_the_flat_buffer_are_bitsandbytes():
         "a.weight": (65, 64),
         "b.bias": (5000,),
         "c.weight": (32, 65),
-        "d.weight": (16, 576),
+        "d.weight": (65, 128),
         "e.bias": (64,),
-        "f.weight": (4096,),
+        "f.weight": (4097,),
     }
     start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     flat = Flat({name: value.numpy() for name, value in start.items()}, torch.device("cpu"))
