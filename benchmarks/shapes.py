@@ -21,15 +21,17 @@ _LLAMA3 = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
+    "bos_token_id": 1,  # the ids of the minimal tokenizer in benchmarks.checkpoint
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    "dtype": "bfloat16",
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {
         **_LLAMA3,
         "vocab_size": 512,
         "hidden_size": 64,
-        "intermediate_size": 160,
+        "intermediate_size": 192,  # whole NF4 blocks a row: bitsandbytes 0.50.2 dequantizes others wrongly on a CPU
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -56,11 +58,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+def shape_config(name: str) -> dict[str, Any]:
+    """The Hugging Face config of a named shape: "tiny", "1b" (Llama-3.2-1B with an untied head) or "8b" (Llama-3.1-8B); a
+    number of layers may follow, as in "8b-4"."""
+    base, _, layers = name.partition("-")
+    if base not in CONFIGS or (layers and not layers.isdigit()):
+        raise ValueError(f"shape must be one of {sorted(CONFIGS)}, perhaps with a number of layers ('8b-4'), not {name!r}")
+    return CONFIGS[base] | ({"num_hidden_layers": int(layers)} if layers else {})
+
+
 def shape_spec(name: str) -> ModelSpec:
-    """The spec of a named shape: "tiny", "1b" (Llama-3.2-1B with an untied head) or "8b" (Llama-3.1-8B)."""
-    if name not in CONFIGS:
-        raise ValueError(f"shape must be one of {sorted(CONFIGS)}, not {name!r}")
-    return spec_from_config(CONFIGS[name])
+    """The spec of `shape_config`."""
+    return spec_from_config(shape_config(name))
 
 
 class RandomSource:

@@ -1,132 +1,88 @@
-"""How long is a training step, and how much memory does it take?  ``python -m benchmarks.step``
+"""How long is a training step, and how much memory does it take?  ``python -m benchmarks.step --row 8b-fast``
 
-LoRA r=16 on all seven projections over random weights of a real shape, labels = inputs, AdamW. Each backend runs in a process
-of its own; the table has the median of the steps after warm-up, their range, tokens/s, peak device memory, and the time of the
-first step (compilation included).
+LoRA r=16 on all seven projections over random weights of a real shape, labels = inputs, AdamW, bf16. Every contender has a
+process of its own, one after another on one GPU, and the same weights, tokens and adapters; their gradients are compared, so
+that the speeds are of the same work. --shape instead of --row measures any other work, also on a CPU (``--shape tiny``).
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
-import time
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
-WARMUP = 3
-
-
-def measure(
-    backend: str, shape: str, batch: int, length: int, steps: int, quantization: str, checkpointing: Literal["none", "full"]
-) -> dict[str, Any]:
-    """Times one backend in this process; seconds and bytes."""
-    from benchmarks.shapes import RandomSource, shape_spec
-    from jaxsloth.backend import BuildOptions, DtypeName, OptimizerOptions, load_backend
-    from jaxsloth.models.names import trainable_shapes
-    from jaxsloth.training.initialize import initial_adapters
-    from jaxsloth.transforms import add_lora, quantize
-
-    engine = load_backend(backend)
-    devices = engine.devices()
-    base = shape_spec(shape)
-    if quantization == "nf4":
-        base = quantize(base, nested=False)
-    spec = add_lora(base, r=16, alpha=16.0)
-    dtype: DtypeName = "bfloat16" if devices.platform == "cuda" else "float32"
-    start = time.perf_counter()
-    model = engine.build(base, RandomSource(base), BuildOptions(dtype=dtype, gradient_checkpointing=checkpointing))
-    values = initial_adapters(spec, "kaiming", 0, model.base_tensor)
-    model.add_adapters(spec, values)
-    engine.synchronize()
-    load = time.perf_counter() - start
-    step_function = model.train_step(OptimizerOptions())
-    window = _window(spec.embedding.vocab, batch, length)
-    times, losses = [], []
-    for step in range(WARMUP + steps):
-        start = time.perf_counter()
-        result = step_function(window, learning_rate=1e-4, step=step, seed=0)
-        losses.append(result.floats()[0])
-        times.append(time.perf_counter() - start)
-    timed = times[WARMUP:]
-    return {
-        "backend": backend,
-        "device": devices.name,
-        "dtype": dtype,
-        "trained": sum(int(np.prod(s)) for s in trainable_shapes(spec).values()),
-        "load_s": load,
-        "first_step_s": times[0],
-        "median_s": statistics.median(timed),
-        "min_s": min(timed),
-        "max_s": max(timed),
-        "tokens_per_s": batch * length / statistics.median(timed),
-        "peak_bytes": engine.peak_memory(),
-        "losses": losses,
-    }
+from benchmarks import report
+from benchmarks.agreement import compare
+from benchmarks.checkpoint import ensure_checkpoint, scratch_folder
+from benchmarks.contenders import DEFAULT, parse_entries
+from benchmarks.launch import default_dtype, run_entry
+from benchmarks.rows import ROWS, Row
+from benchmarks.work import Work
 
 
-def _window(vocab: int, batch: int, length: int) -> Any:
-    from jaxsloth.batch import IGNORE, Window
+def run_row(row: Row, contenders: str | None, scratch: Path, *, profile: bool, timeout: float) -> dict[str, Any]:
+    """The row's results: what every contender measured, with ratios, and the gradients' differences."""
+    folder = ensure_checkpoint(row.work.shape, scratch)
+    results, gradients = [], {}
+    with tempfile.TemporaryDirectory(dir=scratch) as temporary:
+        for place, entry in enumerate(parse_entries(contenders or row.contenders)):
+            file = Path(temporary) / f"{place}.npz"
+            work = row.work_of(entry)
+            result = run_entry(entry, work, folder, scratch, gradients=file, profile=profile, timeout=timeout)
+            results.append(result)
+            if "error" not in result and file.is_file():
+                gradients[entry.label] = file
+        differences = compare(gradients)
+    for result in results:
+        result["differences"] = differences.get(result["label"], {})
+    report.summarize(results, row.work, row.recompute)
+    return {"title": row.title(), "work": row.work.to_json(), "results": results}
 
-    ids = np.random.Generator(np.random.Philox(1)).integers(0, vocab, (1, batch, length), dtype=np.int32)
-    targets = np.full_like(ids, IGNORE)
-    targets[..., :-1] = ids[..., 1:]
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
-    rows = np.arange(batch, dtype=np.int32)[None]
-    return Window(ids, targets, np.ones_like(ids), np.ascontiguousarray(positions), rows, batch * (length - 1))
+
+def chosen_rows(name: str | None, work: Work, recompute: bool) -> list[Row]:
+    """The named row, all of them, or one made of `work`."""
+    if name is None:
+        return [Row("step", work, recompute)]
+    if name != "all" and name not in ROWS:
+        raise typer.BadParameter(f"--row must be one of {[*ROWS, 'all']}, not {name!r}")
+    picked = list(ROWS.values()) if name == "all" else [ROWS[name]]
+    return [replace(row, work=replace(row.work, dtype=work.dtype, steps=work.steps, warmup=work.warmup)) for row in picked]
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="tiny, 1b or 8b")] = "1b",
+    row: Annotated[str | None, typer.Option(help=f"a preset: {', '.join(ROWS)} or all")] = None,
+    contenders: Annotated[
+        str | None,
+        typer.Option(help=f"comma-separated name[:checkpointing][:field=value], e.g. jaxsloth-torch:full; default {DEFAULT}"),
+    ] = None,
+    shape: Annotated[str, typer.Option(help="without --row: tiny, 1b or 8b, or with fewer layers: 8b-4")] = "tiny",
     batch: int = 2,
-    length: int = 512,
-    steps: int = 8,
+    length: int = 64,
     quantization: Annotated[str, typer.Option(help="nf4 or none")] = "nf4",
-    gradient_checkpointing: Annotated[Literal["none", "full"], typer.Option()] = "none",
-    backends: Annotated[str, typer.Option(help="comma-separated")] = "torch,jax",
-    worker: Annotated[str | None, typer.Option(hidden=True)] = None,
-    output: Annotated[Path | None, typer.Option(help="where to write the numbers as JSON")] = None,
+    recompute: Annotated[bool, typer.Option(help="without --row: each contender's lowest-memory mode")] = False,
+    steps: int = 8,
+    warmup: int = 3,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: bfloat16 on a GPU")] = None,
+    profile: Annotated[bool, typer.Option(help="trace one more step and print the kernels that ran")] = False,
+    scratch: Annotated[Path | None, typer.Option(help="where checkpoints are written; default: in memory")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file; a chart goes beside it as .png")] = None,
+    timeout: Annotated[float, typer.Option(help="seconds that one contender may take")] = 400.0,
 ) -> None:
-    """Times a training step of each backend on random weights."""
-    if worker is not None:
-        print(json.dumps(measure(worker, shape, batch, length, steps, quantization, gradient_checkpointing)))
-        return
-    results = []
-    for backend in backends.split(","):
-        command = [sys.executable, "-m", "benchmarks.step", "--worker", backend, "--shape", shape, "--batch", str(batch)]
-        command += ["--length", str(length), "--steps", str(steps), "--quantization", quantization]
-        command += ["--gradient-checkpointing", gradient_checkpointing]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            sys.stderr.write(done.stderr)
-            raise typer.Exit(done.returncode)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    table = Table(title=f"{shape}, {quantization}, {batch}×{length}, gradient checkpointing {gradient_checkpointing}")
-    for column in ("backend", "device", "median ms", "min–max ms", "tokens/s", "peak GiB", "load s", "first step s", "loss"):
-        table.add_column(column, justify="right")
-    for r in results:
-        peak = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.2f}"
-        span = f"{r['min_s'] * 1e3:.1f}–{r['max_s'] * 1e3:.1f}"
-        table.add_row(
-            r["backend"],
-            r["device"],
-            f"{r['median_s'] * 1e3:.1f}",
-            span,
-            f"{r['tokens_per_s']:.0f}",
-            peak,
-            f"{r['load_s']:.1f}",
-            f"{r['first_step_s']:.1f}",
-            f"{r['losses'][0]:.4f}→{r['losses'][-1]:.4f}",
-        )
-    Console(width=140).print(table)
-    if output is not None:
-        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    """Times a training step of every contender on the same work."""
+    root = scratch_folder(scratch)
+    work = Work(shape, batch, length, quantization, dtype or default_dtype(), warmup=warmup, steps=steps)  # type: ignore[arg-type]
+    rows: dict[str, Any] = {}
+    for each in chosen_rows(row, work, recompute):
+        rows[each.name] = run_row(each, contenders, root, profile=profile, timeout=timeout)
+        report.print_training(each.title(), rows[each.name]["results"], each.work)
+        if profile:
+            report.print_kernels(rows[each.name]["results"])
+        if output is not None:  # after every row: a run that is cut off keeps what it had
+            report.save(output, "step", rows)
+            report.chart(output.with_suffix(".png"), rows, "tokens_per_s", "tokens/s")
 
 
 if __name__ == "__main__":

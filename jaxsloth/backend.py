@@ -15,6 +15,7 @@ from jaxsloth.models.spec import ModelSpec
 
 BackendName = Literal["torch", "jax"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+CheckpointingName = Literal["none", "selective", "full", "offload", "auto"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "jax")
 
 
@@ -35,7 +36,7 @@ class BuildOptions:
     """How a model is built. dtype is the compute dtype and that of dense frozen weights."""
 
     dtype: DtypeName = "float32"
-    gradient_checkpointing: Literal["none", "full"] = "none"
+    gradient_checkpointing: CheckpointingName = "none"
     implementations: Mapping[str, str] | None = None  # op name -> implementation asked for by name
 
 

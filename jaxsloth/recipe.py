@@ -139,7 +139,7 @@ class Recipe(Section):
         "auto", description="auto: bfloat16 on a GPU, else float32"
     )
     quantization: Literal["none", "nf4", "nf4-nested"] = "none"
-    gradient_checkpointing: Literal["none", "full"] = "none"
+    gradient_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
     lora: LoraRecipe = LoraRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()

@@ -17,3 +17,19 @@ def matmul_float32(a: Float[torch.Tensor, "m k"], b: Float[torch.Tensor, "k n"])
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def add_matmul_float32(
+    total: Float32[torch.Tensor, "m n"],
+    a: Float[torch.Tensor, "m k"],
+    b: Float[torch.Tensor, "k n"],
+    *,
+    scale: float = 1.0,
+) -> None:
+    """``total += scale · a @ b``, accumulated in float32, in place."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b, alpha=scale)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, alpha=scale, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float(), alpha=scale)

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from jaxsloth.kernels.rope.torch_ops import tables
+from jaxsloth.models import rope as models_rope
 from jaxsloth.models import spec as specs
 from jaxsloth.models.buildable import check_buildable
 from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD
-from jaxsloth.models.rope import inverse_frequencies
-from jaxsloth.torch_backend.layers import Block, Context, Ops, RMSNorm, Take, _dense
+from jaxsloth.torch_backend.layers import Block, Context, Linear, Ops, RMSNorm, Take, _dense
 
 
 class Embedding(nn.Module):
@@ -50,20 +50,25 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    def linears(self) -> list[Linear]:
+        """The linear layers of the blocks, in the model's order."""
+        return [module for module in self.model.layers.modules() if isinstance(module, Linear)]
+
     def rope_tables(self, positions: torch.Tensor, length: int) -> dict[specs.Rope, tuple[torch.Tensor, torch.Tensor]]:
         """(cos, sin) of every rotary setting in the model. length: the longest sequence, which dynamic scaling looks at."""
         found = {}
         for rope in {layer.attention.rope for layer in self.spec.layers}:
             if rope is not None:
-                frequencies, scaling = self._inverse_frequencies(rope, length)
+                frequencies, scaling = self.inverse_frequencies(rope, length)
                 found[rope] = tables(positions, frequencies, scaling)
         return found
 
-    def _inverse_frequencies(self, rope: specs.Rope, length: int) -> tuple[torch.Tensor, float]:
+    def inverse_frequencies(self, rope: specs.Rope, length: int) -> tuple[torch.Tensor, float]:
+        """(a rotary setting's frequencies on the device, its scaling)."""
         stretches = rope.scaling is not None and rope.scaling.kind in ("dynamic", "longrope")
         key = (rope, length if stretches else None)
         if key not in self._frequencies:
-            values, scaling = inverse_frequencies(rope, max_positions=self.spec.max_positions, length=length)
+            values, scaling = models_rope.inverse_frequencies(rope, max_positions=self.spec.max_positions, length=length)
             self._frequencies[key] = torch.tensor(values, dtype=torch.float32, device=self.device), scaling
         return self._frequencies[key]
 

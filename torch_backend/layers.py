@@ -115,6 +115,16 @@ class Linear(nn.Module):
         self.lora_A, self.lora_B = a, b
         self._scale, self._rate = lora.scale, lora.dropout
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.weight.shape[0], self.weight.shape[1]) if self._shape is None else self._shape
+
+    @property
+    def scale(self) -> float:
+        """alpha / r of the adapter."""
+        return self._scale
+
     def base(self) -> torch.Tensor | NF4:
         """The frozen weight as the op takes it."""
         if self._shape is None:

@@ -22,6 +22,7 @@ from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.generate import DecodeState
 from jaxsloth.torch_backend.layers import Linear, Ops
 from jaxsloth.torch_backend.optimizer import Flat
+from jaxsloth.torch_backend.passes import FastPass, make_pass
 from jaxsloth.torch_backend.train_step import EvalStep, TrainStep, make_context, make_eval_step, make_train_step, summed_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,8 +37,15 @@ class TorchModel:
         facts = Facts(device.type, options.dtype, {"hidden": spec.hidden})  # type: ignore[arg-type]
         take = _loader(spec, source, device, DTYPES[options.dtype])
         ops = Ops(facts, options.implementations or {})
-        self.decoder = Decoder(spec, take, ops, DTYPES[options.dtype], options.gradient_checkpointing == "full")
+        self.decoder = Decoder(spec, take, ops, DTYPES[options.dtype], options.gradient_checkpointing not in ("none", "auto"))
         self._flat: Flat | None = None
+        self._fast: FastPass | None = None
+
+    def fast_pass(self) -> FastPass | None:
+        """The written-out training pass, one for training and evaluation; None where autograd is used."""
+        if self._fast is None:
+            self._fast = make_pass(self)
+        return self._fast
 
     def flat(self) -> Flat:
         if self._flat is None:
@@ -97,8 +105,13 @@ class TorchModel:
     def gradients(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         flat = self.flat()
         flat.gradient.zero_()
-        loss = summed_loss(self, batch, None) / batch.valid_tokens()
-        loss.backward()
+        fast, count = self.fast_pass(), batch.valid_tokens()
+        if fast is None:
+            loss = summed_loss(self, batch, None) / count
+            loss.backward()
+        else:
+            fast.begin(batch.input_ids.size)
+            loss = fast.add_gradients(batch, torch.tensor(1.0 / count, device=self.decoder.device)) / count
         gradients = flat.read(flat.gradient)
         return float(loss.detach()), {name: gradients[name] for name in trainable_shapes(self.spec)}
 

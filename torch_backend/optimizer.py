@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class Flat:
     """The trained tensors, by PEFT name, as views of one float32 buffer; those that weight decay spares come last."""
 
     def __init__(self, values: Mapping[str, np.ndarray], device: torch.device) -> None:
-        names = sorted(values, key=_is_spared)  # a stable sort: the order within each part stays
+        names = sorted(values, key=_place)  # a stable sort: the order within each part stays
         self.decayed = sum(values[name].size for name in names if not _is_spared(name))
         self.buffer = torch.empty(sum(values[name].size for name in names), dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.buffer)
@@ -46,6 +47,16 @@ class Flat:
     def read(self, buffer: torch.Tensor) -> dict[str, np.ndarray]:
         host = buffer.detach().cpu()
         return {name: self.view(host, name).numpy().copy() for name in self._places}
+
+
+# Projections of one input: their A lie one behind the other, so that one product forms all their gradients.
+_SIBLINGS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+def _place(name: str) -> tuple[Any, ...]:
+    """Where a tensor stands in the buffer: decayed before spared ones, layer by layer, siblings' A before their B."""
+    parts = [_SIBLINGS.get(part, part) for part in name.split(".")]
+    return _is_spared(name), tuple(int(part) for part in parts if part.isdigit()), parts
 
 
 def _is_spared(name: str) -> bool:
@@ -96,12 +107,40 @@ class AdamW:
     def _update(self, learning_rate: float) -> None:
         (beta1, beta2), flat = self.options.betas, self.flat
         self.count += 1
+        if flat.buffer.is_cuda:
+            self._update_in_one_pass(learning_rate)
+            return
         flat.buffer[: flat.decayed].mul_(1.0 - learning_rate * self.options.weight_decay)
         self.exp_avg.lerp_(flat.gradient, 1.0 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(flat.gradient, flat.gradient, value=1.0 - beta2)
         correction1, correction2 = 1.0 - beta1**self.count, 1.0 - beta2**self.count
         denominator = (self.exp_avg_sq.sqrt() / correction2**0.5).add_(self.options.eps)
         flat.buffer.addcdiv_(self.exp_avg, denominator, value=-learning_rate / correction1)
+
+    def _update_in_one_pass(self, learning_rate: float) -> None:
+        """torch's fused kernel: the buffers are read and written once."""
+        beta1, beta2 = self.options.betas
+        buffers = (self.flat.buffer, self.flat.gradient, self.exp_avg, self.exp_avg_sq)
+        steps = torch.full((1,), float(self.count), device=self.flat.buffer.device)
+        for part, decay in ((slice(0, self.flat.decayed), self.options.weight_decay), (slice(self.flat.decayed, None), 0.0)):
+            if buffers[0][part].numel() == 0:
+                continue
+            parameter, gradient, first, second = (buffer[part] for buffer in buffers)
+            torch._fused_adamw_(
+                [parameter],
+                [gradient],
+                [first],
+                [second],
+                [],
+                [steps],
+                lr=learning_rate,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=decay,
+                eps=self.options.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, np.ndarray]:
         found = self._moments()

@@ -14,6 +14,7 @@ from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.layers import Context
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
+from jaxsloth.torch_backend.passes import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -26,6 +27,7 @@ class TrainStep:
         self._model = model
         self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
+        self._fast = model.fast_pass()
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
         optimizer, model = self._optimizer, self._model
@@ -34,6 +36,9 @@ class TrainStep:
         words = torch.tensor(step_words(seed, step), device=total.device) if self._drops else None
         count = max(window.valid_tokens, 1)
         mine = placement.share(window.input_ids.shape[1])
+        factor = torch.full_like(total, optimizer.loss_scale / count)
+        if self._fast is not None:
+            self._fast.begin((mine.stop - mine.start) * window.input_ids.shape[2])
         for micro in range(window.input_ids.shape[0]):
             batch = Batch(
                 window.input_ids[micro, mine],
@@ -42,6 +47,9 @@ class TrainStep:
                 window.positions[micro, mine],
                 window.rows[micro, mine],
             )
+            if self._fast is not None:
+                total += self._fast.add_gradients(batch, factor) / count
+                continue
             loss = summed_loss(model, batch, words) / count
             (loss * optimizer.loss_scale).backward()
             total += loss.detach()
@@ -58,12 +66,17 @@ class TrainStep:
 class EvalStep:
     def __init__(self, model: TorchModel) -> None:
         self._model = model
+        self._fast = model.fast_pass() if model.spec.lora is not None else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, int]:
         mine = placement.share(batch.input_ids.shape[0])
         own = Batch(batch.input_ids[mine], batch.targets[mine], batch.segments[mine], batch.positions[mine], batch.rows[mine])
-        total = summed_loss(self._model, own, None)
+        if self._fast is not None:
+            self._fast.begin(own.input_ids.size)
+            total = self._fast.loss(own)
+        else:
+            total = summed_loss(self._model, own, None)
         placement.sum_over_processes(total)
         return total, batch.valid_tokens()
 
@@ -91,10 +104,3 @@ def make_context(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | 
     tables = model.decoder.rope_tables(to_device(batch.positions, device), int(batch.positions.max(initial=0)) + 1)
     rows = to_device(batch.rows, device) if dropout_words is not None else None
     return Context(tables, to_device(batch.segments, device), rows=rows, dropout_words=dropout_words)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

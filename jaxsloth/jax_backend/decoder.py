@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxsloth.batch import IGNORE
+from jaxsloth.jax_backend import fused
 from jaxsloth.jax_backend.layers import TRAINED, Block, Cache, Context, Frozen, Ops, Place, RMSNorm, Take, Trained
+from jaxsloth.jax_backend.plan import Plan
+from jaxsloth.kernels.attention.jax_library_ops import Documents
 from jaxsloth.kernels.jax_platform import precision_of
 from jaxsloth.kernels.rope.xla_ops import tables
 from jaxsloth.models import spec as specs
@@ -84,13 +88,20 @@ class Decoder(nnx.Module):
         cap = self.spec.head.soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def loss(self, input_ids: Any, context: Context, targets: Any) -> Any:
-        """The summed cross-entropy over all targets."""
-        hidden, _ = self.hidden(input_ids, context)
+    def loss(self, input_ids: Any, context: Context, targets: Any, plan: Plan, documents: Documents | None = None) -> Any:
+        """The summed cross-entropy over all targets of a batch of which `plan` is true; documents: those it is packed of."""
+        if plan.mode is None:
+            hidden = self.hidden(input_ids, context)[0].reshape(-1, self.spec.hidden)
+        else:
+            hidden = fused.hidden(self, input_ids, context, plan.mode, documents, plan.plain)
         weight, trained = self.head_weight()
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        targets, tokens = targets.reshape(-1), hidden.shape[0]
+        if plan.chosen < tokens:
+            chosen = jnp.nonzero(targets != IGNORE, size=plan.chosen, fill_value=tokens)[0]
+            hidden = hidden.at[chosen].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+            targets = targets.at[chosen].get(mode="fill", fill_value=IGNORE)
         cap = self.spec.head.soft_cap
-        return self._ops.linear_cross_entropy(flat, weight, targets.reshape(-1), soft_cap=cap, train_weight=trained)
+        return self._ops.linear_cross_entropy(hidden, weight, targets, soft_cap=cap, train_weight=trained)
 
     def empty_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:
         """One stack of caches a place in the period, ``[layers, batch, capacity, kv_heads, head_dim]``."""

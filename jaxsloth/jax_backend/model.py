@@ -15,16 +15,17 @@ from flax import nnx
 from jaxsloth.backend import BuildOptions, OptimizerOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import fused, placement
 from jaxsloth.jax_backend.decoder import Decoder
 from jaxsloth.jax_backend.generate import DecodeState
 from jaxsloth.jax_backend.layers import TRAINED, Context, Ops, Trained
+from jaxsloth.jax_backend.plan import Plan, make_plan
 from jaxsloth.jax_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step, rates_of, summed_loss
 from jaxsloth.jax_backend.weights import load_weights, stacked_name
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Facts, RefusedError, resolve
 from jaxsloth.models.names import own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.models.spec import ModelSpec, Rope
@@ -48,7 +49,7 @@ class JaxModel:
     def _assemble(self, trained: Mapping[str, Any]) -> None:
         """Makes the module of the base weights and of what is trained, and splits it."""
         arrays = {**self._weights, **trained}
-        recompute = self.options.gradient_checkpointing == "full"
+        recompute = self.options.gradient_checkpointing not in ("none", "auto")
         decoder = Decoder(self.spec, arrays.__getitem__, self._ops, self._dtype, recompute)
         self.structure, state, frozen = nnx.split(decoder, TRAINED, ...)
         self.trained, self.frozen = placement.replicate(state), placement.replicate(frozen)
@@ -155,7 +156,27 @@ class JaxModel:
             self._frequencies[key] = tuple(arrays), tuple(settings)
         return self._frequencies[key]
 
-    def count_compilation(self, kind: str, shape: tuple[int, ...]) -> None:
+    @property
+    def devices(self) -> int:
+        return jax.device_count()
+
+    def mode(self) -> str | None:
+        """The `gradient_checkpointing` of the fused blocks, or None where the composed ones are trained.
+
+        Raises:
+            RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
+        """
+        requested = (self.options.implementations or {}).get("train_pass")
+        if requested not in (None, "fused", "composed"):
+            raise RefusedError(f"op train_pass has no implementation {requested!r} for jax; it has: fused, composed")
+        reason = fused.refusal(self.spec)
+        if requested == "fused" and reason is not None:
+            raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
+        if requested == "composed" or reason is not None or (requested is None and platform() != "cuda"):
+            return None
+        return self.options.gradient_checkpointing
+
+    def count_compilation(self, kind: str, shape: tuple[Any, ...]) -> None:
         self._compiled.add((kind, shape))
 
     def compilations(self) -> int:
@@ -171,10 +192,12 @@ class JaxModel:
         if self.spec.lora is None:
             raise ValueError("the model has no adapters to train; call add_adapters first")
         frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)
-        arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)
+        plan, documents = make_plan(self.mode(), batch.targets[None], batch.segments[None], 1)
+        own = (array[0] for array in documents)
+        arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         count = np.float32(batch.valid_tokens())
         loss, gradients = _gradients(
-            self.trained, self.frozen, frequencies, arrays, count, structure=self.structure, ropes=ropes
+            self.trained, self.frozen, frequencies, arrays, count, structure=self.structure, ropes=ropes, plan=plan
         )
         return float(loss), self.unstack(gradients)
 
@@ -199,10 +222,12 @@ def _logits(trained: Any, frozen: Any, frequencies: Any, arrays: Any, structure:
     return decoder.logits(hidden)
 
 
-@partial(jax.jit, static_argnames=("structure", "ropes"))
-def _gradients(trained: Any, frozen: Any, frequencies: Any, arrays: Any, count: Any, structure: Any, ropes: Any) -> Any:
+@partial(jax.jit, static_argnames=("structure", "ropes", "plan"))
+def _gradients(
+    trained: Any, frozen: Any, frequencies: Any, arrays: Any, count: Any, structure: Any, ropes: Any, plan: Plan
+) -> Any:
     def mean_loss(trained: Any) -> Any:
-        return summed_loss(structure, trained, frozen, rates_of(ropes, frequencies), arrays, None) / count
+        return summed_loss(structure, trained, frozen, rates_of(ropes, frequencies), arrays, None, plan) / count
 
     return jax.value_and_grad(mean_loss)(trained)
 

@@ -16,18 +16,22 @@ from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.layers import Context
 from jaxsloth.jax_backend.optimizer import OptimizerState
 from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
+from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
 from jaxsloth.kernels.dropout.contract import step_words
 
 if TYPE_CHECKING:
     from jaxsloth.jax_backend.model import JaxModel
 
 
-def summed_loss(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any) -> Any:
-    """The cross-entropy summed over a batch's targets; `batch` is (input_ids, targets, segments, positions, rows)."""
-    input_ids, targets, segments, positions, rows = batch
+def summed_loss(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan) -> Any:
+    """The cross-entropy summed over a batch's targets.
+
+    batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed).
+    """
+    input_ids, targets, segments, positions, rows, *documents = batch
     decoder = nnx.merge(structure, trained, frozen)
     context = Context(decoder.rope_tables(positions, frequencies), segments, rows=rows, dropout_words=words)
-    return decoder.loss(input_ids, context, targets)
+    return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)))
 
 
 def rates_of(ropes: Any, frequencies: Any) -> Any:
@@ -42,10 +46,18 @@ class TrainStep:
         self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
-        self._run = jax.jit(self._step, static_argnames=("ropes",), donate_argnums=(0, 1))
+        self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
 
     def _step(
-        self, trained: Any, state: OptimizerState, frozen: Any, frequencies: Any, scalars: Any, window: Any, ropes: Any
+        self,
+        trained: Any,
+        state: OptimizerState,
+        frozen: Any,
+        frequencies: Any,
+        scalars: Any,
+        window: Any,
+        ropes: Any,
+        plan: Plan,
     ) -> tuple[Any, OptimizerState, Any, Any, Any]:
         structure = self._model.structure
 
@@ -55,13 +67,15 @@ class TrainStep:
 
             def micro(total: Any, batch: Any) -> tuple[Any, None]:
                 def scaled(trained: Any) -> Any:
-                    loss = summed_loss(structure, trained, frozen, rates, batch, words) / scalars["count"]
+                    loss = summed_loss(structure, trained, frozen, rates, batch, words, plan) / scalars["count"]
                     return loss * scale, loss
 
                 (_, loss), gradients = jax.value_and_grad(scaled, has_aux=True)(trained)
                 return jax.tree.map(jnp.add, total, (loss, gradients)), None
 
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+            if window[0].shape[0] == 1:
+                return placement.sum_over_devices(micro(zeros, jax.tree.map(lambda array: array[0], window))[0])
             return placement.sum_over_devices(jax.lax.scan(micro, zeros, window)[0])
 
         run = placement.over_devices(share, replicated=5, sharded_axis=1)
@@ -77,11 +91,12 @@ class TrainStep:
             "words": np.array(step_words(seed, step), np.uint32),
         }
         frequencies, ropes = model.frequencies(int(window.positions.max(initial=0)) + 1)
-        arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows)
+        plan, documents = make_plan(model.mode(), window.targets, window.segments, model.devices)
+        arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents)
         put = tuple(placement.put_batch(array, 1) for array in arrays)
-        model.count_compilation("train", window.input_ids.shape)
+        model.count_compilation("train", (*window.input_ids.shape, plan, *(array.shape for array in documents)))
         model.trained, self._state, loss, norm, skipped = self._run(
-            model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes
+            model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes, plan=plan
         )
         return StepResult(loss, norm, skipped)
 
@@ -113,12 +128,12 @@ class TrainStep:
 class EvalStep:
     def __init__(self, model: JaxModel) -> None:
         self._model = model
-        self._run = jax.jit(self._total, static_argnames=("ropes",))
+        self._run = jax.jit(self._total, static_argnames=("ropes", "plan"))
 
-    def _total(self, trained: Any, frozen: Any, frequencies: Any, batch: Any, ropes: Any) -> Any:
+    def _total(self, trained: Any, frozen: Any, frequencies: Any, batch: Any, ropes: Any, plan: Plan) -> Any:
         def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
             rates = rates_of(ropes, frequencies)
-            total = summed_loss(self._model.structure, trained, frozen, rates, batch, None)
+            total = summed_loss(self._model.structure, trained, frozen, rates, batch, None, plan)
             return placement.sum_over_devices(total)
 
         return placement.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
@@ -126,10 +141,12 @@ class EvalStep:
     def __call__(self, batch: Batch) -> tuple[Any, int]:
         model = self._model
         frequencies, ropes = model.frequencies(int(batch.positions.max(initial=0)) + 1)
-        arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)
+        plan, documents = make_plan(model.mode(), batch.targets[None], batch.segments[None], model.devices)
+        own = (array[0] for array in documents)
+        arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         put = tuple(placement.put_batch(array, 0) for array in arrays)
-        model.count_compilation("evaluate", batch.input_ids.shape)
-        return self._run(model.trained, model.frozen, frequencies, put, ropes=ropes), batch.valid_tokens()
+        model.count_compilation("evaluate", (*batch.input_ids.shape, plan, *(array.shape for array in documents)))
+        return self._run(model.trained, model.frozen, frequencies, put, ropes=ropes, plan=plan), batch.valid_tokens()
 
 
 def make_train_step(model: JaxModel, options: OptimizerOptions) -> TrainStep:

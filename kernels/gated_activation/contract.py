@@ -7,7 +7,7 @@
 Backward keeps gate and up only: ``dgate = dy·up·act'(gate)``, ``dup = dy·act(gate)``.
 """
 
-from jaxsloth.kernels.registry import Implementation, Op
+from jaxsloth.kernels.registry import Implementation, Op, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -15,6 +15,7 @@ KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 GATED_ACTIVATION = Op(
     "gated_activation",
     (
+        Implementation("triton", "torch", "jaxsloth.kernels.gated_activation.triton_kernel:gated_activation", needs_cuda),
         Implementation("torch", "torch", "jaxsloth.kernels.gated_activation.torch_ops:gated_activation"),
         Implementation("xla", "jax", "jaxsloth.kernels.gated_activation.xla_ops:gated_activation"),
     ),

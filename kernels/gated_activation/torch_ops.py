@@ -55,6 +55,38 @@ class _GatedActivation(torch.autograd.Function):
         return dgate, dup, None
 
 
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+
+
+@torch.no_grad()
+def activate(gate: torch.Tensor, up: torch.Tensor, h: torch.Tensor, *, kind: str) -> None:
+    """Writes ``act(gate)·up`` to h; all ``[rows, width]``, of any row stride."""
+    h.copy_(_activate(gate.float(), kind).to(gate.dtype) * up)
+
+
+@torch.no_grad()
+def activate_backward(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dh: torch.Tensor,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    h: torch.Tensor | None,
+    *,
+    kind: str,
+) -> None:
+    """Writes dgate and dup from dh and, where h is given, h itself; an output may be gate, up or dh. All ``[rows, width]``."""
+    wide, slopes = gate.float(), dh.float()
+    act = _activate(wide, kind)
+    found = slopes * up * _slope(wide, kind), slopes * act, act.to(gate.dtype) * up
+    dgate.copy_(found[0])
+    dup.copy_(found[1])
+    if h is not None:
+        h.copy_(found[2])
+
+
 def gated_activation(
     gate: Float[torch.Tensor, "*lead width"], up: Float[torch.Tensor, "*lead width"], *, kind: str
 ) -> Float[torch.Tensor, "*lead width"]:
@@ -63,6 +95,5 @@ def gated_activation(
     Raises:
         ValueError: kind is not one of the contract's `KINDS`.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    check_kind(kind)
     return _GatedActivation.apply(gate, up, kind)

@@ -15,7 +15,7 @@ from jaxsloth.kernels.gated_activation.contract import KINDS
 CUBIC = 0.044715
 
 
-def _activate(gate: Array, kind: str) -> Array:
+def activate(gate: Array, kind: str) -> Array:
     """act(gate) of a float32 gate."""
     if kind == "silu":
         return gate * jax.nn.sigmoid(gate)
@@ -26,7 +26,7 @@ def _activate(gate: Array, kind: str) -> Array:
     return 0.5 * gate * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (gate + CUBIC * gate**3)))
 
 
-def _slope(gate: Array, kind: str) -> Array:
+def slope(gate: Array, kind: str) -> Array:
     """act'(gate) of a float32 gate."""
     if kind == "silu":
         sigmoid = jax.nn.sigmoid(gate)
@@ -43,7 +43,7 @@ def _slope(gate: Array, kind: str) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gated_activation(gate: Array, up: Array, kind: str) -> Array:
-    return _activate(gate.astype(jnp.float32), kind).astype(gate.dtype) * up
+    return activate(gate.astype(jnp.float32), kind).astype(gate.dtype) * up
 
 
 def _forward(gate: Array, up: Array, kind: str) -> tuple[Array, Any]:
@@ -53,7 +53,7 @@ def _forward(gate: Array, up: Array, kind: str) -> tuple[Array, Any]:
 def _backward(kind: str, kept: Any, dy: Array) -> tuple[Array, Array]:
     gate, up = kept
     wide, dy = gate.astype(jnp.float32), dy.astype(jnp.float32)
-    return (dy * up * _slope(wide, kind)).astype(gate.dtype), (dy * _activate(wide, kind)).astype(up.dtype)
+    return (dy * up * slope(wide, kind)).astype(gate.dtype), (dy * activate(wide, kind)).astype(up.dtype)
 
 
 _gated_activation.defvjp(_forward, _backward)

@@ -12,12 +12,15 @@ trained (torch: ``requires_grad``; JAX: ``train_weight=True``), in float32, in t
 A target outside ``[0, vocab)`` other than ignore_index is an error of the caller; the collator checks it.
 """
 
-from jaxsloth.kernels.registry import Implementation, Op
+from jaxsloth.kernels.registry import Implementation, Op, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
 
 LINEAR_CROSS_ENTROPY = Op(
     "linear_cross_entropy",
     (
+        Implementation(
+            "triton", "torch", "jaxsloth.kernels.linear_cross_entropy.triton_kernel:linear_cross_entropy", needs_cuda
+        ),
         Implementation("torch", "torch", "jaxsloth.kernels.linear_cross_entropy.torch_ops:linear_cross_entropy"),
         Implementation("xla", "jax", "jaxsloth.kernels.linear_cross_entropy.xla_ops:linear_cross_entropy"),
     ),

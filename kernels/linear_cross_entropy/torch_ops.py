@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,41 +11,81 @@ from torch.autograd.function import once_differentiable
 
 from jaxsloth.kernels.torch_matmul import matmul_float32
 
-# float32 logits held at once where no chunk is given: 128 MiB of them.
-LOGITS_AT_ONCE = 2**25
+# float32 logits held at once where no chunk is given: 256 MiB of them.
+LOGITS_AT_ONCE = 2**26
 
 
 def default_chunk(tokens: int, vocab: int) -> int:
-    """Tokens at a time: as many as `LOGITS_AT_ONCE` logits allow, a multiple of 16 below the whole."""
-    return max(min(tokens, LOGITS_AT_ONCE // vocab // 16 * 16), 16)
+    """Tokens at a time: as many as `LOGITS_AT_ONCE` logits allow, in chunks of one size, a multiple of 16 below the whole."""
+    most = max(LOGITS_AT_ONCE // vocab // 16 * 16, 16)
+    even = -(-tokens // max(-(-tokens // most), 1))
+    return max(min(-(-even // 16) * 16, most), 16)
 
 
-def _chunk_losses(
-    hidden: torch.Tensor,
-    transposed: torch.Tensor,
-    targets: torch.Tensor,
+Softmax = Callable[..., torch.Tensor]  # `softmax`, or a kernel in its place
+
+
+def softmax(
+    logits: Float32[torch.Tensor, "chunk vocab"],
+    targets: Int[torch.Tensor, " chunk"],
     soft_cap: float | None,
     ignore_index: int,
-    wants_gradient: bool,
-) -> tuple[Float32[torch.Tensor, " chunk"], Float32[torch.Tensor, "chunk vocab"] | None]:
-    """The loss of every token, 0 where it is ignored, and its gradient with respect to the logits, in place of them."""
-    logits = matmul_float32(hidden, transposed)
-    slope = None
+    slopes: Float[torch.Tensor, "chunk vocab"] | None,
+) -> Float32[torch.Tensor, " chunk"]:
+    """The loss of every token, 0 where it is ignored; where `slopes` is given, the gradient with respect to the logits before
+    their cap is written to it, rounded to its dtype. The logits are overwritten."""
+    bend = None
     if soft_cap is not None:
         bent = torch.tanh_(logits.div_(soft_cap))
-        slope = 1.0 - bent * bent if wants_gradient else None
+        bend = 1.0 - bent * bent if slopes is not None else None
         logits = bent.mul_(soft_cap)
     valid = targets != ignore_index
     chosen = targets.where(valid, 0).long()[:, None]
     logsumexp = torch.logsumexp(logits, dim=1, keepdim=True)
     losses = (logsumexp - logits.gather(1, chosen))[:, 0].where(valid, 0.0)
-    if not wants_gradient:
-        return losses, None
+    if slopes is None:
+        return losses
     gradient = logits.sub_(logsumexp).exp_()
     gradient.scatter_add_(1, chosen, torch.full_like(logsumexp, -1.0))
-    if slope is not None:
-        gradient.mul_(slope)
-    return losses, gradient.masked_fill_(~valid[:, None], 0.0)
+    if bend is not None:
+        gradient.mul_(bend)
+    slopes.copy_(gradient.masked_fill_(~valid[:, None], 0.0))
+    return losses
+
+
+@torch.no_grad()
+def loss_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    soft_cap: float | None,
+    ignore_index: int,
+    chunk: int,
+    wants: tuple[bool, bool],
+    softmax: Softmax,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(the summed loss, dhidden, dweight float32), the gradients where `wants` says so."""
+    wants_hidden, wants_weight = wants
+    used = weight.to(hidden.dtype)
+    # Where half precision has no float32 product (matmul_float32), the weight is widened once, not once a chunk.
+    wide = used if used.is_cuda else used.float()
+    losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    dhidden = torch.empty_like(hidden) if wants_hidden else None
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        tokens = hidden[part]
+        logits = matmul_float32(tokens.to(wide.dtype), wide.T)
+        slopes = torch.empty_like(logits, dtype=hidden.dtype) if wants_hidden or wants_weight else None
+        losses[part] = softmax(logits, targets[part], soft_cap, ignore_index, slopes)
+        del logits
+        if slopes is None:
+            continue
+        if dhidden is not None:
+            torch.mm(slopes, used, out=dhidden[part])
+        if dweight is not None:
+            dweight += matmul_float32(slopes.T, tokens)
+    return losses.sum(), dhidden, dweight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -58,30 +99,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         chunk: int,
         wants: tuple[bool, bool],
+        softmax: Softmax,
     ) -> torch.Tensor:
-        wants_hidden, wants_weight = wants
-        used = weight.to(hidden.dtype)
-        # Where half precision has no float32 product (matmul_float32), the weight is widened once, not once a chunk.
-        wide = used if used.is_cuda else used.float()
-        losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if wants_hidden else None
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            tokens = hidden[part]
-            losses[part], gradient = _chunk_losses(
-                tokens.to(wide.dtype), wide.T, targets[part], soft_cap, ignore_index, wants_hidden or wants_weight
-            )
-            if gradient is None:
-                continue
-            gradient = gradient.to(hidden.dtype)
-            if dhidden is not None:
-                torch.mm(gradient, used, out=dhidden[part])
-            if dweight is not None:
-                dweight += matmul_float32(gradient.T, tokens)
+        loss, dhidden, dweight = loss_and_gradients(hidden, weight, targets, soft_cap, ignore_index, chunk, wants, softmax)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
-        return losses.sum()
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -91,7 +114,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = dhidden * grads[0]
         if dweight is not None:
             dweight = (dweight * grads[0]).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None, None
+
+
+def apply_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    soft_cap: float | None,
+    ignore_index: int,
+    chunk: int | None,
+    softmax: Softmax,
+) -> torch.Tensor:
+    """`linear_cross_entropy` with the chunk's softmax given."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if chunk is None:
+        chunk = default_chunk(hidden.shape[0], weight.shape[0])
+    tracked = torch.is_grad_enabled()
+    wants = (tracked and hidden.requires_grad, tracked and weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, soft_cap, ignore_index, chunk, wants, softmax)
 
 
 def linear_cross_entropy(
@@ -108,10 +150,4 @@ def linear_cross_entropy(
     Raises:
         ValueError: chunk is not positive.
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    if chunk is None:
-        chunk = default_chunk(hidden.shape[0], weight.shape[0])
-    tracked = torch.is_grad_enabled()
-    wants = (tracked and hidden.requires_grad, tracked and weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, soft_cap, ignore_index, chunk, wants)
+    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, softmax)

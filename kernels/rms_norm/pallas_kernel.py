@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
@@ -37,9 +38,22 @@ def _forward_kernel(x: Any, weight: Any, y: Any, rstd: Any, *, hidden: int, widt
 
 
 def _backward_kernel(
-    x: Any, weight: Any, rstd: Any, dy: Any, dx: Any, dweight: Any, *, rows: int, each: int, width: int, offset: float
+    x: Any,
+    weight: Any,
+    rstd: Any,
+    dy: Any,
+    *rest: Any,
+    rows: int,
+    each: int,
+    hidden: int,
+    width: int,
+    offset: float,
+    adds: bool = False,
+    needs_dweight: bool = True,
 ) -> None:
-    hidden = x.shape[1]
+    """rest: with `adds` the gradient that comes along the residual stream, then dx, then with `needs_dweight` dweight."""
+    residual = rest[0] if adds else None
+    dx = rest[1] if adds else rest[0]
     program, column = pl.program_id(0), jnp.arange(width, dtype=jnp.int32)
     inside = column < hidden
     scale = offset + plgpu.load(weight.at[column], mask=inside, other=0.0).astype(jnp.float32)
@@ -52,11 +66,16 @@ def _backward_kernel(
         n = plgpu.load(x.at[row, column], mask=valid, other=0.0).astype(jnp.float32) * rstd[row]
         g = slope * scale
         result = rstd[row] * (g - n * (jnp.sum(g * n) / hidden))
+        if residual is not None:
+            # Rounded before the sum, as two tensors added would be.
+            along = plgpu.load(residual.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
+            result = result.astype(dx.dtype).astype(jnp.float32) + along
         plgpu.store(dx.at[row, column], result.astype(dx.dtype), mask=valid)
-        return total + slope * n
+        return total + slope * n if needs_dweight else total
 
-    total = jax.lax.fori_loop(0, each, one_row, jnp.zeros(width, jnp.float32))
-    plgpu.store(dweight.at[program, column], total, mask=inside)
+    total = jax.lax.fori_loop(0, each, one_row, jnp.zeros(width if needs_dweight else 1, jnp.float32))
+    if needs_dweight:
+        plgpu.store(rest[-1].at[program, column], total, mask=inside)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -86,7 +105,7 @@ def _backward(eps: float, offset: float, interpret: bool, kept: Any, dy: Array) 
     width = pl.next_power_of_2(hidden)
     programs = min(rows, PROGRAMS)
     call = pl.pallas_call(
-        partial(_backward_kernel, rows=rows, each=pl.cdiv(rows, programs), width=width, offset=offset),
+        partial(_backward_kernel, rows=rows, each=pl.cdiv(rows, programs), hidden=hidden, width=width, offset=offset),
         out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((programs, hidden), jnp.float32)),
         grid=(programs,),
         compiler_params=_parameters(width),
@@ -98,6 +117,65 @@ def _backward(eps: float, offset: float, interpret: bool, kept: Any, dy: Array) 
 
 
 _rms_norm.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def norm_fork(x: Array, weight: Array, eps: float, offset: float, room: int, interpret: bool) -> tuple[Array, Array]:
+    """(x as it came, the normed x ``[rows, hidden + room]``) of a wide x ``[rows, hidden + any]``, hidden as in `weight`.
+
+    x goes on as the residual stream; the backward adds the stream's gradient and the norm's in one pass, and is as wide as x.
+    The columns past `hidden` hold nothing. No gradient of the weight is formed.
+    """
+    return _fork_forward(x, weight, eps, offset, room, interpret)[0]
+
+
+def _fork_forward(x: Array, weight: Array, eps: float, offset: float, room: int, interpret: bool) -> tuple[Any, Any]:
+    hidden = weight.shape[0]
+    width = pl.next_power_of_2(hidden)
+    call = pl.pallas_call(
+        partial(_forward_kernel, hidden=hidden, width=width, eps=eps, offset=offset),
+        out_shape=(
+            jax.ShapeDtypeStruct((x.shape[0], hidden + room), x.dtype),
+            jax.ShapeDtypeStruct((x.shape[0],), jnp.float32),
+        ),
+        grid=(x.shape[0],),
+        compiler_params=_parameters(width),
+        interpret=interpret,
+        name="rms_norm_fork",
+    )
+    y, rstd = call(x, weight)
+    return (x, y), (x, weight, checkpoint_name(rstd, "rstd"))
+
+
+def _fork_backward(eps: float, offset: float, room: int, interpret: bool, kept: Any, slopes: Any) -> tuple[Array, None]:
+    del eps, room
+    x, weight, rstd = kept
+    residual, dy = slopes
+    rows, hidden = x.shape[0], weight.shape[0]
+    width = pl.next_power_of_2(hidden)
+    programs = min(rows, PROGRAMS)
+    kernel = partial(
+        _backward_kernel,
+        rows=rows,
+        each=pl.cdiv(rows, programs),
+        hidden=hidden,
+        width=width,
+        offset=offset,
+        adds=True,
+        needs_dweight=False,
+    )
+    call = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(programs,),
+        compiler_params=_parameters(width),
+        interpret=interpret,
+        name="rms_norm_fork_backward",
+    )
+    return call(x, weight, rstd, dy, residual), None
+
+
+norm_fork.defvjp(_fork_forward, _fork_backward)
 
 
 def rms_norm(

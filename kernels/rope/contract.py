@@ -11,12 +11,13 @@ The backward is the rotation by the opposite angle: ``dx = rope(dy, cos, -sin)``
     positions ``[batch, length]`` int, inverse_frequencies ``[rotary_dim / 2]`` float32; angles are formed in float32.
 """
 
-from jaxsloth.kernels.registry import Implementation, Op
+from jaxsloth.kernels.registry import Implementation, Op, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
 
 ROPE = Op(
     "rope",
     (
+        Implementation("triton", "torch", "jaxsloth.kernels.rope.triton_kernel:rope", needs_cuda),
         Implementation("torch", "torch", "jaxsloth.kernels.rope.torch_ops:rope"),
         Implementation("xla", "jax", "jaxsloth.kernels.rope.xla_ops:rope"),
     ),

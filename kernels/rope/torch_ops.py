@@ -39,9 +39,35 @@ def rope(
     Raises:
         ValueError: the tables turn more channels than a head has.
     """
+    check_tables(x, cos)
+    return _Rope.apply(x, cos, sin)
+
+
+def check_tables(x: torch.Tensor, cos: torch.Tensor) -> None:
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ValueError(f"the tables turn {2 * cos.shape[-1]} channels, and a head has {x.shape[-1]}")
-    return _Rope.apply(x, cos, sin)
+
+
+@torch.no_grad()
+def rotate(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor | None,
+    *,
+    head_dim: int,
+    backward: bool = False,
+) -> None:
+    """Queries ``[tokens, heads·head_dim]`` and keys ``[tokens, kv_heads·head_dim]``, of any row stride, turned together.
+
+    cos and sin ``[tokens, half]`` float32; the outputs may be the inputs. backward turns by the opposite angle.
+    """
+    for source, target in ((q, q_out), (k, k_out)):
+        if source is not None and target is not None:
+            heads = source.reshape(1, source.shape[0], -1, head_dim)
+            target.copy_(_rotate(heads, cos[None], (-sin if backward else sin)[None]).view(target.shape))
 
 
 @torch.no_grad()

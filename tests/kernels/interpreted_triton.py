@@ -7,9 +7,10 @@ import torch
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
-from jaxsloth.kernels.rms_norm import triton_kernel as rms_norm_triton
 from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes, torch_step
-from tests.kernels.torch_checks import DTYPES, check_dequantize, check_op, part
+from tests.kernels.torch_checks import DTYPES, check_dequantize, check_op, every_case, part
+
+WITH_KERNELS = ("rms_norm", "rope", "gated_activation", "linear_cross_entropy")
 
 
 def as_the_interpreter_rounds(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -21,9 +22,11 @@ def as_the_interpreter_rounds(values: torch.Tensor, dtype: torch.dtype) -> torch
 
 # bfloat16 is left to the compile gate and the gpu tests: cut off twice, a value misses a bar that is made for rounding.
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("case", part("rms_norm", "cases").CASES, ids=lambda case: case.name)
-def test_rms_norm(case, dtype):
-    check_op("rms_norm", rms_norm_triton.rms_norm, case, dtype, "cpu")
+@pytest.mark.parametrize(
+    ("op", "case"), [pytest.param(*pair, id=f"{pair[0]}-{pair[1].name}") for pair in every_case(*WITH_KERNELS)]
+)
+def test_against_the_reference(op, case, dtype):
+    check_op(op, getattr(part(op, "triton_kernel"), op), case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -14,9 +14,14 @@ from triton.compiler import ASTSource
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.adamw_8bit.contract import BLOCK as MOMENT_BLOCK
+from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
+from jaxsloth.kernels.gated_activation.contract import KINDS
+from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
+from jaxsloth.kernels.lora_matmul import triton_kernel as margins_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
 from jaxsloth.kernels.nf4.contract import BLOCK, NESTED_BLOCK
 from jaxsloth.kernels.rms_norm import triton_kernel as rms_norm_triton
+from jaxsloth.kernels.rope import triton_kernel as rope_triton
 
 H200 = GPUTarget("cuda", 90, 32)
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -40,7 +45,7 @@ def compile_ptx(kernel, arguments: dict[str, str], constants: dict[str, object],
     return compiled.asm["ptx"]
 
 
-def dequantize_ptx(dtype: str, nested: bool, values: str, options: dict[str, object]) -> str:
+def dequantize_ptx(dtype: str, nested: bool, values: str, options: dict[str, object], strided: bool = False) -> str:
     arguments = {
         "codes": "*u8",
         "absmax": "*u8" if nested else "*fp32",
@@ -50,9 +55,10 @@ def dequantize_ptx(dtype: str, nested: bool, values: str, options: dict[str, obj
         "nested_offset": "*fp32",
         "out": TYPES[dtype],
         "values": values,
-        "blocks": "i32",
+        **numbers("blocks", "blocks_a_row", "stride"),
     }
-    constants = {"NESTED": nested, "NESTED_SIZE": NESTED_BLOCK, "BLOCK_SIZE": BLOCK, "TILE_BLOCKS": nf4_triton.TILE}
+    constants = {"NESTED": nested, "NESTED_SIZE": NESTED_BLOCK, "STRIDED": strided, "WIDE": values == "i64", "WHOLE": strided}
+    constants |= {"BLOCK_SIZE": BLOCK, "TILE_BLOCKS": nf4_triton.TILE}
     return compile_ptx(nf4_triton.dequantize_kernel, arguments, constants, options)
 
 
@@ -60,40 +66,48 @@ def dequantize_ptx(dtype: str, nested: bool, values: str, options: dict[str, obj
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_dequantize_compiles_and_contracts_nothing(dtype, nested, values):
-    assert "fma.rn.f32" not in dequantize_ptx(dtype, nested, values, nf4_triton.LAUNCH)
+    for strided in (False, True):
+        assert "fma.rn.f32" not in dequantize_ptx(dtype, nested, values, nf4_triton.LAUNCH, strided)
 
 
 def test_contraction_would_be_seen():
     assert "fma.rn.f32" in dequantize_ptx("float32", True, "i32", {**nf4_triton.LAUNCH, "enable_fp_fusion": True})
 
 
+def pointers(dtype: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, TYPES[dtype])
+
+
+def numbers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("plain", [False, True])
-def test_rms_norm_forward_compiles(dtype, plain):
+@pytest.mark.parametrize(("plain", "adds"), [(False, True), (True, False), (True, True)])
+def test_rms_norm_forward_compiles(dtype, plain, adds):
     arguments = {
-        "x": TYPES[dtype],
-        "weight": TYPES[dtype],
-        "y": TYPES[dtype],
+        **pointers(dtype, "x", "delta", "weight", "total", "y"),
         "rstd": "*fp32",
-        "hidden": "i32",
+        **numbers("hidden", "x_stride", "delta_stride", "total_stride", "y_stride"),
         "eps": "fp32",
         "offset": "fp32",
     }
-    compile_ptx(rms_norm_triton.forward_kernel, arguments, {"PLAIN": plain, "WIDTH": 1024}, rms_norm_triton._launch(1024))
+    constants = {"ADDS": adds, "PLAIN": plain, "WIDTH": 1024}
+    compile_ptx(rms_norm_triton.forward_kernel, arguments, constants, rms_norm_triton._launch(1024))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("needs", [(True, True, False), (True, False, True), (False, True, False)])
 def test_rms_norm_backward_compiles(dtype, needs):
     arguments = {
-        **dict.fromkeys(("x", "weight"), TYPES[dtype]),
+        **pointers(dtype, "x", "weight"),
         "rstd": "*fp32",
-        **dict.fromkeys(("dy", "dx"), TYPES[dtype]),
+        **pointers(dtype, "dy", "residual", "dx"),
         "dweight": "*fp32",
-        **dict.fromkeys(("rows", "hidden", "rows_each"), "i32"),
+        **numbers("rows", "hidden", "x_stride", "dy_stride", "residual_stride", "dx_stride", "rows_each"),
         "offset": "fp32",
     }
-    constants = {"NEEDS_DX": needs[0], "NEEDS_DWEIGHT": needs[1], "WIDTH": 1024}
+    constants = {"NEEDS_DX": needs[0], "NEEDS_DWEIGHT": needs[1], "ADDS": needs[2], "WIDTH": 1024}
     compile_ptx(rms_norm_triton.backward_kernel, arguments, constants, rms_norm_triton._launch(1024))
 
 
@@ -116,3 +130,45 @@ def test_adamw_8bit_compiles_and_contracts_nothing():
     constants = {"BLOCK_SIZE": MOMENT_BLOCK, "TILE_BLOCKS": adamw_8bit_triton.TILE}
     ptx = compile_ptx(adamw_8bit_triton.step_kernel, arguments, constants, adamw_8bit_triton.LAUNCH)
     assert "fma.rn.f32" not in ptx
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rest", [0, 32])
+def test_rope_compiles(dtype, rest):
+    strides = numbers("q_stride", "k_stride", "q_out_stride", "k_out_stride", "heads", "kv_heads", "head_dim", "half")
+    arguments = {**pointers(dtype, "q", "k", "q_out", "k_out"), "cos": "*fp32", "sin": "*fp32", **strides, "sign": "fp32"}
+    constants = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "REST": rest}
+    compile_ptx(rope_triton.rotate_kernel, arguments, constants, rope_triton.LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gated_activation_compiles(dtype, kind):
+    forward = {**pointers(dtype, "gate", "up", "h"), **numbers("width", "gate_stride", "up_stride", "h_stride")}
+    constants = {"KIND": kind, "SIZE": gated_triton.BLOCK}
+    compile_ptx(gated_triton.forward_kernel, forward, constants, gated_triton.LAUNCH)
+    names = ("gate", "up", "dh", "dgate", "dup", "h")
+    backward = {**pointers(dtype, *names), **numbers("width", *(f"{name}_stride" for name in names))}
+    compile_ptx(gated_triton.backward_kernel, backward, constants | {"WRITES_H": True}, gated_triton.LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("capped", "writes"), [(False, True), (True, True), (False, False)])
+def test_loss_compiles(dtype, capped, writes):
+    arguments = {
+        "logits": "*fp32",
+        "targets": "*i64",
+        "losses": "*fp32",
+        "slopes": TYPES[dtype],
+        **numbers("vocab", "logits_stride", "slopes_stride", "ignore_index"),
+        "cap": "fp32",
+    }
+    constants = {"CAPPED": capped, "WRITES": writes, "WIDTH": loss_triton.SIZE}
+    compile_ptx(loss_triton.softmax_kernel, arguments, constants, loss_triton.LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_placement_compiles(dtype):
+    arguments = {"table": "*i64", "scales": "*fp32", "like": TYPES[dtype]}
+    constants = {"TABLE_FIELDS": margins_triton.FIELDS, "HEIGHT": margins_triton.ROWS, "WIDTH": margins_triton.COLUMNS}
+    compile_ptx(margins_triton.place_kernel, arguments, constants, margins_triton.LAUNCH)

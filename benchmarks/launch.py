@@ -1,0 +1,130 @@
+"""Runs contenders one after another, each in a process of its own, and gathers what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import Entry
+from benchmarks.work import Work
+from jaxsloth.backend import DtypeName
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_entry(
+    entry: Entry,
+    work: Work,
+    folder: Path,
+    scratch: Path,
+    *,
+    gradients: Path | None = None,
+    profile: bool = False,
+    timeout: float = 600.0,
+) -> dict[str, Any]:
+    """What the entry's worker measured, or {"error": the last line of what it said}; always with "label" and "contender"."""
+    about: dict[str, Any] = {"label": entry.label, "contender": entry.contender.name, "checkpointing": work.checkpointing}
+    missing = entry.contender.missing()
+    if missing:
+        return about | {"error": f"{', '.join(missing)} is not installed"}
+    with tempfile.TemporaryDirectory(dir=scratch) as own:
+        task = {
+            "contender": entry.contender.name,
+            "work": work.to_json(),
+            "folder": str(folder),
+            "result": str(Path(own) / "result.json"),
+            "gradients": None if gradients is None else str(gradients),
+            "profile": profile,
+            "started": time.time(),
+        }
+        file = Path(own) / "task.json"
+        file.write_text(json.dumps(task), encoding="utf-8")
+        log = Path(own) / "log"
+        command = [sys.executable, "-m", "benchmarks.worker", str(file)]
+        try:
+            with log.open("wb") as output:
+                code = subprocess.run(
+                    command,
+                    cwd=own,
+                    env=_environment(work, _import_folder(scratch)),
+                    stdout=output,
+                    stderr=output,
+                    timeout=timeout,
+                    check=False,
+                ).returncode
+        except subprocess.TimeoutExpired:
+            return about | {"error": f"not done after {timeout:.0f} s", "log": _tail(log)}
+        if code != 0:
+            lines = _tail(log)
+            return about | {"error": _last_line(lines, code), "log": lines}
+        found = json.loads(Path(task["result"]).read_text(encoding="utf-8"))
+    return about | found
+
+
+def _import_folder(scratch: Path) -> Path:
+    """A folder that holds nothing but links to these two packages: the checkout's own root also holds `kernels`, a name that
+    transformers, bitsandbytes and Unsloth look for and take for Hugging Face's."""
+    folder = scratch / "imports"
+    folder.mkdir(exist_ok=True)
+    for name in ("benchmarks", "jaxsloth"):
+        link = folder / name
+        if not link.is_symlink() or link.readlink() != ROOT / name:
+            link.unlink(missing_ok=True)
+            link.symlink_to(ROOT / name)
+    return folder
+
+
+def _environment(work: Work, imports: Path) -> dict[str, str]:
+    """The worker starts in an empty folder (Unsloth writes where it stands), so import paths must be whole."""
+    paths = [
+        str(imports.absolute()),
+        *(str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path),
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if work.memory_limit is not None:
+        total = device_memory()
+        if total is not None:
+            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{min(work.memory_limit / total, 0.98):.4f}"
+    return environment
+
+
+def device_memory() -> int | None:
+    """Bytes of the first GPU, asked of nvidia-smi so that this process takes none of them; None without a GPU."""
+    value = nvidia_smi("memory.total")
+    return None if value is None else int(value.split()[0]) << 20
+
+
+def nvidia_smi(field: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip()
+
+
+def default_dtype() -> DtypeName:
+    """bfloat16 on a GPU; float32 on a CPU, which has no fast bf16."""
+    return "bfloat16" if nvidia_smi("name") is not None else "float32"
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-60:]
+
+
+def _last_line(lines: list[str], code: int) -> str:
+    said = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in said if "Error" in line.split(":")[0]]
+    return f"exit {code}: {(errors or said or ['nothing was said'])[-1][:300]}"

@@ -1,0 +1,143 @@
+"""The benchmarks on tiny shapes: every contender does the same work, and one that breaks stops nobody."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks import context, decode, ops, packing, step
+from benchmarks.agreement import difference
+from benchmarks.contenders import parse_entries
+from benchmarks.peers.own import build_options
+from benchmarks.rows import ROWS, Row
+from benchmarks.work import PEAK_FLOPS, Work, counted_flops, layer_bytes
+
+TINY = Work("tiny", 2, 32, dtype="float32", warmup=1, steps=2)
+LABELS = ["jaxsloth-torch", "jaxsloth-jax:full", "hf", "hf:true"]
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """The workers' folder. They run with one thread each: OpenMP's waiting threads make tiny products slow on shared cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def results(scratch):
+    """A row with a contender broken in the middle, whose checkpointing is no word of its own."""
+    entries = ",".join([*LABELS[:2], "hf:broken", *LABELS[2:]])
+    row = step.run_row(Row("step", TINY), entries, scratch, profile=False, timeout=300)
+    return {result["label"]: result for result in row["results"]}
+
+
+def test_a_broken_contender_is_reported_and_stops_nobody(results):
+    assert "checkpointing must be 'true' or 'false', not 'broken'" in results["hf:broken"]["error"]
+    for label in LABELS:
+        assert "error" not in results[label], results[label]
+        assert results[label]["median_s"] > 0
+        assert len(results[label]["times_s"]) == 3
+        assert results[label]["times_hf"] > 0
+
+
+def test_contenders_do_the_same_work(results):
+    """transformers + PEFT + bitsandbytes judge; float32 leaves far less than the bar that bf16 is given."""
+    judge = results["hf"]
+    assert judge["losses"][-1] < judge["losses"][0]
+    for label in LABELS:
+        np.testing.assert_allclose(results[label]["losses"], judge["losses"], rtol=1e-5)
+        for other, (found, where) in results[label]["differences"].items():
+            assert found < 1e-4, (label, other, where)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "bar"), [([1.0, 2.0], 0.0), ([1.0, 2.1], 0.05), ([0.0, 0.0], np.inf), ([1.0, np.nan], np.inf)]
+)
+def test_difference(theirs, bar):
+    found, where = difference({"a": np.array([1.0, 2.0])}, {"a": np.array(theirs)})
+    assert found == pytest.approx(bar, rel=0.2)
+    assert where == ("a" if bar else "")
+    assert difference({}, {"a": np.ones(2)})[0] == np.inf
+
+
+def test_contenders_decode_the_same_tokens(scratch):
+    work = replace(TINY, length=8, lora=False, steps=1, new_tokens=6)
+    results = decode.run(work, "jaxsloth-torch,jaxsloth-jax,hf", scratch, profile=False, timeout=300)
+    assert [result.get("error") for result in results] == [None] * 3
+    judge = results[2]["tokens"]
+    assert len(judge) == 6
+    assert all(result["tokens"] == judge and result["tokens_per_s"] > 0 for result in results)
+
+
+@pytest.mark.parametrize(("row", "seconds"), [("8b-fast", 0.337), ("8b-recompute", 0.489)])
+def test_counted_limit(row, seconds):
+    """The limits counted by hand when the peers were measured."""
+    chosen = ROWS[row]
+    flops = counted_flops(chosen.work)
+    assert (flops["step"] + chosen.recompute * flops["recompute"]) / PEAK_FLOPS == pytest.approx(seconds, rel=0.01)
+
+
+def test_layer_bytes():
+    """218.1M weights at 4.127 bits, 1.31M adapter values with gradient and two moments."""
+    assert layer_bytes(Work("8b")) == pytest.approx(218_103_808 * 4.127 / 8 + 1_310_720 * 16, rel=1e-4)
+
+
+def test_options_reach_build_options_or_are_refused():
+    assert build_options(TINY.of("full", {})).gradient_checkpointing == "full"
+    with pytest.raises(ValueError, match="gradient_checkpointing must be one of"):
+        build_options(TINY.of("sometimes", {}))
+    with pytest.raises(ValueError, match="no field 'speed'"):
+        build_options(TINY.of("full", {"speed": "high"}))
+    entry = parse_entries("jaxsloth-jax:full:dtype=float32")[0]
+    assert (entry.checkpointing, entry.options) == ("full", {"dtype": "float32"})
+    with pytest.raises(ValueError, match="contender must be one of"):
+        parse_entries("hf,keras")
+
+
+@pytest.mark.parametrize("most_that_fits", [64, 700, 5000, 10_000])
+def test_longest_context_is_found(monkeypatch, scratch, most_that_fits):
+    def run_entry(entry, work, folder, scratch, *, timeout):
+        if work.length > most_that_fits:
+            return {"error": "out of memory"}
+        return {"times_s": [1.0], "peak_bytes": 1}
+
+    monkeypatch.setattr(context, "run_entry", run_entry)
+    found = context.longest(parse_entries("hf")[0], TINY, scratch, start=100, most=8192, grain=64, timeout=1)
+    if most_that_fits < 100:
+        assert found["error"] == "out of memory"
+        return
+    expected = min(most_that_fits, 8192)
+    assert expected - 64 <= found["longest"] <= expected
+
+
+def test_ops_are_timed_or_say_why_not():
+    lines = ops.measure("torch", "tiny", 1, 16, "float32", ["rms_norm", "nf4_dequantize", "lora_matmul"])
+    by_name = {(line["op"], line["case"], line["implementation"]): line for line in lines}
+    assert "needs an NVIDIA GPU" in by_name["rms_norm", "hidden", "triton"]["error"]
+    plain = by_name["rms_norm", "hidden", "torch"]
+    assert 0 < plain["forward_ms"] < plain["both_ms"]
+    assert by_name["nf4_dequantize", "gate_proj", "torch"]["forward_ms"] > 0
+    assert by_name["lora_matmul", "down_proj", "torch"]["both_ms"] > 0
+
+
+def test_report_files(scratch, tmp_path):
+    output = tmp_path / "out" / "step.json"
+    step.main(shape="tiny", contenders="floor:full,floor:bad", steps=2, warmup=1, length=16, scratch=scratch, output=output)
+    saved = json.loads(output.read_text(encoding="utf-8"))
+    good, bad = saved["rows"]["step"]["results"]
+    assert good["tokens_per_s"] > 0
+    assert "KeyError" in bad["error"]
+    assert {"gpu", "driver", "versions", "date", "commit"} <= saved["environment"].keys()
+    assert output.with_suffix(".png").stat().st_size > 5000
+
+
+def test_packed_and_padded_epochs_have_the_same_loss(scratch):
+    work = replace(TINY, length=128, steps=1, documents=12)
+    padded, packed = packing.run(work, 4, "jaxsloth-torch", scratch, timeout=300)
+    assert (padded["tokens"], padded["steps"]) == (packed["tokens"], 3)
+    assert packed["loss_difference"] < 1e-5
+    assert packed["gain"] > 0

@@ -1,0 +1,67 @@
+"""The fused blocks of the JAX backend give the composed ones' loss and gradients, whatever is kept or recomputed.
+
+The kernels run in Pallas' interpreter here.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxsloth.backend import BuildOptions
+from jaxsloth.batch import Batch
+from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.parity.measure import relative_frobenius
+from tests.models.test_backends import LLAMA3, VOCAB, build
+from tests.support.sources import examples, first_batch, stream
+
+FUSED = {"train_pass": "fused"}
+WIDTHS = {"num_hidden_layers": 2, "intermediate_size": 128}
+BAR = 3e-5  # sums of another order; a wrong term is worth 1e-2 and more
+
+
+def compare(batch: Batch, mode: str = "none", changes=None, **how) -> float:
+    """The largest difference of a gradient from the composed blocks'; the loss is asserted here."""
+    changes = WIDTHS | (changes or {})
+    judge, *_ = build("jax", changes, **how)
+    model, *_ = build("jax", changes, options=BuildOptions(gradient_checkpointing=mode, implementations=FUSED), **how)
+    (expected, theirs), (loss, ours) = judge.gradients(batch), model.gradients(batch)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert any(gradient.any() for gradient in theirs.values())
+    return max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items() if gradient.any())
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_every_mode(mode):
+    assert compare(first_batch(stream(examples(4, VOCAB))), mode) <= BAR
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"rope_parameters": LLAMA3}],
+)
+def test_every_variant(changes):
+    assert compare(first_batch(stream(examples(4, VOCAB))), "selective", changes) <= BAR
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_quantized_bases(nested):
+    assert compare(first_batch(stream(examples(4, VOCAB))), nested=nested) <= BAR
+
+
+@pytest.mark.parametrize("lora", [{"targets": ["q_proj", "v_proj"]}, {"targets": ["model.layers.1.mlp.down_proj"]}])
+def test_some_layers_without_adapters(lora):
+    assert compare(first_batch(stream(examples(4, VOCAB))), lora=lora) <= BAR
+
+
+def test_packed_documents():
+    batch = first_batch(stream(examples(8, VOCAB), packing=True))
+    assert batch.segments.max() > 1
+    assert compare(batch) <= BAR
+
+
+@pytest.mark.parametrize(("lora", "reason"), [({"dropout": 0.1}, "dropout"), ({"r": 40}, "room for ranks of 64")])
+def test_refusals(lora, reason):
+    with pytest.raises(RefusedError, match=reason):
+        build("jax", lora=lora, options=BuildOptions(implementations=FUSED))[0].gradients(
+            first_batch(stream(examples(4, VOCAB)))
+        )

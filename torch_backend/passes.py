@@ -1,0 +1,217 @@
+"""How a micro-batch's loss and gradients come about: written out (fused.py), by autograd, or replayed from a CUDA graph."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
+from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.kernels.rope.torch_ops import tables
+from jaxsloth.torch_backend import fused
+from jaxsloth.torch_backend.fused import FusedPass
+
+if TYPE_CHECKING:
+    from jaxsloth.torch_backend.model import TorchModel
+
+logger = logging.getLogger("jaxsloth.torch_backend")
+
+GRAPHS_KEPT = 8
+# The bfloat16 copies of NF4 weights are kept where they take at most this part of the device's memory.
+KEPT_WEIGHTS = 1 / 16
+# Of the free memory, what "auto" fills with activations.
+FILLED = 0.9
+AUTO_ORDER = ("none", "selective", "offload", "full")
+
+Arrays = dict[str, np.ndarray]
+Tensors = dict[str, torch.Tensor]
+
+
+def make_pass(model: TorchModel) -> FastPass | None:
+    """The written-out pass, or None where autograd has to do it; implementations={"train_pass": …} asks for one by name.
+
+    Raises:
+        RefusedError: "fused" was asked for and can't train this model, or another name came.
+    """
+    requested = (model.options.implementations or {}).get("train_pass")
+    if requested not in (None, "fused", "composed"):
+        raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, composed")
+    reason = fused.refusal(model.spec)
+    if requested == "fused" and reason is not None:
+        raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
+    if reason is None and requested is None and model.decoder.device.type != "cuda":
+        reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
+    if reason is not None or requested == "composed":
+        if reason is not None:
+            logger.info("op train_pass on torch uses composed (fused %s)", reason)
+        return None
+    return FastPass(model)
+
+
+class FastPass:
+    """`FusedPass` for batches from the host, replayed from CUDA graphs where that pays."""
+
+    def __init__(self, model: TorchModel) -> None:
+        self._model, self._device = model, model.decoder.device
+        self._pass: FusedPass | None = None
+        self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, Tensors, torch.Tensor]] = OrderedDict()
+        self._seen: set[Any] = set()
+        self._refused: set[Any] = set()
+        self._memory: Any = None
+        scalings = (layer.attention.rope.scaling for layer in model.spec.layers if layer.attention.rope is not None)
+        # A rotary setting that looks at the longest position would be frozen into a graph.
+        self._stretches = any(scaling is not None and scaling.kind in ("dynamic", "longrope") for scaling in scalings)
+        self.mode = ""
+
+    def begin(self, tokens: int) -> None:
+        """Takes over the adapters' values; tokens: the most that a micro-batch of this process has."""
+        if self._pass is None:
+            self.mode, keeps = self._choose(tokens)
+            self._pass = FusedPass(self._model.decoder, self._model.spec, self.mode, keeps)
+        self._pass.begin()
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The summed cross entropy."""
+        assert self._pass is not None
+        arrays, key = prepare(batch)
+        return self._pass.loss(self._on_device(to_tensors(arrays, self._device), key, int(batch.positions.max(initial=0)) + 1))
+
+    def add_gradients(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
+        """As `FusedPass.add_gradients`; the loss is only good until the next call."""
+        assert self._pass is not None
+        arrays, key = prepare(batch)
+        tensors = to_tensors(arrays, self._device)
+        tensors["factor"] = factor
+        longest = int(batch.positions.max(initial=0)) + 1
+        if not self._captures or key in self._refused:
+            return self._run(tensors, key, longest)
+        if key not in self._graphs and key not in self._seen:
+            # The first time compiles kernels and makes the libraries' handles, which a capture must not.
+            self._seen.add(key)
+            return self._run(tensors, key, longest)
+        if key not in self._graphs and not self._capture(tensors, key, longest):
+            return self._run(tensors, key, longest)
+        graph, static, loss = self._graphs[key]
+        self._graphs.move_to_end(key)
+        for name, tensor in tensors.items():
+            static[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return loss
+
+    @property
+    def captured(self) -> int:
+        """How many graphs are held."""
+        return len(self._graphs)
+
+    @property
+    def _captures(self) -> bool:
+        return self._device.type == "cuda" and not self._stretches
+
+    def _run(self, tensors: Tensors, key: Any, longest: int) -> torch.Tensor:
+        assert self._pass is not None
+        return self._pass.add_gradients(self._on_device(tensors, key, longest), tensors["factor"])
+
+    def _capture(self, tensors: Tensors, key: Any, longest: int) -> bool:
+        """Records the pass for batches like this one; False where the graph's own memory does not fit beside the rest."""
+        static = {name: tensor.clone() for name, tensor in tensors.items()}
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._memory):
+                loss = self._run(static, key, longest)
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "no CUDA graph for batches of %s: its memory does not fit; steps launch their kernels one by one", key[:2]
+            )
+            self._refused.add(key)
+            return False
+        self._graphs[key] = graph, static, loss
+        if len(self._graphs) > GRAPHS_KEPT:
+            self._graphs.popitem(last=False)
+        return True
+
+    def _on_device(self, tensors: Tensors, key: Any, longest: int) -> fused.Batch:
+        batch, length, document, *_ = key
+        layout = Layout(batch, length, tensors["segments"], tensors.get("boundaries"), document)
+        found = {}
+        for rope in {layer.attention.rope for layer in self._model.spec.layers}:
+            if rope is not None:
+                frequencies, scaling = self._model.decoder.inverse_frequencies(rope, longest)
+                found[rope] = tuple(t.flatten(0, 1) for t in tables(tensors["positions"], frequencies, scaling))
+        return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"])
+
+    def _choose(self, tokens: int) -> tuple[str, bool]:
+        """(the checkpointing mode, whether weights are kept dequantized)."""
+        wanted, decoder = self._model.options.gradient_checkpointing, self._model.decoder
+        values = sum(linear.shape[0] * linear.shape[1] for linear in decoder.linears())
+        size = torch.empty(0, dtype=decoder.dtype).element_size()
+        on_gpu = self._device.type == "cuda"
+        total = torch.cuda.get_device_properties(self._device).total_memory if on_gpu else 0
+        keeps = values * size <= total * KEPT_WEIGHTS
+        if wanted != "auto":
+            return wanted, keeps
+        if not on_gpu:
+            return "none", False
+        room = torch.cuda.mem_get_info(self._device)[0] * FILLED - (values * size if keeps else 0)
+        for mode in AUTO_ORDER:
+            if activation_bytes(self._model.spec, mode, tokens, size) <= room:
+                logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
+                return mode, keeps
+        return AUTO_ORDER[-1], keeps
+
+
+def activation_bytes(spec: Any, mode: str, tokens: int, size: int) -> int:
+    """About what the activations of a pass take on the device: those kept, and the most that one layer works with."""
+    total = working = 0
+    for layer in spec.layers:
+        attention, mlp = layer.attention, layer.mlp
+        q, kv = attention.heads * attention.head_dim, 2 * attention.kv_heads * attention.head_dim
+        few = 2 * spec.hidden + 2 * q + kv
+        kept = {"none": few + 2 * spec.hidden + 2 * mlp.width, "selective": few, "offload": 0, "full": spec.hidden}[mode]
+        total += kept
+        working = max(working, 3 * mlp.width + 2 * few + 4 * spec.hidden)
+    return tokens * size * (total + working)
+
+
+def prepare(batch: Batch) -> tuple[Arrays, tuple[Any, ...]]:
+    """(the batch's arrays, what makes two batches the same program): counts are rounded up so that few programs occur."""
+    rows, length = batch.input_ids.shape
+    tokens = rows * length
+    chosen = np.flatnonzero(batch.targets != IGNORE)
+    unit = max(tokens // 16, 16)
+    count = min(-(-max(len(chosen), 1) // unit) * unit, tokens)
+    targets = np.full(count, IGNORE, np.int64)
+    targets[: len(chosen)] = batch.targets.reshape(-1)[chosen]
+    padded = np.full(count, tokens, np.int64)
+    padded[: len(chosen)] = chosen
+    arrays = {
+        "input_ids": batch.input_ids,
+        "positions": batch.positions,
+        "segments": batch.segments,
+        "chosen": padded,
+        "targets": targets,
+    }
+    boundaries, longest = boundaries_of(batch.segments), 0
+    if boundaries is not None:
+        arrays["boundaries"] = boundaries
+        longest = min(1 << int(np.diff(boundaries).max() - 1).bit_length(), length)
+    return arrays, (rows, length, longest, count, None if boundaries is None else len(boundaries))
+
+
+def to_tensors(arrays: Arrays, device: torch.device) -> Tensors:
+    return {name: to_device(array, device) for name, array in arrays.items()}
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
