@@ -44,10 +44,12 @@ class BuildOptions:
 class OptimizerOptions:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): decoupled decay, bias-corrected, eps outside the root.
 
+    name: "adamw_8bit" keeps the moments of tensors of 4096 values and more in 8 bits, as bitsandbytes' AdamW8bit does.
     max_grad_norm: global-norm clipping by ``max_norm / (norm + 1e-6)`` where the norm is larger; None turns it off.
     loss_scaling: fp16 dynamic loss scaling (start 65536, halved on a non-finite gradient, doubled after 2000 good steps).
     """
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -95,7 +97,8 @@ class TrainStep(Protocol):
 
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state: ``{peft_name}.exp_avg`` and ``.exp_avg_sq`` float32, ``count`` int64 (updates applied), and
-        with loss scaling ``loss_scale`` float32 and ``good_steps`` int64. The same keys on every backend."""
+        with loss scaling ``loss_scale`` float32 and ``good_steps`` int64. In 8 bits the moments are uint8 codes, and
+        ``.exp_avg_absmax`` and ``.exp_avg_sq_absmax`` float32 ``[blocks]``. The same keys on every backend."""
         ...
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...

@@ -91,7 +91,9 @@ class DataRecipe(Section):
 class OptimizerRecipe(Section):
     """AdamW: decoupled decay, bias-corrected, eps outside the root."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit keeps its moments in 8 bits, as bitsandbytes' AdamW8bit does"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

@@ -133,4 +133,5 @@ OP_FOLDERS = (
     "attention",
     "linear_cross_entropy",
     "dropout",
+    "adamw_8bit",
 )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from jaxsloth.backend import OptimizerOptions
+from jaxsloth.kernels.adamw_8bit.contract import check_stored
 from jaxsloth.torch_backend.placement import sum_over_processes
 
 LOSS_SCALE_START, LOSS_SCALE_GROWTH_INTERVAL = 65536.0, 2000
@@ -69,10 +70,13 @@ class AdamW:
 
     def __init__(self, flat: Flat, options: OptimizerOptions) -> None:
         self.flat, self.options = flat, options
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat.buffer), torch.zeros_like(flat.buffer)
+        self._make_moments()
         self.count = 0
         self.loss_scale = LOSS_SCALE_START if options.loss_scaling else 1.0
         self.good_steps = 0
+
+    def _make_moments(self) -> None:
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.flat.buffer), torch.zeros_like(self.flat.buffer)
 
     @torch.no_grad()
     def step(self, learning_rate: float, loss: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -139,8 +143,7 @@ class AdamW:
             )
 
     def state(self) -> dict[str, np.ndarray]:
-        found = {f"{name}.exp_avg": value for name, value in self.flat.read(self.exp_avg).items()}
-        found |= {f"{name}.exp_avg_sq": value for name, value in self.flat.read(self.exp_avg_sq).items()}
+        found = self._moments()
         found["count"] = np.array(self.count, np.int64)
         if self.options.loss_scaling:
             found["loss_scale"] = np.array(self.loss_scale, np.float32)
@@ -148,10 +151,18 @@ class AdamW:
         return found
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        names = self.flat.parameters
-        self.flat.load(self.exp_avg, {name: state[f"{name}.exp_avg"] for name in names})
-        self.flat.load(self.exp_avg_sq, {name: state[f"{name}.exp_avg_sq"] for name in names})
+        self._load_moments(state)
         self.count = int(state["count"])
         if self.options.loss_scaling:
             self.loss_scale = float(state.get("loss_scale", LOSS_SCALE_START))
             self.good_steps = int(state.get("good_steps", 0))
+
+    def _moments(self) -> dict[str, np.ndarray]:
+        found = {f"{name}.exp_avg": value for name, value in self.flat.read(self.exp_avg).items()}
+        return found | {f"{name}.exp_avg_sq": value for name, value in self.flat.read(self.exp_avg_sq).items()}
+
+    def _load_moments(self, state: Mapping[str, np.ndarray]) -> None:
+        check_stored(state, eight_bit=False)
+        names = self.flat.parameters
+        self.flat.load(self.exp_avg, {name: state[f"{name}.exp_avg"] for name in names})
+        self.flat.load(self.exp_avg_sq, {name: state[f"{name}.exp_avg_sq"] for name in names})

@@ -13,7 +13,7 @@ from jaxsloth.batch import IGNORE, Batch, Window
 from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.layers import Context
-from jaxsloth.torch_backend.optimizer import AdamW
+from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
 from jaxsloth.torch_backend.passes import to_device
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class TrainStep:
 
     def __init__(self, model: TorchModel, options: OptimizerOptions) -> None:
         self._model = model
-        self._optimizer = AdamW(model.flat(), options)
+        self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._fast = model.fast_pass()
 

@@ -78,9 +78,9 @@ class JaxModel:
                 own = own.removesuffix(".weight")
             key, place = stacked_name(own, period)
             if not own.startswith("model.layers."):
-                found[key] = np.asarray(value, np.float32)
+                found[key] = np.asarray(value, _dtype_of(value))
                 continue
-            stack = found.setdefault(key, np.zeros((count, *value.shape), np.float32))
+            stack = found.setdefault(key, np.zeros((count, *value.shape), _dtype_of(value)))
             stack[place] = value
             places[key] = places.get(key, 0) + 1
         for key, filled in places.items():
@@ -91,13 +91,13 @@ class JaxModel:
         return {key: jnp.asarray(value) for key, value in found.items()}
 
     def stack(self, values: Mapping[str, np.ndarray]) -> Any:
-        """Values by PEFT name as a state of the trained variables' shape."""
+        """Values by PEFT name as a state like that of the trained variables."""
         stacked = self._stack_values(values)
         flat = [(path, leaf.replace(stacked[_path_name(path)])) for path, leaf in nnx.to_flat_state(self.trained)]
         return placement.replicate(nnx.from_flat_state(flat))
 
     def unstack(self, state: Any) -> dict[str, np.ndarray]:
-        """A state of the trained variables' shape as float32 arrays by PEFT name, in `trainable_shapes`' order."""
+        """A state like that of the trained variables as arrays by PEFT name, in `trainable_shapes`' order."""
         period, arrays = self.spec.layer_period(), {}
         for path, leaf in nnx.to_flat_state(state):
             arrays[_path_name(path)] = np.asarray(leaf[...])
@@ -245,3 +245,8 @@ def _gradients(
 
 def _path_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(part) for part in path)
+
+
+def _dtype_of(value: np.ndarray) -> Any:
+    """float32, but codes stay codes."""
+    return np.uint8 if value.dtype == np.uint8 else np.float32

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsloth.backend import OptimizerOptions
+from jaxsloth.kernels.adamw_8bit.contract import check_stored
 
 LOSS_SCALE_START, LOSS_SCALE_GROWTH_INTERVAL = 65536.0, 2000
 
 
 class OptimizerState(NamedTuple):
-    """Adam's moments and count, and the loss scale (1 where there is none)."""
+    """Adam's moments and count (an optax.ScaleByAdamState, or in 8 bits `Adam8bitState`), and the loss scale (1 where there is
+    none)."""
 
-    adam: optax.ScaleByAdamState
+    adam: Any
     loss_scale: Any
     good_steps: Any
 
@@ -30,8 +34,31 @@ class AdamW:
 
     def init(self, parameters: Any) -> OptimizerState:
         start = LOSS_SCALE_START if self.options.loss_scaling else 1.0
-        adam: Any = self._adam.init(parameters)
-        return OptimizerState(adam, jnp.float32(start), jnp.int32(0))
+        return OptimizerState(self._start(parameters), jnp.float32(start), jnp.int32(0))
+
+    def _start(self, parameters: Any) -> Any:
+        return self._adam.init(parameters)
+
+    def trees(self, adam: Any) -> dict[str, Any]:
+        """What Adam keeps, by the names that a checkpoint has for it; each like the parameters."""
+        return {"exp_avg": adam.mu, "exp_avg_sq": adam.nu}
+
+    def with_trees(self, adam: Any, count: int, trees: dict[str, Any]) -> Any:
+        return adam._replace(count=jnp.int32(count), mu=trees["exp_avg"], nu=trees["exp_avg_sq"])
+
+    def check(self, state: Mapping[str, np.ndarray]) -> None:
+        check_stored(state, eight_bit=False)
+
+    def _update(self, parameters: Any, adam: Any, gradients: Any, learning_rate: Any) -> tuple[Any, Any]:
+        """(new parameters, new moments) by gradients that are ready."""
+        updates, adam = self._adam.update(gradients, adam)
+        decay = 1.0 - learning_rate * self.options.weight_decay
+
+        def apply(path: Any, parameter: Any, update: Any) -> Any:
+            kept = parameter if is_spared(path) else parameter * decay
+            return kept - learning_rate * update
+
+        return jax.tree_util.tree_map_with_path(apply, parameters, updates), adam
 
     def step(
         self, parameters: Any, state: OptimizerState, gradients: Any, learning_rate: Any
@@ -45,15 +72,8 @@ class AdamW:
             # torch's formula: optax's own has no epsilon.
             factor = jnp.minimum(options.max_grad_norm / (norm + 1e-6), 1.0)
             gradients = jax.tree.map(lambda g: g * factor, gradients)
-        updates, adam = self._adam.update(gradients, state.adam)
-        decay = 1.0 - learning_rate * options.weight_decay
-
-        def apply(path: Any, parameter: Any, update: Any) -> Any:
-            kept = parameter if _is_spared(path) else parameter * decay
-            return kept - learning_rate * update
-
-        new = jax.tree_util.tree_map_with_path(apply, parameters, updates)
-        after: Any = OptimizerState(adam, state.loss_scale, state.good_steps)  # type: ignore[arg-type]
+        new, adam = self._update(parameters, state.adam, gradients, learning_rate)
+        after = OptimizerState(adam, state.loss_scale, state.good_steps)
         if not options.loss_scaling:
             return new, after, norm, jnp.bool_(False)
         finite = jnp.isfinite(norm)
@@ -68,6 +88,10 @@ def _adapt_scale(state: OptimizerState, finite: Any) -> tuple[Any, Any]:
     return scale, jnp.where(grows, 0, good)
 
 
-def _is_spared(path: Any) -> bool:
+def is_spared(path: Any) -> bool:
     """Biases are not decayed, as in Hugging Face's Trainer."""
-    return any(getattr(part, "key", getattr(part, "name", None)) == "bias" for part in path)
+    return "bias" in names_of(path)
+
+
+def names_of(path: Any) -> list[Any]:
+    return [getattr(part, "key", getattr(part, "name", None)) for part in path]

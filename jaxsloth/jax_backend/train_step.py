@@ -14,7 +14,8 @@ from jaxsloth.backend import OptimizerOptions, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.layers import Context
-from jaxsloth.jax_backend.optimizer import AdamW, OptimizerState
+from jaxsloth.jax_backend.optimizer import OptimizerState
+from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
 from jaxsloth.kernels.dropout.contract import step_words
 
@@ -42,7 +43,7 @@ class TrainStep:
     """One optimizer step, compiled once a shape: a scan over micro-batches, one sum over devices, one update."""
 
     def __init__(self, model: JaxModel, options: OptimizerOptions) -> None:
-        self._model, self._optimizer = model, AdamW(options)
+        self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
@@ -100,9 +101,9 @@ class TrainStep:
         return StepResult(loss, norm, skipped)
 
     def state(self) -> dict[str, np.ndarray]:
-        adam, model = self._state.adam, self._model
-        found = {f"{name}.exp_avg": value for name, value in model.unstack(adam.mu).items()}
-        found |= {f"{name}.exp_avg_sq": value for name, value in model.unstack(adam.nu).items()}
+        adam, found = self._state.adam, {}
+        for key, tree in self._optimizer.trees(adam).items():
+            found |= {f"{name}.{key}": value for name, value in self._model.unstack(tree).items() if value.size}
         found["count"] = np.array(adam.count, np.int64)
         if self._optimizer.options.loss_scaling:
             found["loss_scale"] = np.array(self._state.loss_scale, np.float32)
@@ -111,12 +112,13 @@ class TrainStep:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         model, now = self._model, self._state
-        names = [name.removesuffix(".exp_avg") for name in state if name.endswith(".exp_avg")]
-        adam = now.adam._replace(
-            count=jnp.int32(int(state["count"])),
-            mu=model.stack({name: state[f"{name}.exp_avg"] for name in names}),
-            nu=model.stack({name: state[f"{name}.exp_avg_sq"] for name in names}),
-        )
+        self._optimizer.check(state)
+        trees = {}
+        for key, tree in self._optimizer.trees(now.adam).items():
+            # A tensor that is kept in float32 has no maxima.
+            kept = {name: state[f"{name}.{key}"] if value.size else value for name, value in model.unstack(tree).items()}
+            trees[key] = model.stack(kept)
+        adam = self._optimizer.with_trees(now.adam, int(state["count"]), trees)
         scale, good = now.loss_scale, now.good_steps
         if self._optimizer.options.loss_scaling:
             scale, good = jnp.float32(state.get("loss_scale", scale)), jnp.int32(state.get("good_steps", 0))

@@ -219,6 +219,7 @@ def _fit_options(plan: Plan, stop_after: int | None) -> FitOptions:
         total_steps=plan.total_steps,
         learning_rate=lambda step: learning_rate(step, plan.total_steps, optimizer.learning_rate, recipe.schedule),
         optimizer=OptimizerOptions(
+            name=optimizer.name,
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,

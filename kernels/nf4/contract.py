@@ -19,7 +19,7 @@ Details that bit-equality with bitsandbytes 0.50 (its CPU library is the judge) 
   at the float32 midpoint. The last block, where it is shorter than 64, is divided by absmax instead, and its absmax is
   itself at least 1e-38. The second half of a last byte that has no value of its own holds 7, the index of zero.
 - A maximum less offset is multiplied by ``1 / nested.absmax``, clipped, snapped to 65536 steps and looked up in
-  `nested_lookup()`: index ``int((v + 1) * 0.5 * 65535 + 0.5)`` in float32. (bitsandbytes on CUDA takes the exactly nearest
+  `step_lookup()`: index ``int((v + 1) * 0.5 * 65535 + 0.5)`` in float32. (bitsandbytes on CUDA takes the exactly nearest
   code instead; about one code in a thousand, near a midpoint, is the neighbour there.) A block whose nested.absmax is 0
   gets code 0.
 
@@ -75,24 +75,25 @@ def _float32_edges(count: int) -> np.ndarray:
     return np.where(index < (count + 1) // 2, up, down).astype(np.float32)
 
 
-def dynamic_code() -> np.ndarray:
-    """The 256 values of bitsandbytes' signed dynamic 8-bit type (Dettmers 2021, arXiv:2110.02861, §2.1), ascending, float32.
+def dynamic_code(*, signed: bool = True) -> np.ndarray:
+    """The 256 values of bitsandbytes' dynamic 8-bit type (Dettmers 2021, arXiv:2110.02861, §2.1), ascending, float32.
 
-    Every value is the product of two float32 numbers, a power of ten and the middle of two edges, rounded to float32.
+    Every value is the product of two float32 numbers, a power of ten and the middle of two edges, rounded to float32. Without
+    a sign, each power of ten has twice as many magnitudes.
     """
     values = [np.array([0.0, 1.0], np.float32)]
     for exponent in range(7):
-        edges = _float32_edges(2**exponent)
+        edges = _float32_edges(2 ** (exponent if signed else exponent + 1))
         magnitudes = np.float32(10.0 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2))
-        values += [magnitudes, -magnitudes]
+        values += [magnitudes, -magnitudes] if signed else [magnitudes]
     return np.sort(np.concatenate(values))
 
 
-def nested_lookup() -> np.ndarray:
-    """uint8 ``[65536]``: the dynamic code nearest to step i of 65536 from -1 to 1."""
-    code = dynamic_code()
+def step_lookup(*, signed: bool = True) -> np.ndarray:
+    """uint8 ``[65536]``: the dynamic code nearest to step i of 65536 from -1 to 1, the lower one at a midpoint; in float32."""
+    code = dynamic_code(signed=signed)
     midpoints = (code[:-1] + code[1:]) / np.float32(2)
-    steps = np.arange(65536) * (2.0 / 65535.0) - 1.0
+    steps = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
     return np.searchsorted(midpoints, steps).astype(np.uint8)
 
 

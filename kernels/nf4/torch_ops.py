@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from jaxtyping import Float, Float32, UInt8
 
-from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested, dynamic_code, nested_lookup
+from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested, dynamic_code, step_lookup
 
 # Values handled at once: a whole number of blocks and of bytes. 4 Mi float32 values are 16 MiB a temporary.
 SLICE = 2**22
@@ -29,13 +29,13 @@ def _pairs(device: torch.device) -> torch.Tensor:
 
 
 @cache
-def _dynamic_code(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(dynamic_code()).to(device)
+def dynamic_code_on(device: torch.device, signed: bool = True) -> torch.Tensor:
+    return torch.from_numpy(dynamic_code(signed=signed)).to(device)
 
 
 @cache
-def _nested_lookup(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(nested_lookup()).to(device)
+def step_lookup_on(device: torch.device, signed: bool = True) -> torch.Tensor:
+    return torch.from_numpy(step_lookup(signed=signed)).to(device)
 
 
 def _quantize_slice(
@@ -92,23 +92,24 @@ def quantize(
         return NF4(codes=codes, absmax=absmax, nested=None, shape=shape)
     if offset is None:
         offset = absmax.mean()
-    absmax_codes, outer = _quantize_absmax(absmax - offset)
-    return NF4(codes, absmax_codes, Nested(absmax=outer, offset=offset, code=_dynamic_code(flat.device)), shape)
+    absmax_codes, outer = quantize_dynamic(absmax - offset)
+    return NF4(codes, absmax_codes, Nested(absmax=outer, offset=offset, code=dynamic_code_on(flat.device)), shape)
 
 
-def _quantize_absmax(
-    centred: Float32[torch.Tensor, " blocks"],
-) -> tuple[UInt8[torch.Tensor, " blocks"], Float32[torch.Tensor, " outer"]]:
-    """The maxima less their offset, in 8 bits, and their own maxima by blocks of 256."""
-    count = centred.numel()
-    padded = torch.nn.functional.pad(centred, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    outer = padded.abs().amax(dim=1)
+def quantize_dynamic(
+    values: Float32[torch.Tensor, " n"], signed: bool = True
+) -> tuple[UInt8[torch.Tensor, " n"], Float32[torch.Tensor, " blocks"]]:
+    """Values in 8 bits of the dynamic code, by blocks of 256, and the blocks' absolute maxima; as bitsandbytes on a CPU."""
+    count = values.numel()
+    padded = torch.nn.functional.pad(values, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = padded.abs().amax(dim=1)
     # A block of zeros has no scale; its steps are never looked up.
-    scaled = (padded * torch.where(outer > 0, 1.0 / outer, 0.0)[:, None]).clamp_(-1.0, 1.0)
-    steps = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32)
-    codes = _nested_lookup(centred.device)[steps.long()]
-    codes[outer == 0] = 0
-    return codes.view(-1)[:count].contiguous(), outer
+    scaled = (padded * torch.where(absmax > 0, 1.0 / absmax, 0.0)[:, None]).clamp_(-1.0, 1.0)
+    # The second clamp is for what is not a number: it must not become an index out of bounds.
+    steps = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32).clamp_(0, 65535)
+    codes = step_lookup_on(values.device, signed)[steps.long()]
+    codes.masked_fill_((absmax == 0)[:, None], 0)
+    return codes.view(-1)[:count].contiguous(), absmax
 
 
 def block_scales(quantized: NF4) -> Float32[torch.Tensor, " blocks"]:

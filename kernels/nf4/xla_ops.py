@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
-from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested, dynamic_code, nested_lookup
+from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested, dynamic_code, step_lookup
 
 jax.tree_util.register_dataclass(Nested, data_fields=["absmax", "offset", "code"], meta_fields=[])
 jax.tree_util.register_dataclass(NF4, data_fields=["codes", "absmax", "nested"], meta_fields=["shape"])
@@ -87,11 +87,18 @@ def _codes(flat: Array, reciprocals: Array, tail: Array | None) -> Array:
 def _nested_codes(centred: Array, outer: Array, reciprocals: Array) -> Array:
     """The 8-bit codes of the maxima less their offset; outer holds the maximum of every 256."""
     padded = jnp.pad(centred, (0, -centred.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-    scaled = jnp.clip(padded * reciprocals[:, None], -1.0, 1.0)
+    return dynamic_codes(padded, outer, reciprocals).reshape(-1)[: centred.size]
+
+
+def dynamic_codes(
+    values: Float32[Array, "blocks 256"], absmax: Float32[Array, " blocks"], reciprocals: Array, signed: bool = True
+) -> UInt8[Array, "blocks 256"]:
+    """Values in 8 bits of the dynamic code, given their blocks' absolute maxima and the reciprocals of those."""
+    scaled = jnp.clip(values * reciprocals[:, None], -1.0, 1.0)
     # Each operation is rounded by itself, as bitsandbytes' are: the clip keeps XLA from contracting product and sum.
     steps = jnp.clip((scaled + 1.0) * 0.5 * 65535.0, 0.0, 65535.0) + 0.5
-    codes = jnp.asarray(nested_lookup())[steps.astype(jnp.int32)]
-    return jnp.where(outer[:, None] == 0, jnp.uint8(0), codes).reshape(-1)[: centred.size]
+    codes = jnp.asarray(step_lookup(signed=signed))[steps.astype(jnp.int32)]
+    return jnp.where(absmax[:, None] == 0, jnp.uint8(0), codes)
 
 
 def select_layer(quantized: NF4, layer: Int[Array, ""]) -> NF4:

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsloth.kernels.adamw_8bit.cases import CASES as ADAMW_CASES
+from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT
 from jaxsloth.kernels.nf4 import xla_ops
 from jaxsloth.kernels.nf4.cases import CASES, make_inputs
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
+from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes
+from tests.kernels.test_adamw_8bit_jax import jax_step
 from tests.kernels.test_jax_nf4 import stacked
 from tests.kernels.test_jax_ops import DTYPES, OPS, check, part
 
@@ -83,3 +87,17 @@ def test_rms_norm_of_many_rows_and_again():
     for pallas, xla, again in zip(*results, strict=True):
         assert np.array_equal(pallas, again)
         assert np.linalg.norm(pallas - xla) <= 8e-3 * np.linalg.norm(xla)
+
+
+each_adamw = pytest.mark.parametrize("implementation", ADAMW_8BIT.of("jax"), ids=lambda implementation: implementation.name)
+
+
+@each_adamw
+@pytest.mark.parametrize("case", ADAMW_CASES, ids=lambda case: case.name)
+def test_adamw_8bit(implementation, case):
+    check_case(jax_step(implementation.load()), case)
+
+
+@each_adamw
+def test_adamw_8bit_is_bitsandbytes_on_a_cpu(implementation):
+    check_each_step_against_bitsandbytes(jax_step(implementation.load()))

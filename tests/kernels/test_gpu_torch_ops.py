@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jaxsloth.kernels.adamw_8bit.cases import CASES as ADAMW_CASES
+from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments, blocks_of, step_factors
 from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask
@@ -14,6 +16,7 @@ from jaxsloth.kernels.nf4.cases import make_inputs as make_nf4_inputs
 from jaxsloth.kernels.nf4.contract import BLOCK, DEQUANTIZE, NESTED_BLOCK, NF4, Nested, dynamic_code
 from jaxsloth.kernels.registry import Facts, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
+from tests.kernels.adamw_8bit_checks import STATE, check_case, check_each_step_against_bitsandbytes, torch_step
 from tests.kernels.torch_checks import DTYPES, OPS, bits, check_dequantize, check_op, every_case, part, relative_error, to_torch
 
 pytestmark = pytest.mark.gpu
@@ -66,7 +69,7 @@ def test_dropout_masks_are_those_of_the_cpu(case):
 
 
 def test_the_kernels_are_chosen_here():
-    for op in (DEQUANTIZE, RMS_NORM):
+    for op in (DEQUANTIZE, RMS_NORM, ADAMW_8BIT):
         assert select(op, "torch", Facts(platform="cuda", dtype="bfloat16")).implementation.name == "triton"
 
 
@@ -116,3 +119,59 @@ def test_dequantize_beyond_int32_offsets(nested):
 
     whole = DEQUANTIZE.of("torch")[0].load()(quantized(rows), torch.bfloat16)
     assert torch.equal(whole[-tail:], nf4_torch.dequantize(quantized(tail), torch.bfloat16))
+
+
+each_adamw = pytest.mark.parametrize("implementation", ADAMW_8BIT.of("torch"), ids=lambda implementation: implementation.name)
+
+
+@each_adamw
+@pytest.mark.parametrize("case", ADAMW_CASES, ids=lambda case: case.name)
+def test_adamw_8bit(implementation, case):
+    check_case(torch_step(implementation.load(), "cuda"), case)
+
+
+@each_adamw
+def test_adamw_8bit_is_bitsandbytes_on_a_cpu(implementation):
+    check_each_step_against_bitsandbytes(torch_step(implementation.load(), "cuda"))
+
+
+def adamw_arguments(sizes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, Moments]:
+    """A parameter, its gradient, and moments of zeros, on the GPU."""
+    n, blocks = sum(sizes), sum(blocks_of(size) for size in sizes)
+    parameter, gradient = (torch.randn(n, device="cuda") for _ in range(2))
+    codes, absmax = torch.zeros(n, dtype=torch.uint8, device="cuda"), torch.zeros(blocks, device="cuda")
+    return parameter, gradient, Moments(codes, absmax, codes.clone(), absmax.clone())
+
+
+@each_adamw
+def test_adamw_8bit_in_a_graph(implementation):
+    """One graph serves every step: rate and count are read from the device."""
+    sizes, betas, function = (4096, 5000), (0.9, 0.999), implementation.load()
+    parameter, gradient, moments = adamw_arguments(sizes)
+    rates = [torch.tensor(step_factors(1e-3 / count, count, betas, 0.1), device="cuda") for count in (1, 2, 3)]
+    eager, factors = parameter.clone(), torch.zeros(3, device="cuda")
+    state = Moments(*(getattr(moments, name).clone() for name in STATE))
+    for rate in rates:
+        function(eager, gradient, state, rate, sizes=sizes, betas=betas, eps=1e-8)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(parameter, gradient, moments, factors, sizes=sizes, betas=betas, eps=1e-8)
+    for rate in rates:
+        factors.copy_(rate)
+        graph.replay()
+    assert torch.equal(parameter, eager)
+    assert all(torch.equal(getattr(moments, name), getattr(state, name)) for name in STATE)
+
+
+def test_adamw_8bit_beyond_int32_offsets():
+    function, last = ADAMW_8BIT.of("torch")[0].load(), 5000
+    sizes, options = (2**31 + 77, last), {"betas": (0.9, 0.999), "eps": 1e-8}
+    parameter, gradient, moments = adamw_arguments(sizes)
+    factors = torch.tensor(step_factors(1e-3, 1, options["betas"], 0.1), device="cuda")
+    blocks = blocks_of(last)
+    own = Moments(*(getattr(moments, name)[-(blocks if "absmax" in name else last) :].clone() for name in STATE))
+    expected, _ = function(parameter[-last:].clone(), gradient[-last:], own, factors, sizes=(last,), **options)
+    function(parameter, gradient, moments, factors, sizes=sizes, **options)
+    assert torch.equal(parameter[-last:], expected)
+    assert torch.equal(moments.exp_avg[-last:], own.exp_avg)
+    assert torch.equal(moments.exp_avg_sq_absmax[-blocks:], own.exp_avg_sq_absmax)

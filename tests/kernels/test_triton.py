@@ -12,6 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
+from jaxsloth.kernels.adamw_8bit.contract import BLOCK as MOMENT_BLOCK
 from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
@@ -107,6 +109,27 @@ def test_rms_norm_backward_compiles(dtype, needs):
     }
     constants = {"NEEDS_DX": needs[0], "NEEDS_DWEIGHT": needs[1], "ADDS": needs[2], "WIDTH": 1024}
     compile_ptx(rms_norm_triton.backward_kernel, arguments, constants, rms_norm_triton._launch(1024))
+
+
+def test_adamw_8bit_compiles_and_contracts_nothing():
+    arguments = {
+        **dict.fromkeys(("parameter", "gradient"), "*fp32"),
+        "exp_avg": "*u8",
+        "exp_avg_absmax": "*fp32",
+        "exp_avg_sq": "*u8",
+        "exp_avg_sq_absmax": "*fp32",
+        "factors": "*fp32",
+        "edges": "*i64",
+        "code": "*fp32",
+        "code_sq": "*fp32",
+        "lookup": "*u8",
+        "lookup_sq": "*u8",
+        "blocks": "i32",
+        **dict.fromkeys(("keep", "take", "keep_sq", "take_sq", "eps"), "fp32"),
+    }
+    constants = {"BLOCK_SIZE": MOMENT_BLOCK, "TILE_BLOCKS": adamw_8bit_triton.TILE}
+    ptx = compile_ptx(adamw_8bit_triton.step_kernel, arguments, constants, adamw_8bit_triton.LAUNCH)
+    assert "fma.rn.f32" not in ptx
 
 
 @pytest.mark.parametrize("dtype", TYPES)

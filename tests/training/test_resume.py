@@ -102,3 +102,24 @@ def test_stopping_and_going_on_equals_not_stopping(tiny, tmp_path, quantization)
     assert (tmp_path / "parts" / "adapter").is_dir()
     train(of("parts"), resume=True, quiet=True)
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("first", "second", "bar"), [("torch", "torch", 1e-6), ("torch", "jax", 2e-4), ("jax", "torch", 2e-4)])
+def test_an_8_bit_run_goes_on(tiny, tmp_path, first, second, bar):
+    """Its codes and maxima go through the checkpoint; on the other backend, codes on a tie may fall to the other side."""
+
+    def of(name, backend, optimizer="adamw_8bit"):
+        settings = {"name": optimizer, "learning_rate": 1e-3, "weight_decay": 0.1}
+        return tiny.recipe(tmp_path / name, backend=backend, steps=6, lora={"r": 65, "alpha": 65}, optimizer=settings)
+
+    train(of("whole", first), quiet=True)
+    train(of("parts", first), stop_after=3, quiet=True)
+    saved = checkpoints.load(tmp_path / "parts" / "checkpoint-3").optimizer
+    kinds = {key: {v.dtype.name for n, v in saved.items() if n.endswith(key)} for key in (".exp_avg", "_absmax")}
+    assert kinds == {".exp_avg": {"uint8", "float32"}, "_absmax": {"float32"}}
+    with pytest.raises(ValueError, match=r"optimizer.name: 'adamw_8bit' -> 'adamw'"):
+        train(of("parts", second, "adamw"), resume=True, quiet=True)
+    train(of("parts", second), resume=True, quiet=True)
+    found = checkpoints.load(tmp_path / "parts" / "checkpoint-6").optimizer
+    assert found.keys() == checkpoints.load(tmp_path / "whole" / "checkpoint-6").optimizer.keys()
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=0, atol=bar)
