@@ -12,18 +12,21 @@ from jaxsloth.backend import Bridge, Tokens
 from jaxsloth.batch import IGNORE
 
 # Arguments that say what the batch says already, or ask for what is given anyway.
-_HARMLESS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "return_dict", "cache_position"}
+_HARMLESS = {"use_cache", "return_dict", "cache_position"}
+_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # position_ids say the same
 
 
-def refuse_inputs(input_ids: torch.Tensor | None, others: Mapping[str, Any]) -> torch.Tensor:
-    """input_ids, where they are int ``[batch, length]`` and nothing came with them that would be ignored.
+def refuse_inputs(input_ids: torch.Tensor | None, position_ids: torch.Tensor | None, others: Mapping[str, Any]) -> torch.Tensor:
+    """input_ids, where they are ``[batch, length]`` and nothing came with them that would be ignored.
 
     Raises:
         ValueError: names the argument.
     """
+    harmless = _HARMLESS if position_ids is None else _HARMLESS | _PACKING
     for name, value in others.items():
-        if name not in _HARMLESS and value is not None and value is not False:
-            raise ValueError(f"forward got {name}={type(value).__name__}, which a model of jaxsloth does not take")
+        if name not in harmless and value is not None and value is not False:
+            reason = "without position_ids" if name in _PACKING else "which a model of jaxsloth does not take"
+            raise ValueError(f"forward got {name} ({type(value).__name__}), {reason}")
     if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
         got = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"input_ids must be [batch, length] with at least one token, and {got} came")

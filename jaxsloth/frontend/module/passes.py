@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from jaxsloth.backend import Bridge, Output, PassOptions, Tokens
 from jaxsloth.frontend.module.peft_adoption import Adapter
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch of rows of `length` tokens (padded in `tokens`), and the adapters to run it with, by layer."""
+
+    bridge: Bridge
+    adapters: Mapping[str, Adapter]
+    tokens: Tokens
+    options: PassOptions
+    length: int
+
+    def run(self, output: Output, keep: int = 0) -> torch.Tensor:
+        """One pass. keep: hidden states or logits of only so many last positions; 0: of all."""
+        if output == "loss":
+            return self._run(output, self.tokens, self.options)
+        options, tokens = self.options, replace(self.tokens, targets=None)
+        if keep:
+            count = min(keep, self.length)
+            options = replace(options, first=self.length - count, count=count)
+        return self._run(output, tokens, options)[:, : self.length]
+
+    def _run(self, output: Output, tokens: Tokens, options: PassOptions) -> torch.Tensor:
+        groups = self.bridge.groups(list(self.adapters))
+        run: Any = torch.compiler.disable(Pass(self.bridge, output, groups, self.adapters, tokens, options))
+        return run()
 
 
 @dataclass(frozen=True)
@@ -37,11 +64,14 @@ class Pass:
         return {key: (self._stack(members, "a"), self._stack(members, "b")) for key, members in self.groups.items()}
 
     def _stack(self, members: Sequence[str | None], part: str) -> torch.Tensor:
-        present = [getattr(self.adapters[name], part) for name in members if name is not None]
-        if len({tensor.shape for tensor in present}) > 1:
-            raise ValueError(f"the ranks of {members[0]} and its like in other blocks differ; leave rank_pattern empty")
-        hollow = torch.zeros_like(present[0]) if len(present) < len(members) else present[0]
-        whole = torch.stack([hollow if name is None else getattr(self.adapters[name], part) for name in members]).float()
+        present = {name: getattr(self.adapters[name], part) for name in members if name is not None}
+        axis = -2 if part == "a" else -1
+        rank = max(tensor.shape[axis] for tensor in present.values())
+        for name, tensor in present.items():  # ranks may differ (rank_pattern): zeros add nothing
+            missing = rank - tensor.shape[axis]
+            present[name] = functional.pad(tensor, (0, 0, 0, missing) if part == "a" else (0, missing)) if missing else tensor
+        nothing = torch.zeros_like(next(iter(present.values()))) if len(present) < len(members) else None
+        whole = torch.stack([nothing if name is None else present[name] for name in members]).float()  # type: ignore[misc]
         if part == "b":
             whole *= self._scalings(members, whole)
         return whole.to(self.bridge.device)
@@ -60,7 +90,8 @@ class Pass:
             a, b = a.clone(), b * self._scalings(members, b)
             for name, of_a, of_b in zip(members, a, b, strict=True):
                 if name is not None:
-                    found[name] = of_a, of_b
+                    rank = self.adapters[name].a.shape[0]
+                    found[name] = of_a[:rank], of_b[:, :rank]
         ordered = [(found[name], adapter) for name, adapter in self.adapters.items()]
         return [g.to(p) for (of_a, of_b), adapter in ordered for g, p in ((of_a, adapter.a), (of_b, adapter.b))]
 

@@ -3,13 +3,16 @@ refused here, with the reason, before anything is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from jaxsloth.frontend.module.skeleton import HollowEmbedding, HollowLinear, HollowNorm
+from jaxsloth.frontend.module.skeleton import Hollow, HollowLinear
+from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD, linears, norm_names
+from jaxsloth.models.spec import ModelSpec
+
+_ONLY = "of PEFT's methods only LoRA on the linear layers of the blocks is trained through this model"
 
 
 class PeftFeatureError(ValueError):
@@ -25,49 +28,61 @@ class Adapter:
     scaling: float
     dropout: float
 
+    def versions(self) -> tuple[int, int]:
+        """Other ones after A or B were written in place."""
+        return self.a._version, self.b._version
 
-def active_adapters(backbone: nn.Module, modules: Iterable[str]) -> dict[str, Adapter]:
-    """The adapters to run with, by the layer's name below `backbone`. A disabled adapter is left out.
+
+def active_adapters(root: nn.Module, spec: ModelSpec) -> dict[str, Adapter]:
+    """The adapters to run with, by the layer's name. A disabled adapter is left out.
 
     Raises:
-        PeftFeatureError: a layer was wrapped by something else than plain LoRA, or something of the base is to be trained.
+        PeftFeatureError: a layer was wrapped by something else than plain LoRA, or something of the base is to be trained,
+            was written or has hooks, which would never be called.
     """
+    norms = [name for index in range(len(spec.layers)) for name in norm_names(spec, index)]
+    for name in (EMBEDDING, FINAL_NORM, LM_HEAD, *norms):
+        _check_leaf(name, root.get_submodule(name))
     found = {}
-    for name in modules:
-        layer = backbone.get_submodule(name)
+    for linear in linears(spec):
+        layer = root.get_submodule(linear.name)
         if isinstance(layer, HollowLinear):
+            _check_leaf(linear.name, layer)
             continue
-        adapter = _active(name, layer)
+        lora = _plain_lora(linear.name, layer)
+        _check_leaf(linear.name, lora.base_layer)
+        adapter = _active(linear.name, lora)
         if adapter is not None:
-            found[name] = adapter
+            found[linear.name] = adapter
     return found
 
 
-def check_base(root: nn.Module) -> None:
-    """That nothing of the base is to be trained or was replaced.
-
-    Raises:
-        PeftFeatureError: names the module.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in root.named_modules():
-        if isinstance(module, HollowLinear | HollowEmbedding | HollowNorm):
-            trained = [part for part, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
-            if trained:
-                raise PeftFeatureError(
-                    f"{name}.{trained[0]} requires a gradient, and only LoRA weights are trained through this model; leave "
-                    "bias at 'none' and modules_to_save empty, or train with jaxsloth's own trainers"
-                )
-        elif hasattr(module, "modules_to_save") and not isinstance(module, BaseTunerLayer):
+def _check_leaf(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, Hollow):
+        raise PeftFeatureError(
+            f"{name} was replaced by a {type(leaf).__name__} (modules_to_save, trainable_token_indices, or a target that is no "
+            f"linear layer of a block); {_ONLY}"
+        )
+    for part, parameter in leaf._parameters.items():
+        if parameter is None:
+            continue
+        if parameter.requires_grad:
+            raise PeftFeatureError(f"{name}.{part} requires a gradient (bias, full fine-tuning, an unfrozen base); {_ONLY}")
+        if not leaf.shared and parameter.untyped_storage().nbytes() != parameter.element_size():
             raise PeftFeatureError(
-                f"{name} is wrapped in a {type(module).__name__}, and only LoRA weights are trained through this model; leave "
-                "modules_to_save and trainable_token_indices empty, or train with jaxsloth's own trainers"
+                f"{name}.{part} was written (a merge, a cast, an init that changes the base such as PiSSA), but the base "
+                "weights are not in torch; load the model again and leave that out"
             )
+    hooks = [*leaf._forward_hooks.values(), *leaf._forward_pre_hooks.values()]
+    foreign = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
+    if foreign:
+        raise PeftFeatureError(
+            f"{name} has a forward hook ({getattr(foreign[0], '__qualname__', foreign[0])}), which would never be called, "
+            "since no module runs by itself; switch off what set it (neftune_noise_alpha does)"
+        )
 
 
-def _active(name: str, layer: nn.Module) -> Adapter | None:
-    lora = _plain_lora(name, layer)
+def _active(name: str, lora: Any) -> Adapter | None:
     if lora.merged:
         raise PeftFeatureError(f"{name}: its adapter is merged, but the base weights are not in torch; call unmerge_adapter()")
     if lora.disable_adapters:
@@ -93,7 +108,6 @@ def _plain_lora(name: str, layer: nn.Module) -> Any:
 
     if type(layer) is not Linear or not isinstance(layer.base_layer, HollowLinear) or layer.fan_in_fan_out:
         raise PeftFeatureError(
-            f"{name} was replaced by a {type(layer).__module__}.{type(layer).__name__}; of PEFT's methods only LoRA on linear "
-            "layers is supported (peft.LoraConfig)"
+            f"{name} was replaced by a {type(layer).__module__}.{type(layer).__name__}; {_ONLY} (peft.LoraConfig)"
         )
     return layer

@@ -24,8 +24,8 @@ _NAN = {
 }
 
 
-class Hollow:
-    """Makes placeholder parameters of one model."""
+class Placeholders:
+    """Makes the parameters of one model's skeleton."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, fingerprint: bytes) -> None:
         self._dtype, self._device, self._fingerprint = dtype, device, fingerprint
@@ -38,17 +38,19 @@ class Hollow:
         return nn.Parameter(element.expand(shape), requires_grad=False)
 
 
-class _Leaf(nn.Module):
-    """A module that can't be run, moved or cast: its weights are elsewhere."""
+class Hollow(nn.Module):
+    """A module that can't be run, moved or cast: its weights are elsewhere. shared: its weight is the backend's own memory."""
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _Leaf:
+    shared = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Hollow:
         return self
 
     def forward(self, *inputs: Any, **settings: Any) -> Any:
         raise RuntimeError(f"a {type(self).__name__} holds no weights and can't be run by itself; call the whole model")
 
 
-class HollowLinear(_Leaf, nn.Linear):
+class HollowLinear(Hollow, nn.Linear):
     """`nn.Linear` to those who ask (PEFT's "all-linear" does)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
@@ -57,7 +59,7 @@ class HollowLinear(_Leaf, nn.Linear):
         self.weight, self.bias = weight, bias
 
 
-class HollowEmbedding(_Leaf, nn.Embedding):
+class HollowEmbedding(Hollow, nn.Embedding):
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = weight.shape
@@ -66,13 +68,13 @@ class HollowEmbedding(_Leaf, nn.Embedding):
         self.weight = weight
 
 
-class HollowNorm(_Leaf):
+class HollowNorm(Hollow):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
 
-def fill(backbone: nn.Module, spec: ModelSpec, hollow: Hollow) -> None:
+def fill(backbone: nn.Module, spec: ModelSpec, hollow: Placeholders) -> None:
     """Adds to `backbone` what Hugging Face calls ``model``: embedding, blocks and norm, all hollow."""
     prefix, _, embedding = EMBEDDING.partition(".")
     backbone.add_module(embedding, HollowEmbedding(hollow.parameter(f"{EMBEDDING}.weight", spec.embedding.vocab, spec.hidden)))
@@ -88,7 +90,13 @@ def fill(backbone: nn.Module, spec: ModelSpec, hollow: Hollow) -> None:
 
 def head(weight: torch.Tensor) -> HollowLinear:
     """The output layer over the backend's own memory: trainers that fuse the loss with the head read its weight."""
-    return HollowLinear(nn.Parameter(weight, requires_grad=False))
+    layer = HollowLinear(nn.Parameter(weight, requires_grad=False))
+    layer.shared = True
+    return layer
+
+
+def tie(embedding: HollowEmbedding, output: HollowLinear) -> None:
+    embedding.weight, embedding.shared = output.weight, True
 
 
 def _put(root: nn.Module, path: str, leaf: nn.Module) -> None:
