@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +78,8 @@ class Bridge:
         if output == "loss":
             loss, gradients = _loss_and_gradients(*arguments, **choices)
             return loss, lambda cotangent: _by_group(_scaled(gradients, _take(cotangent)))
-        value, vjp = _with_pullback(*arguments, **choices)
-        return value, lambda cotangent: _by_group(_pull(vjp, _take(cotangent)))
+        value, residuals = _with_residuals(*arguments, **choices)
+        return value, lambda cotangent: _by_group(_pull(residuals, arguments[1], _take(cotangent)))
 
     def _program(self, adapters: Mapping[str, tuple[Any, Any]], options: PassOptions) -> tuple[Any, Any, Any]:
         """(structure, state with hollow adapters, frozen state) of the decoder that has exactly these adapters."""
@@ -151,15 +151,35 @@ def _loss_and_gradients(trained: Any, frozen: Any, frequencies: Any, batch: Any,
     return jax.value_and_grad(partial(_evaluate, **choices))(trained, frozen, frequencies, batch)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["structure", "places"])
+@dataclass(frozen=True)
+class _Residuals:
+    """A vjp taken apart. places: for each of its leaves the frozen weight that it is, or None where it is the next of `kept`.
+
+    What a compiled function returns is new memory: were the weights among it, every pass would copy the model.
+    """
+
+    kept: list[Any]
+    structure: Any
+    places: tuple[int | None, ...]
+
+
 @partial(jax.jit, static_argnames=_COMPILED_IN)
-def _with_pullback(trained: Any, frozen: Any, frequencies: Any, batch: Any, **choices: Any) -> Any:
-    """(the output, its vjp, whose residuals stay on the device until the backward pass calls it)."""
-    return jax.vjp(lambda trained: _evaluate(trained, frozen, frequencies, batch, **choices), trained)
+def _with_residuals(trained: Any, frozen: Any, frequencies: Any, batch: Any, **choices: Any) -> tuple[Any, _Residuals]:
+    """(the output, what its backward needs, which stays on the device until then)."""
+    value, vjp = jax.vjp(lambda trained: _evaluate(trained, frozen, frequencies, batch, **choices), trained)
+    leaves, structure = jax.tree.flatten(vjp)
+    weights = {id(weight): place for place, weight in enumerate(jax.tree.leaves(frozen))}
+    places = tuple(weights.get(id(leaf)) for leaf in leaves)
+    kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+    return value, _Residuals(kept, structure, places)
 
 
 @jax.jit
-def _pull(vjp: Any, cotangent: Any) -> Any:
-    return vjp(cotangent)[0]
+def _pull(residuals: _Residuals, frozen: Any, cotangent: Any) -> Any:
+    weights, kept = jax.tree.leaves(frozen), iter(residuals.kept)
+    leaves = [next(kept) if place is None else weights[place] for place in residuals.places]
+    return jax.tree.unflatten(residuals.structure, leaves)(cotangent)[0]
 
 
 @jax.jit

@@ -115,11 +115,13 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalOutput | tuple[torch.Tensor, ...]:
         """As transformers' causal models: the loss is the mean over valid labels, or their sum over num_items_in_batch.
 
-        While training with labels, logits are not made until they are read from the output (or output_logits=True asks).
+        Where there are labels and something may be learnt, logits are not made until `output.logits` is read (or
+        output_logits=True asks for them).
         """
         return_tuple = others.pop("return_dict", True) is False
         shifted, items = others.pop("shift_labels", None), others.pop("num_items_in_batch", None)
-        wants_logits = others.pop("output_logits", not self.training or (labels is None and shifted is None))
+        learns = self.training or torch.is_grad_enabled()
+        wants_logits = others.pop("output_logits", not learns or (labels is None and shifted is None))
         others |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         ids = refuse_inputs(input_ids, position_ids, others)
         targets = shift_labels(labels) if shifted is None and labels is not None else shifted

@@ -46,6 +46,12 @@ class Hollow(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Hollow:
         return self
 
+    def __deepcopy__(self, memo: Any) -> Hollow:
+        """A leaf of its own over the same weights: copies of a placeholder would be as large as the real thing."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in self.__dict__.items()}
+        return twin
+
     def forward(self, *inputs: Any, **settings: Any) -> Any:
         raise RuntimeError(f"a {type(self).__name__} holds no weights and can't be run by itself; call the whole model")
 
