@@ -16,7 +16,7 @@ from torch import nn
 
 from jaxsloth.backend import Output, PassOptions, Pullback, Tokens
 from jaxsloth.batch import IGNORE
-from jaxsloth.torch_backend.layers import Context, Linear
+from jaxsloth.torch_backend.layers import Context
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -30,7 +30,7 @@ class Bridge:
 
     def __init__(self, model: TorchModel) -> None:
         self._decoder = model.decoder
-        self._layers = [module for module in model.decoder.modules() if isinstance(module, Linear)]
+        self._layers = model.decoder.linears()
         self.device = str(model.decoder.device)
 
     def groups(self, modules: Sequence[str]) -> dict[str, tuple[str | None, ...]]:
@@ -74,14 +74,15 @@ class Bridge:
 
     @contextmanager
     def _holding(self, adapters: Adapters, options: PassOptions) -> Iterator[None]:
-        """The decoder with these adapters and no others; afterwards it has what it had."""
+        """The decoder with these adapters and no others, in its own dtypes; afterwards it has what it had."""
         before, self._decoder._recompute = self._decoder._recompute, options.recompute
         swapped = []
         try:
             for layer in self._layers:
                 a, b = adapters.get(layer.name, (None, None))
                 swapped.append((layer, layer.swap_adapter((a, b, 1.0, options.dropout))))  # the scaling is folded into B
-            yield
+            with torch.autocast(self._decoder.device.type, enabled=False):
+                yield
         finally:
             self._decoder._recompute = before
             for layer, adapter in swapped:

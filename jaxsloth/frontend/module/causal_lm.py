@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from jaxsloth.backend import Bridge, Model, PassOptions
@@ -100,6 +100,14 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         self.__dict__["engine"] = engine
         self.model.__dict__["owner"] = self
         self.eval()
+
+    @classmethod
+    def over(cls, model: Model, config: Mapping[str, Any], name: str) -> JaxslothForCausalLM:
+        """The module of a built model. config: the checkpoint's config.json; name: where adapters say that their base is."""
+        fields = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+        made = AutoConfig.for_model(config["model_type"], **fields)
+        made.name_or_path = name
+        return cls(made, model)
 
     def forward(
         self,

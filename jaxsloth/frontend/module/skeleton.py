@@ -53,7 +53,9 @@ class Hollow(nn.Module):
         return twin
 
     def forward(self, *inputs: Any, **settings: Any) -> Any:
-        raise RuntimeError(f"a {type(self).__name__} holds no weights and can't be run by itself; call the whole model")
+        raise RuntimeError(
+            f"a {type(self).__name__} holds no weights and can't be run by itself, as prompt tuning does; call the whole model"
+        )
 
 
 class HollowLinear(Hollow, nn.Linear):
