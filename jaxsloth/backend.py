@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -118,6 +118,75 @@ class DecodeState(Protocol):
         ...
 
 
+Output = Literal["loss", "hidden", "logits"]
+Pullback = Callable[[Any], Mapping[str, tuple[Any, Any]]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch as a torch module hands it to a `Bridge`: int32 ``[batch, length]`` each, in anything that speaks DLPack.
+
+    A query sees the keys that do not come after it, whose kv_segments equal its own segments and are not 0. targets are as in
+    `Batch`, None where no loss is asked for. longest: one more than the last position. dropout_words: the key of this pass'
+    masks, or None to drop nothing.
+    """
+
+    input_ids: Any
+    targets: Any
+    segments: Any
+    kv_segments: Any
+    positions: Any
+    longest: int
+    dropout_words: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """dropout: the rate on every adapter's input. recompute: blocks are run again in the backward. Of hidden states and
+    logits, `count` positions from `first` on are returned; all where count is None."""
+
+    dropout: float = 0.0
+    recompute: bool = False
+    first: int = 0
+    count: int | None = None
+
+
+class Bridge(Protocol):
+    """A model's passes as pure functions of adapters that someone else owns: what a torch module of it is made of.
+
+    Adapters come in groups: name of the group -> (A ``[n, r, in]``, B ``[n, out, r]``) float32, scaling folded into B. "loss"
+    is the cross-entropy summed over the targets (float32 scalar), "hidden" the normed states ``[batch, length, hidden]`` in the
+    compute dtype, "logits" float32 ``[batch, length, vocab]``. All arrays cross by DLPack.
+    """
+
+    device: str  # where results lie: "cpu", "cuda", "cuda:1"
+
+    def groups(self, modules: Sequence[str]) -> Mapping[str, Sequence[str | None]]:
+        """How adapters of these layers are to be stacked: name of the group -> its layers, None where one has no adapter
+        (zeros are to stand there)."""
+        ...
+
+    def padded_length(self, length: int) -> int:
+        """The length that rows are to be padded to, on the right, so that few programs compile."""
+        ...
+
+    def head_weight(self) -> Any:
+        """``[vocab, hidden]`` in the compute dtype: the model's own memory, not to be written."""
+        ...
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ where any base weight does."""
+        ...
+
+    def run(self, output: Output, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions) -> Any: ...
+
+    def differentiate(
+        self, output: Output, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions
+    ) -> tuple[Any, Pullback]:
+        """(the output, a function from its cotangent to the gradients of every group's A and B)."""
+        ...
+
+
 class Model(Protocol):
     """A built model of one backend. Arrays cross as numpy, by Hugging Face or PEFT name."""
 
@@ -153,6 +222,10 @@ class Model(Protocol):
     def train_step(self, options: OptimizerOptions) -> TrainStep: ...
 
     def eval_step(self) -> EvalStep: ...
+
+    def bridge(self) -> Bridge:
+        """This model's passes for a torch module; of its own adapters they know nothing."""
+        ...
 
     def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
         """Prefill. input_ids int32 [batch, length] padded on the LEFT, lengths int32 [batch] (real tokens a row), capacity

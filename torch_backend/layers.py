@@ -23,6 +23,7 @@ from jaxsloth.models.names import layer_linears
 
 OPS = (ATTENTION, GATED_ACTIVATION, LINEAR_CROSS_ENTROPY, LORA_MATMUL, RMS_NORM, ROPE)
 Take = Callable[[str], "torch.Tensor | NF4"]
+Adapter = tuple[nn.Parameter | None, nn.Parameter | None, float, float]  # A, B, the scaling, the dropout rate
 
 
 class Ops:
@@ -61,7 +62,8 @@ class Cache:
 class Context:
     """What every block of one forward pass shares.
 
-    tables: (cos, sin) a rotary setting. segments: int32 ``[batch, length]``, kv_segments likewise for the cache's slots.
+    tables: (cos, sin) a rotary setting. segments: int32 ``[batch, length]``, kv_segments likewise for the keys where
+    they differ (the cache's slots).
     dropout_words: int64 ``[2]``, the step's key, or None outside training; rows: int32 ``[batch]``.
     """
 
@@ -125,6 +127,12 @@ class Linear(nn.Module):
         """alpha / r of the adapter."""
         return self._scale
 
+    def swap_adapter(self, adapter: Adapter) -> Adapter:
+        """Takes another adapter, and hands back the one that it had."""
+        before = (self.lora_A, self.lora_B, self._scale, self._rate)
+        self.lora_A, self.lora_B, self._scale, self._rate = adapter
+        return before
+
     def base(self) -> torch.Tensor | NF4:
         """The frozen weight as the op takes it."""
         if self._shape is None:
@@ -168,7 +176,7 @@ class Attention(nn.Module):
         if spec.rope is not None:
             cos, sin = context.tables[spec.rope]
             q, k = self._ops.rope(q, cos, sin), self._ops.rope(k, cos, sin)
-        offset, kv_segments = 0, context.segments
+        offset, kv_segments = 0, context.segments if context.kv_segments is None else context.kv_segments
         if context.caches is not None and context.kv_segments is not None:
             cache = context.caches[self._index]
             offset = cache.used

@@ -18,6 +18,7 @@ from jaxsloth.kernels.registry import Facts, resolve
 from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import placement
+from jaxsloth.torch_backend.bridge import Bridge
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.generate import DecodeState
 from jaxsloth.torch_backend.layers import Linear, Ops
@@ -120,6 +121,9 @@ class TorchModel:
 
     def eval_step(self) -> EvalStep:
         return make_eval_step(self)
+
+    def bridge(self) -> Bridge:
+        return Bridge(self)
 
     def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
         state = DecodeState(self, input_ids, lengths, capacity)

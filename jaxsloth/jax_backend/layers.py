@@ -84,8 +84,9 @@ class Cache:
 class Context:
     """What every block of one forward pass shares.
 
-    tables: (cos, sin) a rotary setting. segments: int32 ``[batch, length]``, kv_segments likewise for the cache's slots, of
-    which `used` are written. dropout_words: uint32 ``[2]``, the step's key, or None outside training; rows: int32 ``[batch]``.
+    tables: (cos, sin) a rotary setting. segments: int32 ``[batch, length]``, kv_segments likewise for the keys where they
+    differ (the cache's slots, of which `used` are written). dropout_words: uint32 ``[2]``, the step's key, or None outside
+    training; rows: int32 ``[batch]``.
     """
 
     tables: Mapping[specs.Rope, tuple[Any, Any]]
@@ -217,7 +218,7 @@ class Attention(nnx.Module):
         if spec.rope is not None:
             cos, sin = context.tables[spec.rope]
             q, k = self._ops.rope(q, cos, sin), self._ops.rope(k, cos, sin)
-        offset, kv_segments = 0, context.segments
+        offset, kv_segments = 0, context.segments if context.kv_segments is None else context.kv_segments
         if cache is not None:
             cache = cache.append(k, v, context.used)
             k, v, offset, kv_segments = cache.keys, cache.values, context.used, context.kv_segments

@@ -16,6 +16,7 @@ from jaxsloth.backend import BuildOptions, OptimizerOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.jax_backend import fused, placement
+from jaxsloth.jax_backend.bridge import Bridge
 from jaxsloth.jax_backend.decoder import Decoder
 from jaxsloth.jax_backend.generate import DecodeState
 from jaxsloth.jax_backend.layers import TRAINED, Context, Ops, Trained
@@ -48,11 +49,18 @@ class JaxModel:
 
     def _assemble(self, trained: Mapping[str, Any]) -> None:
         """Makes the module of the base weights and of what is trained, and splits it."""
-        arrays = {**self._weights, **trained}
         recompute = self.options.gradient_checkpointing not in ("none", "auto")
-        decoder = Decoder(self.spec, arrays.__getitem__, self._ops, self._dtype, recompute)
-        self.structure, state, frozen = nnx.split(decoder, TRAINED, ...)
-        self.trained, self.frozen = placement.replicate(state), placement.replicate(frozen)
+        self.structure, self.trained, self.frozen = self.split(self.spec, trained, recompute)
+
+    def split(self, spec: ModelSpec, trained: Mapping[str, Any], recompute: bool) -> tuple[Any, Any, Any]:
+        """The module of the base weights and `spec`'s adapters: (structure, state of what is trained, frozen state)."""
+        arrays = {**self._weights, **trained}
+        decoder = Decoder(spec, arrays.__getitem__, self._ops, self._dtype, recompute)
+        structure, state, frozen = nnx.split(decoder, TRAINED, ...)
+        return structure, placement.replicate(state), placement.replicate(frozen)
+
+    def bridge(self) -> Bridge:
+        return Bridge(self)
 
     def decoder(self) -> Decoder:
         return nnx.merge(self.structure, self.trained, self.frozen)

@@ -85,6 +85,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ),
     ("jaxsloth/parity/*.py", FREE, (), set()),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
+    ("jaxsloth/frontend/module/*.py", {"torch", "transformers"}, ("frontend.module", "backend", "batch", "models"), {"peft"}),
     ("jaxsloth/*.py", NUMBERS | {"typer", "rich"}, ("*",), set()),
 ]
 

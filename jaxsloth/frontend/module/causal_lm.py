@@ -1,0 +1,192 @@
+"""A causal language model that is a `transformers.PreTrainedModel` to torch, PEFT and trainers, and computes in a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from jaxsloth.backend import Bridge, Model, PassOptions
+from jaxsloth.batch import IGNORE
+from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
+from jaxsloth.frontend.module.passes import Prepared, to_torch
+from jaxsloth.frontend.module.peft_adoption import Adapter, active_adapters
+from jaxsloth.frontend.module.skeleton import Placeholders, fill, head, tie
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What computes. Copies of a model share it, since its weights are never written."""
+
+    model: Model
+    bridge: Bridge
+
+    def __deepcopy__(self, memo: Any) -> Engine:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("the base weights of this model are not in torch, so it can't be pickled; save its adapter instead")
+
+
+class CausalOutput(CausalLMOutputWithPast):
+    """Logits that were left out are made when `logits` is read, once."""
+
+    def later(self, make: Callable[[], torch.Tensor], adapters: Mapping[str, Adapter]) -> None:
+        """make: what makes the logits, from `adapters` as they are now."""
+        self.__dict__["make"], self.__dict__["versions"] = make, {name: a.versions() for name, a in adapters.items()}
+        self.__dict__["adapters"] = adapters
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name != "logits" or value is not None or "make" not in self.__dict__:
+            return value
+        if self.__dict__["versions"] != {name: a.versions() for name, a in self.__dict__["adapters"].items()}:
+            raise RuntimeError(
+                "the adapters were written since this output was made; ask for its logits with output_logits=True"
+            )
+        self.logits = self.__dict__.pop("make")()
+        return self.logits
+
+
+class Backbone(nn.Module):
+    """What Hugging Face calls ``model``. `compute` of its owner runs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPast:
+        """The normed hidden states ``[batch, length, hidden]``, differentiable by the LoRA weights."""
+        ids = refuse_inputs(input_ids, position_ids, others)
+        hidden = self.__dict__["owner"].prepare(ids, attention_mask, position_ids).run("hidden")
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+
+class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
+    """The modules hold no base weight: `engine` computes, with the LoRA weights that PEFT added to the modules.
+
+    The name ends as it does because trainers tell by it that the loss shifts labels.
+    """
+
+    config_class = PretrainedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = []  # noqa: RUF012 (transformers reads a class attribute)
+
+    def __init__(self, config: PretrainedConfig, model: Model) -> None:
+        super().__init__(config)
+        engine = Engine(model, model.bridge())
+        dtype, device = getattr(torch, model.options.dtype), torch.device(engine.bridge.device)
+        self.model = Backbone()
+        fill(self.model, model.spec, Placeholders(dtype, device, engine.bridge.fingerprint()))
+        self.lm_head = head(to_torch(engine.bridge.head_weight()))
+        if model.spec.head.tied:
+            tie(self.model.embed_tokens, self.lm_head)  # type: ignore[arg-type]
+        # Kept out of torch's sight: neither is a part of this module.
+        self.__dict__["engine"] = engine
+        self.model.__dict__["owner"] = self
+        self.eval()
+
+    @classmethod
+    def over(cls, model: Model, config: Mapping[str, Any], name: str) -> JaxslothForCausalLM:
+        """The module of a built model. config: the checkpoint's config.json; name: where adapters say that their base is."""
+        fields = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+        made = AutoConfig.for_model(config["model_type"], **fields)
+        made.name_or_path = name
+        return cls(made, model)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalOutput | tuple[torch.Tensor, ...]:
+        """As transformers' causal models: the loss is the mean over valid labels, or their sum over num_items_in_batch.
+
+        Where there are labels and something may be learnt, logits are not made until `output.logits` is read (or
+        output_logits=True asks for them).
+        """
+        return_tuple = others.pop("return_dict", True) is False
+        shifted, items = others.pop("shift_labels", None), others.pop("num_items_in_batch", None)
+        learns = self.training or torch.is_grad_enabled()
+        wants_logits = others.pop("output_logits", not learns or (labels is None and shifted is None))
+        others |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        ids = refuse_inputs(input_ids, position_ids, others)
+        targets = shift_labels(labels) if shifted is None and labels is not None else shifted
+        prepared = self.prepare(ids, attention_mask, position_ids, targets)
+        make_logits = partial(prepared.run, "logits", keep=logits_to_keep)
+        logits = make_logits() if wants_logits else None
+        loss = None
+        if targets is not None:
+            if logits is not None and not logits_to_keep and not torch.is_grad_enabled():
+                flat = targets.flatten().to(logits.device, torch.long)
+                total = functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=IGNORE, reduction="sum")
+            else:
+                total = prepared.run("loss")
+            valid = (targets != IGNORE).sum() if items is None else items
+            loss = total / (valid.to(total.device) if isinstance(valid, torch.Tensor) else valid)
+        if return_tuple:
+            return tuple(part for part in (loss, logits) if part is not None)
+        output = CausalOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        if logits is None:
+            output.later(make_logits, prepared.adapters)
+        return output
+
+    def prepare(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        targets: torch.Tensor | None = None,
+    ) -> Prepared:
+        """The batch and the adapters that PEFT has active now, ready to be run."""
+        bridge = self.engine.bridge
+        adapters = active_adapters(self, self.engine.model.spec)
+        rates = {adapter.dropout for adapter in adapters.values()} or {0.0}
+        if len(rates) > 1:
+            raise ValueError(f"all adapters must have one dropout rate, and these came: {sorted(rates)}")
+        rate = rates.pop()
+        tokens = make_tokens(bridge, input_ids, attention_mask, position_ids, targets, drops=rate > 0)
+        options = PassOptions(rate, self.model.gradient_checkpointing and self.training)
+        return Prepared(bridge, adapters, tokens, options, input_ids.shape[1])
+
+    def generate(self, *inputs: Any, **settings: Any) -> Any:
+        """As transformers'. Nothing is cached yet: every token runs the whole row."""
+        return super().generate(*inputs, **settings | {"use_cache": False})  # type: ignore[misc]
+
+    def save_pretrained(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise NotImplementedError(
+            "the base weights of this model are not in torch; save the adapter (PeftModel.save_pretrained), or write a merged "
+            "checkpoint with jaxsloth convert"
+        )
+
+    def resize_token_embeddings(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise NotImplementedError("the vocabulary of a model of jaxsloth can't be resized; choose tokens that it has")
+
+    @property
+    def engine(self) -> Engine:
+        return self.__dict__["engine"]
+
+    def _get_name(self) -> str:
+        # Trainers that smooth labels look the name up among transformers' own to learn that labels are to be shifted.
+        return (getattr(self.config, "architectures", None) or [type(self).__name__])[0]

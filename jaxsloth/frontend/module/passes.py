@@ -1,0 +1,118 @@
+"""One pass of a backend as a differentiable torch function of PEFT's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from jaxsloth.backend import Bridge, Output, PassOptions, Tokens
+from jaxsloth.frontend.module.peft_adoption import Adapter
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch of rows of `length` tokens (padded in `tokens`), and the adapters to run it with, by layer."""
+
+    bridge: Bridge
+    adapters: Mapping[str, Adapter]
+    tokens: Tokens
+    options: PassOptions
+    length: int
+
+    def run(self, output: Output, keep: int = 0) -> torch.Tensor:
+        """One pass. keep: hidden states or logits of only so many last positions; 0: of all."""
+        if output == "loss":
+            return self._run(output, self.tokens, self.options)
+        options, tokens = self.options, replace(self.tokens, targets=None)
+        if keep:
+            count = min(keep, self.length)
+            options = replace(options, first=self.length - count, count=count)
+        return self._run(output, tokens, options)[:, : self.length]
+
+    def _run(self, output: Output, tokens: Tokens, options: PassOptions) -> torch.Tensor:
+        groups = self.bridge.groups(list(self.adapters))
+        run: Any = torch.compiler.disable(Pass(self.bridge, output, groups, self.adapters, tokens, options))
+        return run()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is to be computed, and with which adapters. groups: see `Bridge.groups`; adapters: by layer."""
+
+    bridge: Bridge
+    output: Output
+    groups: Mapping[str, Sequence[str | None]]
+    adapters: Mapping[str, Adapter]
+    tokens: Tokens
+    options: PassOptions
+
+    def __call__(self) -> torch.Tensor:
+        parameters = [part for adapter in self.adapters.values() for part in (adapter.a, adapter.b)]
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return _Differentiable.apply(self, *parameters)  # type: ignore[return-value]
+        with torch.no_grad():
+            stacks = self.stacks()  # alive until the result is torch's: what reuses their memory must come after
+            return to_torch(self.bridge.run(self.output, stacks, self.tokens, self.options))
+
+    def stacks(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Every group's A and scaled B, float32: copies, since an optimizer may write its parameters while JAX still reads."""
+        return {key: (self._stack(members, "a"), self._stack(members, "b")) for key, members in self.groups.items()}
+
+    def _stack(self, members: Sequence[str | None], part: str) -> torch.Tensor:
+        present = {name: getattr(self.adapters[name], part) for name in members if name is not None}
+        axis = -2 if part == "a" else -1
+        rank = max(tensor.shape[axis] for tensor in present.values())
+        for name, tensor in present.items():  # ranks may differ (rank_pattern): zeros add nothing
+            missing = rank - tensor.shape[axis]
+            present[name] = functional.pad(tensor, (0, 0, 0, missing) if part == "a" else (0, missing)) if missing else tensor
+        nothing = torch.zeros_like(next(iter(present.values()))) if len(present) < len(members) else None
+        whole = torch.stack([nothing if name is None else present[name] for name in members]).float()  # type: ignore[misc]
+        if part == "b":
+            whole *= self._scalings(members, whole)
+        return whole.to(self.bridge.device)
+
+    def _scalings(self, members: Sequence[str | None], like: torch.Tensor) -> torch.Tensor:
+        """``[n, 1, 1]``"""
+        values = [0.0 if name is None else self.adapters[name].scaling for name in members]
+        return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
+
+    def by_parameter(self, gradients: Mapping[str, tuple[Any, Any]]) -> list[torch.Tensor]:
+        """The groups' gradients as those of the parameters, in their order: A, B, A, B, …"""
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for key, members in self.groups.items():
+            a, b = (to_torch(gradient) for gradient in gradients[key])
+            # New memory: clipping writes gradients in place, and what JAX made may not be written.
+            a, b = a.clone(), b * self._scalings(members, b)
+            for name, of_a, of_b in zip(members, a, b, strict=True):
+                if name is not None:
+                    rank = self.adapters[name].a.shape[0]
+                    found[name] = of_a[:rank], of_b[:, :rank]
+        ordered = [(found[name], adapter) for name, adapter in self.adapters.items()]
+        return [g.to(p) for (of_a, of_b), adapter in ordered for g, p in ((of_a, adapter.a), (of_b, adapter.b))]
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, what: Pass, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*parameters)
+        ctx.what = what
+        stacks = what.stacks()
+        value, ctx.pullback = what.bridge.differentiate(what.output, stacks, what.tokens, what.options)
+        return to_torch(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        # Nothing is read of them, but torch raises here when an optimizer has written them since the forward pass.
+        _ = ctx.saved_tensors
+        gradients = ctx.pullback(cotangent.contiguous().to(ctx.what.bridge.device))
+        return None, *ctx.what.by_parameter(gradients)
+
+
+def to_torch(array: Any) -> torch.Tensor:
+    return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)

@@ -1,0 +1,113 @@
+"""PEFT's LoRA layers, read anew at every pass: which adapter is active, its weights, its scaling. What the backends can't do is
+refused here, with the reason, before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from jaxsloth.frontend.module.skeleton import Hollow, HollowLinear
+from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD, linears, norm_names
+from jaxsloth.models.spec import ModelSpec
+
+_ONLY = "of PEFT's methods only LoRA on the linear layers of the blocks is trained through this model"
+
+
+class PeftFeatureError(ValueError):
+    """PEFT did something to the model that its backend can't compute."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The active adapter of one layer: A ``[r, in]`` and B ``[out, r]``, PEFT's own parameters."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+    dropout: float
+
+    def versions(self) -> tuple[int, int]:
+        """Other ones after A or B were written in place."""
+        return self.a._version, self.b._version
+
+
+def active_adapters(root: nn.Module, spec: ModelSpec) -> dict[str, Adapter]:
+    """The adapters to run with, by the layer's name. A disabled adapter is left out.
+
+    Raises:
+        PeftFeatureError: a layer was wrapped by something else than plain LoRA, or something of the base is to be trained,
+            was written or has hooks, which would never be called.
+    """
+    norms = [name for index in range(len(spec.layers)) for name in norm_names(spec, index)]
+    for name in (EMBEDDING, FINAL_NORM, LM_HEAD, *norms):
+        _check_leaf(name, root.get_submodule(name))
+    found = {}
+    for linear in linears(spec):
+        layer = root.get_submodule(linear.name)
+        if isinstance(layer, HollowLinear):
+            _check_leaf(linear.name, layer)
+            continue
+        lora = _plain_lora(linear.name, layer)
+        _check_leaf(linear.name, lora.base_layer)
+        adapter = _active(linear.name, lora)
+        if adapter is not None:
+            found[linear.name] = adapter
+    return found
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, Hollow):
+        raise PeftFeatureError(
+            f"{name} was replaced by a {type(leaf).__name__} (modules_to_save, trainable_token_indices, or a target that is no "
+            f"linear layer of a block); {_ONLY}"
+        )
+    for part, parameter in leaf._parameters.items():
+        if parameter is None:
+            continue
+        if parameter.requires_grad:
+            raise PeftFeatureError(f"{name}.{part} requires a gradient (bias, full fine-tuning, an unfrozen base); {_ONLY}")
+        if not leaf.shared and parameter.untyped_storage().nbytes() != parameter.element_size():
+            raise PeftFeatureError(
+                f"{name}.{part} was written (a merge, a cast, an init that changes the base such as PiSSA), but the base "
+                "weights are not in torch; load the model again and leave that out"
+            )
+    hooks = [*leaf._forward_hooks.values(), *leaf._forward_pre_hooks.values()]
+    foreign = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
+    if foreign:
+        raise PeftFeatureError(
+            f"{name} has a forward hook ({getattr(foreign[0], '__qualname__', foreign[0])}), which would never be called, "
+            "since no module runs by itself; switch off what set it (neftune_noise_alpha does)"
+        )
+
+
+def _active(name: str, lora: Any) -> Adapter | None:
+    if lora.merged:
+        raise PeftFeatureError(f"{name}: its adapter is merged, but the base weights are not in torch; call unmerge_adapter()")
+    if lora.disable_adapters:
+        return None
+    active = [adapter for adapter in lora.active_adapters if adapter in lora.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise PeftFeatureError(f"{name}: one adapter can be active at a time, and these are: {active}; call set_adapter(one)")
+    chosen = active[0]
+    if chosen in lora.lora_variant:
+        variant = type(lora.lora_variant[chosen]).__name__
+        raise PeftFeatureError(f"{name}: the LoRA variant {variant} (use_dora and the like) is not supported; use plain LoRA")
+    if lora.lora_bias.get(chosen):
+        raise PeftFeatureError(f"{name}: lora_bias=True is not supported; use lora_bias=False")
+    dropout = lora.lora_dropout[chosen]
+    rate = dropout.p if lora.training and isinstance(dropout, nn.Dropout) else 0.0
+    return Adapter(lora.lora_A[chosen].weight, lora.lora_B[chosen].weight, lora.scaling[chosen], rate)
+
+
+def _plain_lora(name: str, layer: nn.Module) -> Any:
+    from peft.tuners.lora import Linear
+
+    if type(layer) is not Linear or not isinstance(layer.base_layer, HollowLinear) or layer.fan_in_fan_out:
+        raise PeftFeatureError(
+            f"{name} was replaced by a {type(layer).__module__}.{type(layer).__name__}; {_ONLY} (peft.LoraConfig)"
+        )
+    return layer

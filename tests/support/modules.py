@@ -1,0 +1,52 @@
+"""Our module models and transformers' of the same weights, under the same adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+
+from jaxsloth.backend import BuildOptions, load_backend
+from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
+from jaxsloth.models.registry import spec_from_config
+from tests.support.sources import DictSource, transformers_llama
+from tests.support.tiny import CONFIG, random_weights
+
+BACKENDS = ("torch", "jax")
+
+
+def our_base(backend: str, seed: int = 0, **changes: Any) -> JaxslothForCausalLM:
+    fields = CONFIG | changes
+    weights = random_weights(fields, seed)
+    model = load_backend(backend).build(spec_from_config(fields), DictSource(weights), BuildOptions())
+    return JaxslothForCausalLM.over(model, fields, "tiny")
+
+
+def lora(**changes: Any) -> peft.LoraConfig:
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    return peft.LoraConfig(task_type="CAUSAL_LM", **(settings | {"init_lora_weights": False} | changes))
+
+
+def adapted(model: Any, **changes: Any) -> Any:
+    """`model` under PEFT; the same seed draws the same adapters for any model."""
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, lora(**changes))
+
+
+def their_base() -> Any:
+    return transformers_llama(CONFIG, random_weights(CONFIG, 0))
+
+
+def pair(backend: str, **changes: Any) -> tuple[Any, Any]:
+    return adapted(our_base(backend), **changes), adapted(their_base(), **changes)
+
+
+def batch(lengths: tuple[int, ...] = (37, 30, 20), left: bool = False) -> dict[str, torch.Tensor]:
+    """Random rows, padded; what is padding is not scored."""
+    longest = max(lengths)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(2, CONFIG["vocab_size"], (len(lengths), longest)))
+    slots = torch.arange(longest)
+    real = torch.stack([slots >= longest - length if left else slots < length for length in lengths])
+    return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
