@@ -76,16 +76,19 @@ class StepResult:
     """What a train step returns: scalars on the device (or floats), read only when logged.
 
     loss is summed over the window's valid tokens and divided by their count. skipped is nonzero where fp16 overflowed and
-    nothing was updated.
+    nothing was updated. together: the three in one array ``[3]``, where a backend has it: one transfer to the host, not three.
     """
 
     loss: Any
     grad_norm: Any
     skipped: Any
+    together: Any = None
 
     def floats(self) -> tuple[float, float, bool]:
         """Waits for the device: (loss, grad_norm, skipped)."""
-        return float(self.loss), float(self.grad_norm), bool(float(self.skipped))
+        values = (self.loss, self.grad_norm, self.skipped) if self.together is None else self.together.tolist()
+        loss, grad_norm, skipped = (float(value) for value in values)
+        return loss, grad_norm, bool(skipped)
 
 
 class TrainStep(Protocol):

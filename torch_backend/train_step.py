@@ -54,7 +54,8 @@ class TrainStep:
             (loss * optimizer.loss_scale).backward()
             total += loss.detach()
         grad_norm, skipped = optimizer.step(learning_rate, total)
-        return StepResult(total, grad_norm, skipped)
+        together = torch.stack([total, grad_norm, torch.full_like(total, float(skipped))])
+        return StepResult(total, grad_norm, skipped, together)
 
     def state(self) -> dict[str, np.ndarray]:
         return self._optimizer.state()

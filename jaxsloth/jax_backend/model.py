@@ -45,6 +45,7 @@ class JaxModel:
         self._weights = load_weights(spec, source, self._dtype)
         self._frequencies: dict[Any, Any] = {}
         self._compiled: set[Any] = set()
+        self._mode: tuple[ModelSpec, str | None] | None = None
         self._assemble({})
 
     def _assemble(self, trained: Mapping[str, Any]) -> None:
@@ -174,6 +175,11 @@ class JaxModel:
         Raises:
             RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
         """
+        if self._mode is None or self._mode[0] is not self.spec:
+            self._mode = self.spec, self._choose_mode()
+        return self._mode[1]
+
+    def _choose_mode(self) -> str | None:
         requested = (self.options.implementations or {}).get("train_pass")
         if requested not in (None, "fused", "composed"):
             raise RefusedError(f"op train_pass has no implementation {requested!r} for jax; it has: fused, composed")

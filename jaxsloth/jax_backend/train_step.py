@@ -58,7 +58,7 @@ class TrainStep:
         window: Any,
         ropes: Any,
         plan: Plan,
-    ) -> tuple[Any, OptimizerState, Any, Any, Any]:
+    ) -> tuple[Any, OptimizerState, Any, Any, Any, Any]:
         structure = self._model.structure
 
         def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *window: Any) -> Any:
@@ -81,7 +81,8 @@ class TrainStep:
         run = placement.over_devices(share, replicated=5, sharded_axis=1)
         loss, gradients = run(trained, frozen, frequencies, scalars, state.loss_scale, *window)
         trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"])
-        return trained, state, loss, norm, skipped
+        together = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
+        return trained, state, loss, norm, skipped, together
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
         model = self._model
@@ -95,10 +96,10 @@ class TrainStep:
         arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents)
         put = tuple(placement.put_batch(array, 1) for array in arrays)
         model.count_compilation("train", (*window.input_ids.shape, plan, *(array.shape for array in documents)))
-        model.trained, self._state, loss, norm, skipped = self._run(
+        model.trained, self._state, loss, norm, skipped, together = self._run(
             model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes, plan=plan
         )
-        return StepResult(loss, norm, skipped)
+        return StepResult(loss, norm, skipped, together)
 
     def state(self) -> dict[str, np.ndarray]:
         adam, found = self._state.adam, {}
