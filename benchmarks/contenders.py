@@ -35,7 +35,7 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("jaxsloth-torch", "benchmarks.peers.own:build_torch", ("torch",), ("none", "offload")),
-        Contender("jaxsloth-jax", "benchmarks.peers.own:build_jax", ("jax", "flax", "optax"), ("none", "offload")),
+        Contender("jaxsloth-jax", "benchmarks.peers.own:build_jax", ("jax", "flax", "optax"), ("none", "full")),
         Contender(
             "hf",
             "benchmarks.peers.hf:build",

@@ -29,8 +29,8 @@ from jaxsloth.torch_backend.groups import Group, Weights
 from jaxsloth.torch_backend.layers import Block, Linear
 from jaxsloth.torch_backend.offload import Stash
 
-# Elements of gate and up that an MLP whose activations are recomputed handles at once: 2 GiB of them in half precision.
-MLP_TILE = 2**30
+# Elements of gate and up that an MLP whose activations are recomputed handles at once: 512 MiB of them in half precision.
+MLP_TILE = 2**28
 
 
 def refusal(spec: specs.ModelSpec) -> str | None:
@@ -197,7 +197,8 @@ class LayerPass:
         return x2, out, saved
 
     def _tiles(self, tokens: int, whole: bool) -> list[slice]:
-        size = tokens if whole else max(MLP_TILE // self.gate_up.out_features, 1)
+        count = 1 if whole else -(-tokens * self.gate_up.out_features // MLP_TILE)
+        size = -(-tokens // count)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def _gate_up(self, normed: torch.Tensor, weights: Weights) -> torch.Tensor:

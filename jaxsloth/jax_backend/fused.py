@@ -7,7 +7,7 @@ for the backward goes by name, so that `gradient_checkpointing` is a policy:
     none       everything but copies and the activation's product
     selective  the stream, q k v, attention's output and statistics; norms, gate and up are formed again
     offload    the same, in pinned host memory
-    full       the blocks' inputs
+    full       the blocks' inputs and attention's output, so that attention is not run twice
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from jaxsloth.jax_backend.decoder import Decoder
 
 STREAM, MIDDLE, GATE_UP = "stream", "middle", "gate_up"
-FEW = (STREAM, MIDDLE, attention_ops.ATTENDED, attention_ops.INPUTS)
+OUTPUTS = (attention_ops.ATTENDED, attention_ops.STATISTICS)
+FEW = (STREAM, MIDDLE, *OUTPUTS, attention_ops.INPUTS)
 MANY = (*FEW, GATE_UP, "qkv.input", "gate_up.input", "rstd")
 
 
@@ -73,7 +74,7 @@ def refusal(spec: specs.ModelSpec) -> str | None:
 def policy(mode: str) -> Any:
     """What `jax.checkpoint` keeps in a mode."""
     if mode == "full":
-        return jax.checkpoint_policies.nothing_saveable
+        return jax.checkpoint_policies.save_only_these_names(*OUTPUTS)
     if mode == "offload" and platform() == "cuda":
         return jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=list(FEW), offload_src="device", offload_dst="pinned_host"

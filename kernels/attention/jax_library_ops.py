@@ -18,7 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxsloth.kernels.attention.xla_ops import attention as general_attention
 
 CUDNN_HEAD_DIM = 128
-ATTENDED, INPUTS = "attended", "attention"  # names under which a checkpointing policy finds what the backward needs
+ATTENDED, STATISTICS, INPUTS = (
+    "attended",
+    "attention.statistics",
+    "attention.inputs",
+)  # names under which a checkpointing policy finds what the backward needs
 
 
 @jax.tree_util.register_dataclass
@@ -147,7 +151,13 @@ def _forward(q: Any, k: Any, v: Any, lengths: Any, scale: float, window: int | N
     named = checkpoint_name(out, ATTENDED)
     # The library keeps the output too: it is to be kept once.
     leaves, tree = jax.tree.flatten(pull)
-    kept = [named if leaf is out else checkpoint_name(leaf, INPUTS) for leaf in leaves]
+
+    def name(leaf: Any) -> Any:
+        if leaf is out:
+            return named
+        return checkpoint_name(leaf, STATISTICS if leaf.dtype == jnp.float32 else INPUTS)
+
+    kept = [name(leaf) for leaf in leaves]
     return named, jax.tree.unflatten(tree, kept)
 
 

@@ -27,10 +27,11 @@ from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
 
 ROOM = 64
-DEPTH = 64  # of a step of an accumulation
-WIDTH = 128  # columns of x whose gradients a program forms
+# Tuned on an H200 (benchmarks, docs/performance.md).
+DEPTH = 128  # columns of x that a step of the products takes
+WIDTH, HEIGHT = 64, 32  # columns of x whose gradients a program forms, rows that a step of the sum takes
 FEW_ROWS = 4096
-PROGRAMS = 528  # that a kernel should have: four for each multiprocessor of an H200
+PRODUCT_PROGRAMS, GRADIENT_PROGRAMS = 256, 528  # that a kernel should at least have
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def append_product(x: Any, matrix: Any, *, interpret: bool = False) -> Any:
     rows, width = x.shape[0], x.shape[1] - ROOM
     height = 16 if rows <= FEW_ROWS else 64
     steps = pl.cdiv(width, DEPTH)
-    # Few rows make few programs: the columns are shared out too, and the parts summed behind.
-    splits = min(steps, pl.cdiv(PROGRAMS, pl.cdiv(rows, height))) if rows <= FEW_ROWS else 1
+    # Where the rows make few programs the columns are shared out too, and the parts summed behind.
+    splits = min(steps, pl.cdiv(PRODUCT_PROGRAMS, pl.cdiv(rows, height)))
     steps = pl.cdiv(steps, splits)
     call = pl.pallas_call(
         partial(_append_kernel, rows=rows, width=width, height=height, steps=steps, splits=splits),
@@ -123,7 +124,7 @@ def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps
     start = pl.program_id(1) * steps
 
     def add(step: Any, total: Any) -> Any:
-        row = (start + step) * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
+        row = (start + step) * HEIGHT + jnp.arange(HEIGHT, dtype=jnp.int32)
         return total + _dot(_tile(x, row, columns, rows, x.shape[1]), _tile(low, row, first + room, rows, low.shape[1]), (0, 0))
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((WIDTH, ROOM), jnp.float32))
@@ -136,8 +137,8 @@ def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps
 def low_rank_gradient(x: Any, low: Any, *, interpret: bool = False) -> Any:
     """``xᵀ·low[:, -ROOM:]``, float32 ``[columns of x, ROOM]``; x and low ``[tokens, …]`` of one dtype."""
     rows = x.shape[0]
-    across, steps = pl.cdiv(x.shape[1], WIDTH), pl.cdiv(rows, DEPTH)
-    splits = min(steps, pl.cdiv(PROGRAMS, across))
+    across, steps = pl.cdiv(x.shape[1], WIDTH), pl.cdiv(rows, HEIGHT)
+    splits = min(steps, pl.cdiv(GRADIENT_PROGRAMS, across))
     steps = pl.cdiv(steps, splits)
     call = pl.pallas_call(
         partial(_gradient_kernel, rows=rows, first=low.shape[1] - ROOM, steps=steps),
