@@ -193,10 +193,13 @@ class JaxModel:
     def unrolled(self) -> bool:
         """Whether the fused layers run one after the other instead of in a scan; implementations={"layer_loop": …} decides.
 
+        By itself a mode that keeps much is unrolled, which copies nothing of it into stacks, and one that saves memory scans.
+
         Raises:
             RefusedError: another name than scan or unrolled came.
         """
-        requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if platform() == "cuda" else "scan")
+        keeps_much = platform() == "cuda" and self.options.gradient_checkpointing in ("none", "selective")
+        requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
         if requested not in ("scan", "unrolled"):
             raise RefusedError(f"op layer_loop has no implementation {requested!r} for jax; it has: scan, unrolled")
         return requested == "unrolled"
