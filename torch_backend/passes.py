@@ -13,6 +13,7 @@ from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.kernels.rope.torch_ops import tables
+from jaxsloth.models.memory import fitting_mode
 from jaxsloth.torch_backend import fused
 from jaxsloth.torch_backend.fused import FusedPass
 
@@ -24,8 +25,6 @@ logger = logging.getLogger("jaxsloth.torch_backend")
 GRAPHS_KEPT = 8
 # The bfloat16 copies of NF4 weights are kept where they take at most this part of the device's memory.
 KEPT_WEIGHTS = 1 / 16
-# Of the free memory, what "auto" fills with activations.
-FILLED = 0.9
 AUTO_ORDER = ("none", "selective", "offload", "full")
 
 Arrays = dict[str, np.ndarray]
@@ -160,25 +159,10 @@ class FastPass:
             return wanted, keeps
         if not on_gpu:
             return "none", False
-        room = torch.cuda.mem_get_info(self._device)[0] * FILLED - (values * size if keeps else 0)
-        for mode in AUTO_ORDER:
-            if activation_bytes(self._model.spec, mode, tokens, size) <= room:
-                logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
-                return mode, keeps
-        return AUTO_ORDER[-1], keeps
-
-
-def activation_bytes(spec: Any, mode: str, tokens: int, size: int) -> int:
-    """About what the activations of a pass take on the device: those kept, and the most that one layer works with."""
-    total = working = 0
-    for layer in spec.layers:
-        attention, mlp = layer.attention, layer.mlp
-        q, kv = attention.heads * attention.head_dim, 2 * attention.kv_heads * attention.head_dim
-        few = 2 * spec.hidden + 2 * q + kv
-        kept = {"none": few + 2 * spec.hidden + 2 * mlp.width, "selective": few, "offload": 0, "full": spec.hidden}[mode]
-        total += kept
-        working = max(working, 3 * mlp.width + 2 * few + 4 * spec.hidden)
-    return tokens * size * (total + working)
+        room = torch.cuda.mem_get_info(self._device)[0] - (values * size if keeps else 0)
+        mode = fitting_mode(self._model.spec, AUTO_ORDER, tokens, size, room)
+        logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
+        return mode, keeps
 
 
 def prepare(batch: Batch) -> tuple[Arrays, tuple[Any, ...]]:

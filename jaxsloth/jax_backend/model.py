@@ -27,10 +27,13 @@ from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
 from jaxsloth.kernels.registry import Facts, RefusedError, resolve
+from jaxsloth.models.memory import fitting_mode
 from jaxsloth.models.names import own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.models.spec import ModelSpec, Rope
 
+# Fetching from the host overlaps little in XLA's schedule: recomputing is faster (docs/performance.md).
+AUTO_ORDER = ("none", "selective", "full", "offload")
 _ADAPTERS = ("lora_A", "lora_B")
 
 
@@ -169,17 +172,19 @@ class JaxModel:
     def devices(self) -> int:
         return jax.device_count()
 
-    def mode(self) -> str | None:
+    def mode(self, tokens: int) -> str | None:
         """The `gradient_checkpointing` of the fused blocks, or None where the composed ones are trained.
+
+        tokens: those of a device's micro-batch, which "auto" asks the memory for.
 
         Raises:
             RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
         """
         if self._mode is None or self._mode[0] is not self.spec:
-            self._mode = self.spec, self._choose_mode()
+            self._mode = self.spec, self._choose_mode(tokens)
         return self._mode[1]
 
-    def _choose_mode(self) -> str | None:
+    def _choose_mode(self, tokens: int) -> str | None:
         requested = (self.options.implementations or {}).get("train_pass")
         if requested not in (None, "fused", "composed"):
             raise RefusedError(f"op train_pass has no implementation {requested!r} for jax; it has: fused, composed")
@@ -188,9 +193,11 @@ class JaxModel:
             raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
         if requested == "composed" or reason is not None or (requested is None and platform() != "cuda"):
             return None
-        return self.options.gradient_checkpointing
+        if self.options.gradient_checkpointing != "auto":
+            return self.options.gradient_checkpointing
+        return fitting_mode(self.spec, AUTO_ORDER, tokens, self._dtype.itemsize, placement.free_memory())
 
-    def unrolled(self) -> bool:
+    def unrolled(self, mode: str | None) -> bool:
         """Whether the fused layers run one after the other instead of in a scan; implementations={"layer_loop": …} decides.
 
         By itself a mode that keeps much is unrolled, which copies nothing of it into stacks, and one that saves memory scans.
@@ -198,7 +205,7 @@ class JaxModel:
         Raises:
             RefusedError: another name than scan or unrolled came.
         """
-        keeps_much = platform() == "cuda" and self.options.gradient_checkpointing in ("none", "selective")
+        keeps_much = platform() == "cuda" and mode in ("none", "selective")
         requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
         if requested not in ("scan", "unrolled"):
             raise RefusedError(f"op layer_loop has no implementation {requested!r} for jax; it has: scan, unrolled")
@@ -220,7 +227,7 @@ class JaxModel:
         if self.spec.lora is None:
             raise ValueError("the model has no adapters to train; call add_adapters first")
         frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(self.mode(), self.unrolled(), batch.targets[None], batch.segments[None], 1)
+        plan, documents = make_plan(self.mode, self.unrolled, batch.targets[None], batch.segments[None], 1)
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         count = np.float32(batch.valid_tokens())

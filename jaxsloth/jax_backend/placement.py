@@ -73,6 +73,12 @@ def sum_over_devices(tree: Any) -> Any:
     return tree if jax.device_count() == 1 else jax.lax.psum(tree, DATA)
 
 
+def free_memory() -> float:
+    """Bytes of one device that are not in use; inf where unknown."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return float(stats["bytes_limit"] - stats["bytes_in_use"]) if "bytes_limit" in stats else float("inf")
+
+
 def peak_memory() -> int:
     """Peak bytes: in use on one device, or resident on the host."""
     stats = jax.devices()[0].memory_stats() or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,23 +27,30 @@ class Plan:
 
 
 def make_plan(
-    mode: str | None, unrolled: bool, targets: np.ndarray, segments: np.ndarray, devices: int
+    mode_for: Callable[[int], str | None],
+    unrolled: Callable[[str | None], bool],
+    targets: np.ndarray,
+    segments: np.ndarray,
+    devices: int,
 ) -> tuple[Plan, tuple[np.ndarray, ...]]:
     """(the plan of a window, the arrays of its documents where it is packed).
 
     targets and segments ``[micro, batch, length]``. The arrays are a `Documents`' with a leading micro axis; their second axis
     is shared out among the devices as the batch's is. Targets are counted in quarters of the tokens: each count is a program.
+    mode_for and unrolled: `JaxModel.mode` and `JaxModel.unrolled`.
     """
     micros, rows, length = targets.shape
     shares = (micros * devices, rows // devices, length)
     split = targets.reshape(micros, devices, -1)
     tokens = split.shape[-1]
+    mode = mode_for(tokens)
+    loop = unrolled(mode)
     unit = max(tokens // 4, 16)
     most = int((split != IGNORE).sum(axis=-1).max(initial=1))
     chosen = min(-(-max(most, 1) // unit) * unit, tokens) if mode is not None else tokens
     found = [documents_of(share) for share in segments.reshape(shares)]
     if mode is None or all(documents is None for documents in found):
-        return Plan(mode, chosen, mode is not None, unrolled), ()
+        return Plan(mode, chosen, mode is not None, loop), ()
     packed = [documents or whole_rows(share) for documents, share in zip(found, segments.reshape(shares), strict=True)]
     count, longest = (max(documents.tokens.shape[axis] for documents in packed) for axis in (0, 1))
     same = [pad_documents(documents, count, longest, tokens) for documents in packed]
@@ -51,7 +59,7 @@ def make_plan(
         parts = np.stack([getattr(documents, field) for documents in same])
         return parts.reshape(micros, devices * parts.shape[1], *parts.shape[2:])
 
-    return Plan(mode, chosen, False, unrolled), (together("tokens"), together("lengths"), together("rows"))
+    return Plan(mode, chosen, False, loop), (together("tokens"), together("lengths"), together("rows"))
 
 
 def whole_rows(segments: np.ndarray) -> Documents:

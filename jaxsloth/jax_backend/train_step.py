@@ -92,7 +92,7 @@ class TrainStep:
             "words": np.array(step_words(seed, step), np.uint32),
         }
         frequencies, ropes = model.frequencies(int(window.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(model.mode(), model.unrolled(), window.targets, window.segments, model.devices)
+        plan, documents = make_plan(model.mode, model.unrolled, window.targets, window.segments, model.devices)
         arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents)
         put = tuple(placement.put_batch(array, 1) for array in arrays)
         model.count_compilation("train", (*window.input_ids.shape, plan, *(array.shape for array in documents)))
@@ -142,7 +142,7 @@ class EvalStep:
     def __call__(self, batch: Batch) -> tuple[Any, int]:
         model = self._model
         frequencies, ropes = model.frequencies(int(batch.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(model.mode(), model.unrolled(), batch.targets[None], batch.segments[None], model.devices)
+        plan, documents = make_plan(model.mode, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         put = tuple(placement.put_batch(array, 0) for array in arrays)
