@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import fused
+from jaxsloth.torch_backend.optimizer import total_norm
 from tests.models.test_backends import LLAMA3, VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
@@ -76,3 +78,8 @@ def test_refusals():
         build("torch", lora={"dropout": 0.1}, options=BuildOptions(implementations=FUSED))[0].gradients(
             first_batch(stream(examples(4, VOCAB)))
         )
+
+
+def test_the_norm_of_many_gradients():
+    gradient = np.full(20_000_003, 1e-3, np.float32)
+    assert float(total_norm(torch.from_numpy(gradient))) == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-6)
