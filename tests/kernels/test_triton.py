@@ -18,8 +18,9 @@ from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
 from jaxsloth.kernels.lora_matmul import triton_kernel as margins_triton
+from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
-from jaxsloth.kernels.nf4.contract import BLOCK, NESTED_BLOCK
+from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK
 from jaxsloth.kernels.rms_norm import triton_kernel as rms_norm_triton
 from jaxsloth.kernels.rope import triton_kernel as rope_triton
 
@@ -172,3 +173,29 @@ def test_placement_compiles(dtype):
     arguments = {"table": "*i64", "scales": "*fp32", "like": TYPES[dtype]}
     constants = {"TABLE_FIELDS": margins_triton.FIELDS, "HEIGHT": margins_triton.ROWS, "WIDTH": margins_triton.COLUMNS}
     compile_ptx(margins_triton.place_kernel, arguments, constants, margins_triton.LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rows", [1, MATVEC_ROWS])
+def test_matvec_compiles(dtype, nested, rows):
+    levels: dict[str, str] = {}
+    for place in range(matvec_triton.WEIGHTS):
+        levels |= {f"codes{place}": "*i32", f"absmax{place}": "*u8" if nested else "*fp32"}
+        levels |= dict.fromkeys((f"outer{place}", f"offset{place}", f"book{place}"), "*fp32")
+    counts = numbers("rows", "x_stride", "row_words", "blocks", "blocks_each", "out0", "out1", "out2")
+    for outs, split in (((4096,), False), ((28672,), False), ((64,), True)):
+        tiles = matvec_triton.tiles_for(rows, 64, outs)
+        arguments = {**pointers(dtype, "x"), "y": "*fp32" if split else TYPES[dtype], **pointers(dtype, "bias")}
+        arguments |= {"table": "*fp32", **levels, **counts}
+        constants = {"NESTED": nested, "NESTED_SIZE": NESTED_BLOCK, "BIASED": not split, "SIZE": BLOCK, "ROWS": rows}
+        constants |= {"TILE_OUT": tiles.out, "TILE_BLOCKS": tiles.blocks}
+        options = {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": True}
+        compile_ptx(matvec_triton.matvec_kernel, arguments, constants, options)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_matvec_parts_compile(dtype):
+    arguments = {"parts": "*fp32", **pointers(dtype, "bias", "y"), **numbers("size", "width")}
+    constants = {"BIASED": True, "SPLIT": 8, "SIZE": matvec_triton.REDUCE}
+    compile_ptx(matvec_triton.add_parts_kernel, arguments, constants, {"num_warps": 4})

@@ -168,6 +168,23 @@ def check_lora_matmul(
     )
 
 
+def check_matvec(function: Callable[..., torch.Tensor], case: Any, dtype: str, nested: bool, device: str) -> None:
+    """Against float64, from poisoned memory, twice."""
+    inputs = to_torch(part("nf4", "cases").make_matvec_inputs(case, 0), device)
+    weights = [nf4_torch.quantize(inputs[f"weight{place}"], nested=nested) for place in range(len(case.outs))]
+    x = inputs["x"].to(getattr(torch, dtype))
+    if case.strided:
+        x = torch.cat([x, torch.full_like(x[:, :40], float("nan"))], dim=1)[:, : case.in_]
+    bias = None if inputs["bias"] is None else inputs["bias"].to(x.dtype)
+    with poisoned():
+        got, again = function(x, weights, bias), function(x, weights, bias)
+    expected = part("nf4", "reference").matvec(x.double(), weights, None if bias is None else bias.double())
+    assert got.dtype == x.dtype and got.shape == (case.rows, sum(case.outs))
+    assert torch.equal(got, again)
+    error, tolerance = relative_error(got, expected), part("nf4", "contract").MATVEC_TOLERANCES[dtype]
+    assert error <= tolerance.output, f"{error:.2e}"
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers, so that NaN and the sign of zero count."""
     return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
