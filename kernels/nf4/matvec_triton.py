@@ -3,8 +3,8 @@
 A program owns `TILE_OUT` rows of a weight and goes through its blocks of 64 values `TILE_BLOCKS` at a time; the next codes are
 fetched while the present ones are decoded. One row of x is multiplied in float32 lanes, and each block's sum is scaled once.
 More rows go through the tensor cores, each weight rounded to x's dtype as `dequantize` rounds it. The code book is looked up by
-`gather` (shuffles in a single warp, else shared memory), which takes two instructions less than a lookup in global memory. Where
-a weight is too small to fill the GPU, `in` is split over programs whose float32 sums are added in a fixed order.
+`gather` (shuffles in a single warp, else shared memory): two instructions less than a lookup in global memory. Where a weight
+is too small to fill the GPU, `in` is split over programs whose float32 sums are added in a fixed order.
 """
 
 from __future__ import annotations

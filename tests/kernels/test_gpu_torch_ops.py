@@ -7,6 +7,7 @@ import torch
 
 from jaxsloth.kernels.adamw_8bit.cases import CASES as ADAMW_CASES
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments, blocks_of, step_factors
+from jaxsloth.kernels.attention.cases import CACHED_CASES, CachedCase
 from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask
@@ -22,6 +23,7 @@ from tests.kernels.torch_checks import (
     DTYPES,
     OPS,
     bits,
+    check_cached_attention,
     check_dequantize,
     check_matvec,
     check_op,
@@ -54,6 +56,16 @@ def test_against_the_reference(op, implementation, case, dtype):
 @pytest.mark.parametrize("implementation", DEQUANTIZE.of("torch"), ids=lambda implementation: implementation.name)
 def test_dequantize(implementation, case, dtype, nested):
     check_dequantize(implementation.load(), case, dtype, nested, "cuda")
+
+
+LONG_CACHE = CachedCase("long", 9000, 8500, (0, 8000, 17), heads=32, kv_heads=8, head_dim=128, half=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CACHED_CASES, LONG_CACHE], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["triton_kernel", "torch_ops"])
+def test_cached_attention(name, case, dtype):
+    check_cached_attention(part("attention", name), case, dtype, "cuda")
 
 
 # The shapes of Llama-3.1-8B: qkv, gate and up, and down.

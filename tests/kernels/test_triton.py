@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.adamw_8bit.contract import BLOCK as MOMENT_BLOCK
+from jaxsloth.kernels.attention import triton_kernel as attention_triton
 from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
@@ -199,3 +200,22 @@ def test_matvec_parts_compile(dtype):
     arguments = {"parts": "*fp32", **pointers(dtype, "bias", "y"), **numbers("size", "width")}
     constants = {"BIASED": True, "SPLIT": 8, "SIZE": matvec_triton.REDUCE}
     compile_ptx(matvec_triton.add_parts_kernel, arguments, constants, {"num_warps": 4})
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_cached_attention_compiles(dtype):
+    sizes = numbers("heads", "kv_heads", "head_dim")
+    strides = numbers("capacity", "q_stride", "k_stride", "v_stride")
+    caches = pointers(dtype, "keys", "values")
+    append = {**pointers(dtype, "q", "k", "v"), "cos": "*fp32", "sin": "*fp32", **caches, "slot": "*i64", **sizes}
+    append |= {**numbers("half"), **strides}
+    for turns in (True, False):
+        compile_ptx(attention_triton.append_kernel, append, {"TURNS": turns, "DIM": 128}, attention_triton.SMALL)
+    parts = dict.fromkeys(("outs", "peaks", "sums"), "*fp32")
+    attend = {**pointers(dtype, "q"), **caches, "first": "*i32", "slot": "*i64", **parts, **sizes}
+    attend |= {**numbers("capacity", "span", "q_stride"), "scale": "fp32", "window": "i32", "cap": "fp32"}
+    for special in (False, True):
+        constants = {"WINDOWED": special, "CAPPED": special, "GROUP": 16, "DIM": 128, "SLOTS": attention_triton.TILE}
+        compile_ptx(attention_triton.attend_kernel, attend, constants, attention_triton.LAUNCH)
+    join = {**parts, "slot": "*i64", **pointers(dtype, "out"), **numbers("head_dim", "span")}
+    compile_ptx(attention_triton.join_kernel, join, {"DIM": 128}, attention_triton.SMALL)
