@@ -19,7 +19,7 @@ from jaxsloth.kernels.nf4.contract import MATVEC, NF4
 from jaxsloth.kernels.registry import Facts, RefusedError, select
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend.fused import Kernels
-from jaxsloth.torch_backend.layers import Block, Linear
+from jaxsloth.torch_backend.layers import Linear
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -133,10 +133,10 @@ class Products:
 
 
 class LayerStep:
-    """One block for one token a row. stream: the residual stream as (x, what is yet to be added to it)."""
+    """One block for one token a row: the residual stream comes and goes as x and what is yet to be added to it."""
 
     def __init__(
-        self, block: Block, layer: specs.Layer, rows: int, dtype: torch.dtype, requested: str | None, modules: Modules
+        self, block: Any, layer: specs.Layer, rows: int, dtype: torch.dtype, requested: str | None, modules: Modules
     ) -> None:
         def products(module: Any, *names: str) -> Products:
             return Products([getattr(module, name) for name in names if hasattr(module, name)], rows, dtype, requested)

@@ -137,6 +137,6 @@ def attend(
         soft_cap=soft_cap,
         q_segments=seen.new_ones(batch, 1),
         kv_segments=seen,
-        q_offset=slot,
+        q_offset=slot[0],
     )
     return out.reshape(batch, -1)

@@ -23,6 +23,9 @@ from jaxsloth.kernels.nf4.triton_kernel import _table
 WEIGHTS = 3  # that one launch takes
 PROCESSORS = 132  # of the GPU that the tiles are chosen for, an H200; any other runs them too
 REDUCE = 512
+# The next codes are fetched by hand; pipelining would stage the lookups too.
+LAUNCH = {"num_stages": 1, "enable_fp_fusion": True}
+REDUCE_LAUNCH = {"num_warps": 4}
 
 
 class Tiles(NamedTuple):
@@ -215,18 +218,16 @@ def matvec(
     outs += [0] * (WEIGHTS - len(outs))
     added, biased = (x if bias is None else bias), bias is not None
     with torch.cuda.device_of(x):
-        matvec_kernel[(sum(triton.cdiv(one, tiles.out) for one in outs), tiles.split)](
-            x,
-            parts,
-            added,
-            _table(x.device),
-            *(pointer for level in levels for pointer in level),
+        pointers = [pointer for level in levels for pointer in level]
+        counts = (
             rows,
             x.stride(0),
             in_ // 8,
             blocks,
             triton.cdiv(triton.cdiv(blocks, tiles.split), tiles.blocks) * tiles.blocks,
-            *outs,
+        )
+        matvec_kernel[(sum(triton.cdiv(one, tiles.out) for one in outs), tiles.split)](
+            *(x, parts, added, _table(x.device), *pointers, *counts, *outs),
             NESTED=nested,
             NESTED_SIZE=NESTED_BLOCK,
             BIASED=biased and tiles.split == 1,
@@ -234,12 +235,11 @@ def matvec(
             ROWS=1 if rows == 1 else MATVEC_ROWS,
             TILE_OUT=tiles.out,
             TILE_BLOCKS=tiles.blocks,
+            **LAUNCH,
             num_warps=tiles.warps,
-            enable_fp_fusion=True,
-            num_stages=1,  # the next codes are fetched by hand; pipelining would stage the lookups too
         )
         if tiles.split > 1:
             add_parts_kernel[(triton.cdiv(rows * total, REDUCE),)](
-                parts, added, y, rows * total, total, BIASED=biased, SPLIT=tiles.split, SIZE=REDUCE, num_warps=4
+                parts, added, y, rows * total, total, BIASED=biased, SPLIT=tiles.split, SIZE=REDUCE, **REDUCE_LAUNCH
             )
     return y

@@ -191,7 +191,7 @@ def test_matvec_compiles(dtype, nested, rows):
         arguments |= {"table": "*fp32", **levels, **counts}
         constants = {"NESTED": nested, "NESTED_SIZE": NESTED_BLOCK, "BIASED": not split, "SIZE": BLOCK, "ROWS": rows}
         constants |= {"TILE_OUT": tiles.out, "TILE_BLOCKS": tiles.blocks}
-        options = {"num_warps": tiles.warps, "num_stages": 1, "enable_fp_fusion": True}
+        options = {**matvec_triton.LAUNCH, "num_warps": tiles.warps}
         compile_ptx(matvec_triton.matvec_kernel, arguments, constants, options)
 
 
@@ -199,7 +199,7 @@ def test_matvec_compiles(dtype, nested, rows):
 def test_matvec_parts_compile(dtype):
     arguments = {"parts": "*fp32", **pointers(dtype, "bias", "y"), **numbers("size", "width")}
     constants = {"BIASED": True, "SPLIT": 8, "SIZE": matvec_triton.REDUCE}
-    compile_ptx(matvec_triton.add_parts_kernel, arguments, constants, {"num_warps": 4})
+    compile_ptx(matvec_triton.add_parts_kernel, arguments, constants, matvec_triton.REDUCE_LAUNCH)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
