@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -118,6 +118,15 @@ class DecodeState(Protocol):
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Appends one token a row (int32 [batch]) and returns the next logits, float32 [batch, vocab]."""
+        ...
+
+    def greedy(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
+        """Appends one token a row (int32 [batch]) and, from there on, the likeliest one (the lowest id among equals): yields
+        the `count` tokens a row that follow, int32 [batch, n], n at a time. Rows do not end; the caller stops asking.
+
+        Raises:
+            ValueError: `count` more tokens do not fit into the cache.
+        """
         ...
 
 

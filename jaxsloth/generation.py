@@ -6,13 +6,13 @@ that neither the backend nor the other rows of a batch change what a row says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from jaxsloth.backend import Model
+from jaxsloth.backend import DecodeState, Model
 
 # What tokenizers put in place of bytes that are no whole UTF-8 character yet.
 _INCOMPLETE = "\ufffd"
@@ -157,22 +157,46 @@ def generate(
     for place, row in enumerate(rows):
         padded[place, -len(row.prompt) :] = row.prompt
     state, logits = model.start_decode(padded, lengths, padded.shape[1] + settings.max_new_tokens)
-    for position in range(settings.max_new_tokens):
-        chosen = np.zeros(len(rows), np.int32)
+    if settings.do_sample or settings.repetition_penalty != 1.0:
+        chosen = _chosen_here(state, logits, rows, settings)
+    else:
+        chosen = _likeliest(state, logits, settings.max_new_tokens)
+    for tokens in chosen:
         for place, row in enumerate(rows):
             if not row.done:
-                chosen[place] = choose(logits[place], row.seen(), settings, place, position)
-                _take(row, int(chosen[place]), eos, settings, tokenizer)
+                _take(row, int(tokens[place]), eos, settings, tokenizer)
                 if on_text is not None:
                     _send(row, place, settings, tokenizer, on_text)
-        if all(row.done for row in rows) or position + 1 == settings.max_new_tokens:
+        if all(row.done for row in rows):
             break
-        logits = state.step(chosen)
     for place, row in enumerate(rows):
         row.done = True
         if on_text is not None:
             _send(row, place, settings, tokenizer, on_text)
     return [row.tokens for row in rows]
+
+
+def _chosen_here(
+    state: DecodeState, logits: np.ndarray, rows: list[_Row], settings: GenerationSettings
+) -> Iterator[np.ndarray]:
+    """A token a row at a time, chosen on the host from its logits."""
+    for position in range(settings.max_new_tokens):
+        chosen = np.zeros(len(rows), np.int32)
+        for place, row in enumerate(rows):
+            if not row.done:
+                chosen[place] = choose(logits[place], row.seen(), settings, place, position)
+        yield chosen
+        if position + 1 < settings.max_new_tokens:
+            logits = state.step(chosen)
+
+
+def _likeliest(state: DecodeState, logits: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """A token a row at a time, chosen on the device."""
+    chosen = logits.argmax(axis=1).astype(np.int32)
+    yield chosen
+    if count > 1:
+        for burst in state.greedy(chosen, count - 1):
+            yield from burst.T
 
 
 def _take(row: _Row, token: int, eos: set[int], settings: GenerationSettings, tokenizer: Any) -> None:

@@ -1,18 +1,23 @@
-"""Decoding with a KV cache: prefill of left-padded prompts, then one token a row at a time."""
+"""Decoding with a KV cache: prefill of left-padded prompts a bounded number of tokens at a time, then one token a row."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from jaxsloth.models.spec import Attention
+from jaxsloth.torch_backend import decode_step
 from jaxsloth.torch_backend.layers import Cache, Context
 from jaxsloth.torch_backend.train_step import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
+
+PREFILL = 8192  # tokens of all rows that one pass over the prompts takes
 
 
 class DecodeState:
@@ -30,32 +35,67 @@ class DecodeState:
         self._segments = np.zeros((batch, capacity), np.int32)
         self._segments[:, :length] = slots >= padding
         positions = np.maximum(slots - padding, 0).astype(np.int32)
-        self._caches = tuple(
-            Cache(self._empty(batch, layer.attention), self._empty(batch, layer.attention)) for layer in decoder.spec.layers
-        )
-        self.first_logits = self._forward(input_ids, positions, self._segments[:, :length])
+        self._step = decode_step.take_step(model, batch, capacity)
+        if self._step is None:
+            self._caches = tuple(
+                Cache(self._empty(batch, layer.attention), self._empty(batch, layer.attention)) for layer in decoder.spec.layers
+            )
+        else:
+            self._caches = tuple(Cache(keys, values) for keys, values in self._step.caches)
+            weakref.finalize(self, decode_step.give_back, model, self._step).atexit = False
+        size = max(PREFILL // batch, 1)
+        for start in range(0, length, size):
+            part = slice(start, start + size)
+            hidden = self._forward(input_ids[:, part], positions[:, part], self._segments[:, :length][:, part])
+        self.first_logits = self._logits(hidden)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        if self._used == self._capacity:
-            raise ValueError(f"the cache's {self._capacity} slots are all used")
+        self._check(1)
         self._segments[:, self._used] = 1
         self._used += 1
         positions = self._next[:, None].copy()
         self._next += 1
-        return self._forward(tokens[:, None], positions, np.ones_like(positions))
+        return self._logits(self._forward(tokens[:, None], positions, np.ones_like(positions)))
+
+    def greedy(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
+        """See `jaxsloth.backend.DecodeState`."""
+        self._check(count)
+        if self._step is None:
+            return self._greedy_by_steps(tokens, count)
+        used = self._used
+        self._step.begin(self._next, used)
+        self._segments[:, used : used + count] = 1
+        self._used += count
+        self._next += count
+        for cache in self._caches:
+            cache.used = self._used
+        return self._step.say(tokens, used, count)
+
+    def _greedy_by_steps(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
+        for _ in range(count):
+            tokens = self.step(tokens).argmax(axis=1).astype(np.int32)
+            yield tokens[:, None]
+
+    def _check(self, count: int) -> None:
+        if self._used + count > self._capacity:
+            raise ValueError(f"{count} more tokens do not fit: {self._used} of the cache's {self._capacity} slots are used")
 
     @torch.no_grad()
-    def _forward(self, input_ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    def _forward(self, input_ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> torch.Tensor:
+        """The last hidden state of every row."""
         decoder = self._model.decoder
         device = decoder.device
         context = Context(
-            tables=decoder.rope_tables(to_device(positions, device), int(positions.max(initial=0)) + 1),
+            tables=decoder.rope_tables(to_device(positions, device), int(self._next.max(initial=0))),
             segments=to_device(segments, device),
             kv_segments=to_device(self._segments, device),
             caches=self._caches,
         )
-        hidden = decoder.hidden(to_device(input_ids.astype(np.int32), device), context)
-        return decoder.logits(hidden[:, -1]).cpu().numpy()
+        return decoder.hidden(to_device(input_ids.astype(np.int32), device), context)[:, -1]
+
+    @torch.no_grad()
+    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+        return self._model.decoder.logits(hidden).cpu().numpy()
 
     def _empty(self, batch: int, attention: Attention) -> torch.Tensor:
         decoder, shape = self._model.decoder, (batch, self._capacity, attention.kv_heads, attention.head_dim)

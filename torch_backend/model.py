@@ -19,6 +19,7 @@ from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.bridge import Bridge
+from jaxsloth.torch_backend.decode_step import Step
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.generate import DecodeState
 from jaxsloth.torch_backend.layers import Linear, Ops
@@ -41,6 +42,7 @@ class TorchModel:
         self.decoder = Decoder(spec, take, ops, DTYPES[options.dtype], options.gradient_checkpointing not in ("none", "auto"))
         self._flat: Flat | None = None
         self._fast: FastPass | None = None
+        self.idle_step: Step | None = None  # the last request's decoding program, for the next one
 
     def fast_pass(self) -> FastPass | None:
         """The written-out training pass, one for training and evaluation; None where autograd is used."""
@@ -117,6 +119,7 @@ class TorchModel:
         return float(loss.detach()), {name: gradients[name] for name in trainable_shapes(self.spec)}
 
     def train_step(self, options: OptimizerOptions) -> TrainStep:
+        self.idle_step = None  # its caches' memory is for training now
         return make_train_step(self, options)
 
     def eval_step(self) -> EvalStep:

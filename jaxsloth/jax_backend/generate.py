@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,12 @@ class DecodeState:
         positions = self._next[:, None].copy()
         self._next += 1
         return self._run(tokens[:, None], positions, np.ones_like(positions))
+
+    def greedy(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
+        """See `jaxsloth.backend.DecodeState`."""
+        for _ in range(count):
+            tokens = self.step(tokens).argmax(axis=1).astype(np.int32)
+            yield tokens[:, None]
 
     def _run(self, input_ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> np.ndarray:
         model = self._model

@@ -100,3 +100,54 @@ def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray | None]:
         "q_segments": q_segments,
         "kv_segments": kv_segments,
     }
+
+
+@dataclass(frozen=True)
+class CachedCase:
+    """A token at `slot` of caches of `capacity` slots; firsts: each row's first slot that is not padding."""
+
+    name: str
+    capacity: int
+    slot: int
+    firsts: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    half: int | None = 8  # channels that the tables turn, halved; None: no rotary positions
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+CACHED_CASES: tuple[CachedCase, ...] = (
+    CachedCase("first_token", 8, 0, (0,)),
+    CachedCase("padded_rows", 40, 33, (0, 33, 12)),
+    CachedCase("full", 130, 129, (0, 70)),
+    CachedCase("many_parts", 700, 500, (3, 499), heads=6, kv_heads=1),
+    CachedCase("window", 200, 180, (0, 175), window=65),
+    CachedCase("soft_cap", 100, 64, (1, 2), soft_cap=5.0),
+    CachedCase("no_rope", 64, 63, (5,), half=None),
+    CachedCase("odd_head", 70, 66, (0, 9), heads=3, kv_heads=3, head_dim=24, half=9),
+)
+
+
+def make_cached_inputs(case: CachedCase, seed: int) -> dict[str, np.ndarray | None]:
+    """q ``[batch, heads·head_dim]``, k and v ``[batch, kv_heads·head_dim]``, keys, values, cos, sin, float32; first, slot."""
+    generator = np.random.default_rng(seed)
+    batch, own = len(case.firsts), case.kv_heads * case.head_dim
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    angles = None if case.half is None else generator.uniform(0, 6, (batch, case.half)).astype(np.float32)
+    cache = (batch, case.capacity, case.kv_heads, case.head_dim)
+    return {
+        "q": normal(batch, case.heads * case.head_dim),
+        "k": normal(batch, own),
+        "v": normal(batch, own),
+        "keys": normal(*cache),
+        "values": normal(*cache),
+        "cos": None if angles is None else np.cos(angles),
+        "sin": None if angles is None else np.sin(angles),
+        "first": np.array(case.firsts, np.int32),
+        "slot": np.array([case.slot], np.int64),
+    }

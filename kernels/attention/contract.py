@@ -13,6 +13,15 @@
     soft_cap c (Gemma 2): scores become ``c·tanh(scores / c)`` before the mask.
     Scores and softmax are float32; probabilities are rounded to v's dtype before the second product.
 
+Decoding on torch, in ``torch_ops`` and ``triton_kernel`` alike, with caches ``[batch, capacity, kv_heads, head_dim]`` and all
+that changes from token to token on the device, so that a CUDA graph can hold it:
+``append(q, k, v, tables, keys, values, slot) -> None``
+    q ``[batch, heads·head_dim]``, k and v ``[batch, kv_heads·head_dim]``, of any row stride: one token a row. Turns q in place
+    by tables (cos, sin) float32 ``[batch, half]``, or None to turn nothing, and writes the turned k, and v, to slot int64
+    ``[1]`` of the caches.
+``attend(q, keys, values, first, slot, *, scale, window=None, soft_cap=None) -> [batch, heads·head_dim]``
+    Attention of the queries that stand at `slot` over the slots from first (int32 ``[batch]``) to slot, as above.
+
 Backward: q, k, v, the output and one log-sum-exp a row are enough; the plain versions may keep what autograd keeps.
 """
 

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn.functional import scaled_dot_product_attention
 
+from jaxsloth.kernels.rope.torch_ops import rotate
+
 
 def _visible(
     q_length: int,
@@ -91,3 +93,50 @@ def attention(
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
     return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor] | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot: torch.Tensor,
+) -> None:
+    """One token's keys and values into the caches; see the contract."""
+    if tables is not None:
+        rotate(q, k, *tables, q, k, head_dim=keys.shape[3])
+    for cache, new in ((keys, k), (values, v)):
+        cache.index_copy_(1, slot, new.reshape(new.shape[0], 1, *cache.shape[2:]))
+
+
+@torch.no_grad()
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    slot: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Attention of one query a row over the caches; see the contract."""
+    batch, capacity, _, head_dim = keys.shape
+    slots = torch.arange(capacity, device=q.device)
+    seen = ((slots >= first[:, None]) & (slots <= slot)).int()
+    out = attention(
+        q.reshape(batch, 1, -1, head_dim),
+        keys,
+        values,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        q_segments=seen.new_ones(batch, 1),
+        kv_segments=seen,
+        q_offset=slot[0],
+    )
+    return out.reshape(batch, -1)

@@ -76,3 +76,38 @@ def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray | None]:
     maxima = [np.abs(flat[start : start + BLOCK]).max() for start in range(0, size, BLOCK)]
     offset = np.mean(np.asarray(maxima, np.float64)).astype(np.float32)
     return {"weight": flat.reshape(case.out, case.in_), "offset": np.asarray(offset)}
+
+
+@dataclass(frozen=True)
+class MatvecCase:
+    """x ``[rows, in]`` and weights ``[out, in]`` that share it; strided: the rows of x lie apart."""
+
+    name: str
+    rows: int
+    in_: int
+    outs: tuple[int, ...]
+    strided: bool = False
+    bias: bool = False
+
+
+MATVEC_CASES: tuple[MatvecCase, ...] = (
+    MatvecCase("one_block", 1, 64, (1,)),
+    MatvecCase("one_row", 1, 576, (192,)),
+    MatvecCase("odd_out", 1, 320, (37,), bias=True),
+    MatvecCase("qkv", 1, 1024, (64, 24, 40), bias=True),
+    MatvecCase("long_rows", 1, 4160, (24, 8)),
+    MatvecCase("two_rows", 2, 576, (70,)),
+    MatvecCase("eight_rows", 8, 1088, (96, 33, 64), bias=True),
+    MatvecCase("strided", 5, 640, (40, 48), strided=True),
+    MatvecCase("sixteen_rows", 16, 704, (80,)),
+)
+
+
+def make_matvec_inputs(case: MatvecCase, seed: int) -> dict[str, np.ndarray | None]:
+    """``x`` float32 ``[rows, in]``, ``weight0 …`` and ``bias`` float32 ``[sum of out]`` or None."""
+    generator = np.random.default_rng(seed)
+    found: dict[str, np.ndarray | None] = {"x": generator.standard_normal((case.rows, case.in_)).astype(np.float32)}
+    for place, out in enumerate(case.outs):
+        found[f"weight{place}"] = (0.02 * generator.standard_normal((out, case.in_))).astype(np.float32)
+    found["bias"] = generator.standard_normal(sum(case.outs)).astype(np.float32) if case.bias else None
+    return found

@@ -14,6 +14,12 @@ Functions, the same in ``torch_ops`` and ``xla_ops`` (arrays are the framework's
     the product ``CODE[index] * absmax`` in float32, rounded once to dtype. With `layer` (an int32 scalar, JAX only) the
     arrays carry a leading ``[layers]`` axis and the one layer is read in place.
 
+``matvec(x, weights, bias=None) -> [rows, sum of out]``
+    x ``[rows, in]`` (rows of any stride) in float32, bfloat16 or float16, which is also the result's; weights: a sequence of
+    NF4 that share their ``in``. ``y = [x·W0ᵀ, x·W1ᵀ, …]``, the dequantized weight in float32 or rounded to x's dtype, products
+    accumulated in float32, y rounded once. For few rows (decoding): codes and maxima are read once and no weight is written.
+    No gradient. On JAX weights is one NF4, and `layer` is as above. Held to `MATVEC_TOLERANCES`.
+
 Details that bit-equality with bitsandbytes 0.50 (its CPU library is the judge) needs, the same in every implementation:
 - A value is multiplied by ``1 / max(absmax, 1e-38)``, clipped to [-1, 1] and matched to the nearest of `CODE`, the lower one
   at the float32 midpoint. The last block, where it is shorter than 64, is divided by absmax instead, and its absmax is
@@ -23,7 +29,7 @@ Details that bit-equality with bitsandbytes 0.50 (its CPU library is the judge) 
   code instead; about one code in a thousand, near a midpoint, is the neighbour there.) A block whose nested.absmax is 0
   gets code 0.
 
-Exactness: both functions are bit-equal to bitsandbytes', except for the offset's own summation order.
+Exactness: quantize and dequantize are bit-equal to bitsandbytes', except for the offset's own summation order.
 Mind FMA: ``code * scale + offset`` contracted into one rounding differs in the last bit.
 """
 
@@ -34,7 +40,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.kernels.registry import Implementation, Op, needs_cuda
+from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
+from jaxsloth.kernels.tolerance import Tolerance
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -132,4 +139,34 @@ DEQUANTIZE = Op(
         Implementation("xla", "jax", "jaxsloth.kernels.nf4.xla_ops:dequantize"),
     ),
 )
-OPS = (QUANTIZE, DEQUANTIZE)
+
+
+# Rows of x that the kernels take: one tile of the tensor cores.
+MATVEC_ROWS = 16
+
+
+def _matvec_refuses(facts: Facts) -> str | None:
+    """sizes: rows, in, values (of the largest weight); what is not told is taken to fit."""
+    rows, in_, values = (facts.sizes.get(name, 0) for name in ("rows", "in", "values"))
+    if rows > MATVEC_ROWS:
+        return f"takes at most {MATVEC_ROWS} rows, and there are {rows}"
+    if in_ % BLOCK:
+        return f"needs rows of whole blocks of {BLOCK} values, and in={in_}"
+    if values >= 2**31:
+        return f"counts values in 32 bits, and a weight has {values}"
+    return needs_cuda(facts)
+
+
+MATVEC = Op(
+    "nf4_matvec",
+    (
+        Implementation("triton", "torch", "jaxsloth.kernels.nf4.matvec_triton:matvec", _matvec_refuses),
+        Implementation("torch", "torch", "jaxsloth.kernels.nf4.torch_ops:matvec"),
+    ),
+)
+OPS = (QUANTIZE, DEQUANTIZE, MATVEC)
+MATVEC_TOLERANCES = {
+    "float32": Tolerance(output=2e-6, gradient=0.0),
+    "bfloat16": Tolerance(output=8e-3, gradient=0.0),
+    "float16": Tolerance(output=1e-3, gradient=0.0),
+}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float64
 
@@ -20,3 +22,11 @@ def dequantize(quantized: NF4) -> Float64[torch.Tensor, "out in"]:
         absmax = quantized.nested.code.double()[quantized.absmax.long()] * outer + quantized.nested.offset.double()
     scales = absmax.repeat_interleave(BLOCK)[: out * in_]
     return (values * scales).reshape(out, in_)
+
+
+def matvec(
+    x: Float64[torch.Tensor, "rows in"], weights: Sequence[NF4], bias: Float64[torch.Tensor, " out"] | None = None
+) -> Float64[torch.Tensor, "rows out"]:
+    """``[x·W0ᵀ, x·W1ᵀ, …] + bias``."""
+    y = torch.cat([x @ dequantize(weight).T for weight in weights], dim=1)
+    return y if bias is None else y + bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -142,3 +143,13 @@ def dequantize(quantized: NF4, dtype: torch.dtype) -> Float[torch.Tensor, "out i
             values[whole:] *= scales[-1]
         out[start:stop] = values
     return out.view(quantized.shape)
+
+
+@torch.no_grad()
+def matvec(
+    x: Float[torch.Tensor, "rows in"], weights: Sequence[NF4], bias: Float[torch.Tensor, " out"] | None = None
+) -> Float[torch.Tensor, "rows out"]:
+    """``x·Wᵀ`` for weights that share their input, side by side; each weight is dequantized for the product."""
+    products = [torch.nn.functional.linear(x, dequantize(weight, x.dtype)) for weight in weights]
+    y = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+    return y if bias is None else y.add_(bias)

@@ -119,6 +119,11 @@ class Scripted:
         self.place += 1
         return logits
 
+    def greedy(self, tokens, count):
+        for _ in range(count):
+            tokens = self.step(tokens).argmax(axis=1)
+            yield tokens[:, None]
+
 
 def run_script(texts, **settings):
     tokenizer = byte_tokenizer()

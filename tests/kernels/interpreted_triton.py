@@ -6,9 +6,18 @@ import pytest
 import torch
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
+from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
 from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes, torch_step
-from tests.kernels.torch_checks import DTYPES, check_dequantize, check_op, every_case, part
+from tests.kernels.torch_checks import (
+    DTYPES,
+    check_cached_attention,
+    check_dequantize,
+    check_matvec,
+    check_op,
+    every_case,
+    part,
+)
 
 WITH_KERNELS = ("rms_norm", "rope", "gated_activation", "linear_cross_entropy")
 
@@ -34,6 +43,19 @@ def test_against_the_reference(op, case, dtype):
 @pytest.mark.parametrize("case", part("nf4", "cases").CASES, ids=lambda case: case.name)
 def test_dequantize(case, dtype, nested):
     check_dequantize(nf4_triton.dequantize, case, dtype, nested, "cpu", as_the_interpreter_rounds)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", part("nf4", "cases").MATVEC_CASES, ids=lambda case: case.name)
+def test_matvec(case, dtype, nested):
+    check_matvec(matvec_triton.matvec, case, dtype, nested, "cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("case", part("attention", "cases").CACHED_CASES, ids=lambda case: case.name)
+def test_cached_attention(case, dtype):
+    check_cached_attention(part("attention", "triton_kernel"), case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("case", part("adamw_8bit", "cases").CASES, ids=lambda case: case.name)

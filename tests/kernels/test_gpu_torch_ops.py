@@ -7,17 +7,31 @@ import torch
 
 from jaxsloth.kernels.adamw_8bit.cases import CASES as ADAMW_CASES
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments, blocks_of, step_factors
+from jaxsloth.kernels.attention.cases import CACHED_CASES, CachedCase
 from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask
 from jaxsloth.kernels.nf4 import torch_ops as nf4_torch
 from jaxsloth.kernels.nf4.cases import CASES as NF4_CASES
+from jaxsloth.kernels.nf4.cases import MATVEC_CASES, MatvecCase
 from jaxsloth.kernels.nf4.cases import make_inputs as make_nf4_inputs
-from jaxsloth.kernels.nf4.contract import BLOCK, DEQUANTIZE, NESTED_BLOCK, NF4, Nested, dynamic_code
+from jaxsloth.kernels.nf4.contract import BLOCK, DEQUANTIZE, MATVEC, NESTED_BLOCK, NF4, Nested, dynamic_code
 from jaxsloth.kernels.registry import Facts, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from tests.kernels.adamw_8bit_checks import STATE, check_case, check_each_step_against_bitsandbytes, torch_step
-from tests.kernels.torch_checks import DTYPES, OPS, bits, check_dequantize, check_op, every_case, part, relative_error, to_torch
+from tests.kernels.torch_checks import (
+    DTYPES,
+    OPS,
+    bits,
+    check_cached_attention,
+    check_dequantize,
+    check_matvec,
+    check_op,
+    every_case,
+    part,
+    relative_error,
+    to_torch,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +56,32 @@ def test_against_the_reference(op, implementation, case, dtype):
 @pytest.mark.parametrize("implementation", DEQUANTIZE.of("torch"), ids=lambda implementation: implementation.name)
 def test_dequantize(implementation, case, dtype, nested):
     check_dequantize(implementation.load(), case, dtype, nested, "cuda")
+
+
+LONG_CACHE = CachedCase("long", 9000, 8500, (0, 8000, 17), heads=32, kv_heads=8, head_dim=128, half=64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CACHED_CASES, LONG_CACHE], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["triton_kernel", "torch_ops"])
+def test_cached_attention(name, case, dtype):
+    check_cached_attention(part("attention", name), case, dtype, "cuda")
+
+
+# The shapes of Llama-3.1-8B: qkv, gate and up, and down.
+MODEL_CASES = [
+    MatvecCase(f"{rows}x{in_}", rows, in_, outs)
+    for rows in (1, 8)
+    for in_, outs in ((4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,)))
+]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*MATVEC_CASES, *MODEL_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", MATVEC.of("torch"), ids=lambda implementation: implementation.name)
+def test_matvec(implementation, case, dtype, nested):
+    check_matvec(implementation.load(), case, dtype, nested, "cuda")
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from jaxsloth.kernels.nf4 import torch_ops
-from jaxsloth.kernels.nf4.cases import CASES, make_inputs
-from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, dynamic_code
-from tests.kernels.torch_checks import DTYPES, bits
+from jaxsloth.kernels.nf4.cases import CASES, MATVEC_CASES, make_inputs
+from jaxsloth.kernels.nf4.contract import BLOCK, CODE, MATVEC, NESTED_BLOCK, dynamic_code
+from jaxsloth.kernels.registry import Facts, select
+from tests.kernels.torch_checks import DTYPES, bits, check_matvec
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -90,3 +91,29 @@ def test_an_empty_weight_is_refused():
 def test_an_offset_without_nesting_is_refused():
     with pytest.raises(ValueError, match="nested=True"):
         torch_ops.quantize(torch.ones(1, 64), offset=torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", MATVEC_CASES, ids=lambda case: case.name)
+def test_matvec(case, dtype, nested):
+    check_matvec(torch_ops.matvec, case, dtype, nested, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("platform", "sizes", "reason"),
+    [
+        ("cuda", {"rows": 17, "in": 64}, "takes at most 16 rows, and there are 17"),
+        ("cuda", {"rows": 1, "in": 96}, "whole blocks of 64 values, and in=96"),
+        ("cuda", {"rows": 1, "in": 64, "values": 2**31}, "counts values in 32 bits"),
+        ("cpu", {"rows": 1, "in": 64}, "needs an NVIDIA GPU"),
+    ],
+)
+def test_what_the_matvec_kernel_refuses(platform, sizes, reason):
+    choice = select(MATVEC, "torch", Facts(platform, "bfloat16", sizes))
+    assert choice.implementation.name == "torch"
+    assert reason in dict(choice.refused)["triton"]
+
+
+def test_the_matvec_kernel_is_chosen_on_a_gpu():
+    assert select(MATVEC, "torch", Facts("cuda", "bfloat16", {"rows": 16, "in": 4096})).implementation.name == "triton"

@@ -14,12 +14,14 @@ from triton.compiler import ASTSource
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.adamw_8bit.contract import BLOCK as MOMENT_BLOCK
+from jaxsloth.kernels.attention import triton_kernel as attention_triton
 from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
 from jaxsloth.kernels.lora_matmul import triton_kernel as margins_triton
+from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
-from jaxsloth.kernels.nf4.contract import BLOCK, NESTED_BLOCK
+from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK
 from jaxsloth.kernels.rms_norm import triton_kernel as rms_norm_triton
 from jaxsloth.kernels.rope import triton_kernel as rope_triton
 
@@ -172,3 +174,48 @@ def test_placement_compiles(dtype):
     arguments = {"table": "*i64", "scales": "*fp32", "like": TYPES[dtype]}
     constants = {"TABLE_FIELDS": margins_triton.FIELDS, "HEIGHT": margins_triton.ROWS, "WIDTH": margins_triton.COLUMNS}
     compile_ptx(margins_triton.place_kernel, arguments, constants, margins_triton.LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rows", [1, MATVEC_ROWS])
+def test_matvec_compiles(dtype, nested, rows):
+    levels: dict[str, str] = {}
+    for place in range(matvec_triton.WEIGHTS):
+        levels |= {f"codes{place}": "*i32", f"absmax{place}": "*u8" if nested else "*fp32"}
+        levels |= dict.fromkeys((f"outer{place}", f"offset{place}", f"book{place}"), "*fp32")
+    counts = numbers("rows", "x_stride", "row_words", "blocks", "blocks_each", "out0", "out1", "out2")
+    for outs, split in (((4096,), False), ((28672,), False), ((64,), True)):
+        tiles = matvec_triton.tiles_for(rows, 64, outs)
+        arguments = {**pointers(dtype, "x"), "y": "*fp32" if split else TYPES[dtype], **pointers(dtype, "bias")}
+        arguments |= {"table": "*fp32", **levels, **counts}
+        constants = {"NESTED": nested, "NESTED_SIZE": NESTED_BLOCK, "BIASED": not split, "SIZE": BLOCK, "ROWS": rows}
+        constants |= {"TILE_OUT": tiles.out, "TILE_BLOCKS": tiles.blocks}
+        options = {**matvec_triton.LAUNCH, "num_warps": tiles.warps}
+        compile_ptx(matvec_triton.matvec_kernel, arguments, constants, options)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_matvec_parts_compile(dtype):
+    arguments = {"parts": "*fp32", **pointers(dtype, "bias", "y"), **numbers("size", "width")}
+    constants = {"BIASED": True, "SPLIT": 8, "SIZE": matvec_triton.REDUCE}
+    compile_ptx(matvec_triton.add_parts_kernel, arguments, constants, matvec_triton.REDUCE_LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_cached_attention_compiles(dtype):
+    sizes = numbers("heads", "kv_heads", "head_dim")
+    strides = numbers("capacity", "q_stride", "k_stride", "v_stride")
+    caches = pointers(dtype, "keys", "values")
+    append = {**pointers(dtype, "q", "k", "v"), "cos": "*fp32", "sin": "*fp32", **caches, "slot": "*i64", **sizes}
+    append |= {**numbers("half"), **strides}
+    for turns in (True, False):
+        compile_ptx(attention_triton.append_kernel, append, {"TURNS": turns, "DIM": 128}, attention_triton.SMALL)
+    parts = dict.fromkeys(("outs", "peaks", "sums"), "*fp32")
+    attend = {**pointers(dtype, "q"), **caches, "first": "*i32", "slot": "*i64", **parts, **sizes}
+    attend |= {**numbers("capacity", "span", "q_stride"), "scale": "fp32", "window": "i32", "cap": "fp32"}
+    for special in (False, True):
+        constants = {"WINDOWED": special, "CAPPED": special, "GROUP": 16, "DIM": 128, "SLOTS": attention_triton.TILE}
+        compile_ptx(attention_triton.attend_kernel, attend, constants, attention_triton.LAUNCH)
+    join = {**parts, "slot": "*i64", **pointers(dtype, "out"), **numbers("head_dim", "span")}
+    compile_ptx(attention_triton.join_kernel, join, {"DIM": 128}, attention_triton.SMALL)

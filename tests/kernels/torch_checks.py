@@ -168,6 +168,74 @@ def check_lora_matmul(
     )
 
 
+def check_matvec(function: Callable[..., torch.Tensor], case: Any, dtype: str, nested: bool, device: str) -> None:
+    """Against float64, from poisoned memory, twice."""
+    inputs = to_torch(part("nf4", "cases").make_matvec_inputs(case, 0), device)
+    weights = [nf4_torch.quantize(inputs[f"weight{place}"], nested=nested) for place in range(len(case.outs))]
+    x = inputs["x"].to(getattr(torch, dtype))
+    if case.strided:
+        x = torch.cat([x, torch.full_like(x[:, :40], float("nan"))], dim=1)[:, : case.in_]
+    bias = None if inputs["bias"] is None else inputs["bias"].to(x.dtype)
+    with poisoned():
+        got, again = function(x, weights, bias), function(x, weights, bias)
+    expected = part("nf4", "reference").matvec(x.double(), weights, None if bias is None else bias.double())
+    assert got.dtype == x.dtype and got.shape == (case.rows, sum(case.outs))
+    assert torch.equal(got, again)
+    error, tolerance = relative_error(got, expected), part("nf4", "contract").MATVEC_TOLERANCES[dtype]
+    assert error <= tolerance.output, f"{error:.2e}"
+
+
+def check_cached_attention(module: ModuleType, case: Any, dtype: str, device: str) -> None:
+    """`append` and `attend` of one token, against the rotation and the attention of the whole by their definitions."""
+    inputs = to_torch(part("attention", "cases").make_cached_inputs(case, 0), device)
+    data = {name: inputs[name].to(getattr(torch, dtype)) for name in ("q", "k", "v", "keys", "values")}
+    q, k, v, keys, values = (data[name].clone() for name in ("q", "k", "v", "keys", "values"))
+    # In one buffer, as a projection leaves them.
+    q, k, v = torch.cat([q, k, v], dim=1).split([q.shape[1], k.shape[1], v.shape[1]], dim=1)
+    tables = None if case.half is None else (inputs["cos"], inputs["sin"])
+    with poisoned():
+        module.append(q, k, v, tables, keys, values, inputs["slot"])
+        found = [
+            module.attend(
+                q,
+                keys,
+                values,
+                inputs["first"],
+                inputs["slot"],
+                scale=case.head_dim**-0.5,
+                window=case.window,
+                soft_cap=case.soft_cap,
+            )
+            for _ in range(2)
+        ]
+    batch, options = len(case.firsts), {"window": case.window, "soft_cap": case.soft_cap}
+    turned = [data["q"], data["k"]]
+    if case.half is not None:
+        tables = [inputs[name].to(data["q"].dtype).double()[:, None] for name in ("cos", "sin")]
+        rope = part("rope", "reference").rope
+        turned = [rope(t.double().view(batch, 1, -1, case.head_dim), *tables).view(batch, -1) for t in turned]
+    shape = (batch, case.kv_heads, case.head_dim)
+    others = torch.arange(case.capacity, device=device) != case.slot
+    for cache, before, new in ((keys, data["keys"], turned[1]), (values, data["values"], data["v"])):
+        assert torch.equal(cache[:, others], before[:, others])
+        assert relative_error(cache[:, case.slot], new.view(shape)) <= part("rope", "contract").TOLERANCES[dtype].output
+    seen = (torch.arange(case.capacity)[None] >= inputs["first"].cpu()[:, None]).int()
+    expected = part("attention", "reference").attention(
+        q.cpu().double().reshape(batch, 1, -1, case.head_dim),
+        keys.cpu().double(),
+        values.cpu().double(),
+        scale=case.head_dim**-0.5,
+        q_segments=torch.ones(batch, 1, dtype=torch.int32),
+        kv_segments=seen,
+        q_offset=case.slot,
+        **options,
+    )
+    assert torch.equal(*found) and found[0].dtype == q.dtype
+    assert relative_error(q, turned[0]) <= part("rope", "contract").TOLERANCES[dtype].output
+    error = relative_error(found[0].cpu(), expected.view(batch, -1))
+    assert error <= part("attention", "contract").TOLERANCES[dtype].output, f"{error:.2e}"
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers, so that NaN and the sign of zero count."""
     return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])

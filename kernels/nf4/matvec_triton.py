@@ -1,0 +1,245 @@
+"""NF4 weights times few rows, as one Triton kernel: codes are decoded in registers and met by x there.
+
+A program owns `TILE_OUT` rows of a weight and goes through its blocks of 64 values `TILE_BLOCKS` at a time; the next codes are
+fetched while the present ones are decoded. One row of x is multiplied in float32 lanes, and each block's sum is scaled once.
+More rows go through the tensor cores, each weight rounded to x's dtype as `dequantize` rounds it. The code book is looked up by
+`gather` (shuffles in a single warp, else shared memory): two instructions less than a lookup in global memory. Where a weight
+is too small to fill the GPU, `in` is split over programs whose float32 sums are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+
+from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
+from jaxsloth.kernels.nf4.triton_kernel import _table
+
+WEIGHTS = 3  # that one launch takes
+PROCESSORS = 132  # of the GPU that the tiles are chosen for, an H200; any other runs them too
+REDUCE = 512
+# The next codes are fetched by hand; pipelining would stage the lookups too.
+LAUNCH = {"num_stages": 1, "enable_fp_fusion": True}
+REDUCE_LAUNCH = {"num_warps": 4}
+
+
+class Tiles(NamedTuple):
+    """How a product is cut: rows of the weight and blocks of them a program handles at once, parts of `in`, warps a program."""
+
+    out: int
+    blocks: int
+    split: int
+    warps: int
+
+
+@triton.jit
+@no_type_check  # the tests' type checker would wrap the source that Triton reads
+def _words(codes, row, inside, row_words, first, end, WORDS: tl.constexpr, TILE_BLOCKS: tl.constexpr):
+    """int32 ``[TILE_OUT, TILE_BLOCKS * WORDS]`` from block `first` on, eight codes a word."""
+    word = first * WORDS + tl.arange(0, TILE_BLOCKS * WORDS)
+    mask = inside[:, None] & (word < end * WORDS)[None, :]
+    return tl.load(codes + row[:, None] * row_words + word[None, :], mask=mask, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+@no_type_check
+def _decode(word, values, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """float32 ``[HEIGHT, WIDTH * 8]``: each word's codes looked up, in the order of the values they stand for."""
+    pair = tl.join(word, word >> 16)
+    byte = tl.join(pair, pair >> 8)
+    index = tl.join(byte >> 4, byte) & 15  # the high nibble comes first
+    return tl.reshape(tl.gather(values, tl.reshape(index, (HEIGHT * WIDTH * 8,)), 0), (HEIGHT, WIDTH * 8))
+
+
+@triton.jit
+@no_type_check
+def _scales(absmax, outer, offset, book, index, mask, NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr):
+    """The float32 scale of every block, 0 outside the mask."""
+    if NESTED:
+        code = tl.load(absmax + index, mask=mask, other=0).to(tl.int32)
+        product = tl.load(book + code) * tl.load(outer + index // NESTED_SIZE, mask=mask, other=0.0)
+        scale = tl.where(mask, product + tl.load(offset), 0.0)
+    else:
+        scale = tl.load(absmax + index, mask=mask, other=0.0)
+    return scale
+
+
+@triton.jit
+@no_type_check
+def matvec_kernel(
+    x,
+    y,
+    bias,
+    table,
+    codes0,
+    absmax0,
+    outer0,
+    offset0,
+    book0,
+    codes1,
+    absmax1,
+    outer1,
+    offset1,
+    book1,
+    codes2,
+    absmax2,
+    outer2,
+    offset2,
+    book2,
+    rows,
+    x_stride,
+    row_words,
+    blocks,
+    blocks_each,
+    out0,
+    out1,
+    out2,
+    NESTED: tl.constexpr,
+    NESTED_SIZE: tl.constexpr,
+    BIASED: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_OUT: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+):
+    tile, part = tl.program_id(0), tl.program_id(1)
+    tiles0, tiles1 = tl.cdiv(out0, TILE_OUT), tl.cdiv(out1, TILE_OUT)
+    total = out0 + out1 + out2
+    codes, absmax, outer, offset, book, out, column = codes0, absmax0, outer0, offset0, book0, out0, 0
+    if tile >= tiles0 + tiles1:
+        codes, absmax, outer, offset, book, out, column = codes2, absmax2, outer2, offset2, book2, out2, out0 + out1
+        tile -= tiles0 + tiles1
+    elif tile >= tiles0:
+        codes, absmax, outer, offset, book, out, column = codes1, absmax1, outer1, offset1, book1, out1, out0
+        tile -= tiles0
+    row = tile * TILE_OUT + tl.arange(0, TILE_OUT)
+    inside = row < out
+    start = part * blocks_each
+    end = tl.minimum(start + blocks_each, blocks)
+    sums = tl.zeros((TILE_OUT, TILE_BLOCKS if ROWS == 1 else ROWS), tl.float32)
+    values = tl.load(table + tl.arange(0, 16))
+    fetched = _words(codes, row, inside, row_words, start, end, SIZE // 8, TILE_BLOCKS)
+    for first in range(start, end, TILE_BLOCKS):
+        word = fetched
+        fetched = _words(codes, row, inside, row_words, first + TILE_BLOCKS, end, SIZE // 8, TILE_BLOCKS)
+        block = first + tl.arange(0, TILE_BLOCKS)
+        mask = inside[:, None] & (block < end)[None, :]
+        index = row[:, None] * blocks + block[None, :]
+        scale = _scales(absmax, outer, offset, book, index, mask, NESTED, NESTED_SIZE)
+        weight = _decode(word, values, TILE_OUT, TILE_BLOCKS * (SIZE // 8))
+        channel = first * SIZE + tl.arange(0, TILE_BLOCKS * SIZE)
+        there = channel < end * SIZE
+        if ROWS == 1:
+            product = weight * tl.load(x + channel, mask=there, other=0.0).to(tl.float32)[None, :]
+            sums += tl.sum(tl.reshape(product, (TILE_OUT, TILE_BLOCKS, SIZE)), axis=2) * scale
+        else:
+            which = tl.arange(0, ROWS)
+            place = which[None, :] * x_stride + channel[:, None]
+            values_of_x = tl.load(x + place, mask=there[:, None] & (which < rows)[None, :], other=0.0)
+            weight = tl.reshape(tl.reshape(weight, (TILE_OUT, TILE_BLOCKS, SIZE)) * scale[:, :, None], weight.shape)
+            sums = tl.dot(weight.to(x.dtype.element_ty), values_of_x, sums, input_precision="ieee")
+    if ROWS == 1:
+        result = tl.sum(sums, axis=1)
+        place, kept = column + row + part * total, inside
+    else:
+        which = tl.arange(0, ROWS)
+        result = sums
+        place = (column + row)[:, None] + (part * rows + which)[None, :] * total
+        kept = inside[:, None] & (which < rows)[None, :]
+    if BIASED:
+        added = tl.load(bias + column + row, mask=inside, other=0.0).to(tl.float32)
+        result += added if ROWS == 1 else added[:, None]
+    tl.store(y + place, result.to(y.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+@no_type_check
+def add_parts_kernel(parts, bias, y, size, width, BIASED: tl.constexpr, SPLIT: tl.constexpr, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    inside = place < size
+    total = tl.zeros((SIZE,), tl.float32)
+    for part in range(SPLIT):
+        total += tl.load(parts + part * size + place, mask=inside, other=0.0)
+    if BIASED:
+        total += tl.load(bias + place % width, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
+
+
+def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
+    """Tiles that give every processor enough to do. For one row a program is a single warp, whose lookups are shuffles and
+    which waits for no other; for more it is the four warps of a tensor-core tile."""
+    out, across, wanted, warps = (4, 8, 15 * PROCESSORS, 1) if rows == 1 else (64, 2, 3 * PROCESSORS, 4)
+    if rows == 1 and sum(triton.cdiv(one, out) for one in outs) < wanted:
+        out, across = 2, 16
+    programs, split = sum(triton.cdiv(one, out) for one in outs), 1
+    while 2 * programs * split <= wanted and split < 16 and blocks // (split * 2) >= across:
+        split *= 2
+    return Tiles(out, across, split, warps)
+
+
+def _levels(weight: NF4) -> tuple[Any, ...]:
+    nested, words = weight.nested, weight.codes.view(torch.int32)
+    if nested is None:  # the pointers of a second level are never read then; any will do
+        return words, weight.absmax, weight.absmax, weight.absmax, weight.absmax
+    return words, weight.absmax, nested.absmax, nested.offset, nested.code
+
+
+@torch.no_grad()
+def matvec(
+    x: Float[torch.Tensor, "rows in"], weights: Sequence[NF4], bias: Float[torch.Tensor, " out"] | None = None
+) -> Float[torch.Tensor, "rows out"]:
+    """As torch_ops' function of this name, on CUDA.
+
+    Raises:
+        ValueError: more rows or weights than the kernel takes, values of x that lie apart, rows that are not whole blocks, or
+            nested weights beside others.
+    """
+    rows, in_ = x.shape
+    outs, nested = [weight.shape[0] for weight in weights], weights[0].nested is not None
+    if not 1 <= rows <= MATVEC_ROWS or not 1 <= len(weights) <= WEIGHTS or in_ % BLOCK or x.stride(1) != 1:
+        raise ValueError(
+            f"matvec takes 1 to {MATVEC_ROWS} rows of whole blocks of {BLOCK} values and 1 to {WEIGHTS} weights; "
+            f"{tuple(x.shape)} of strides {x.stride()} and {len(weights)} came"
+        )
+    if any((weight.nested is not None) != nested or weight.shape[1] != in_ for weight in weights):
+        raise ValueError("weights of one matvec must share their input's width, and be nested all or none")
+    blocks, total = in_ // BLOCK, sum(outs)
+    tiles = tiles_for(rows, blocks, outs)
+    y = torch.empty(rows, total, dtype=x.dtype, device=x.device)
+    parts = y
+    if tiles.split > 1:
+        parts = torch.empty(tiles.split, rows, total, dtype=torch.float32, device=x.device)
+    levels = [_levels(weights[min(place, len(weights) - 1)]) for place in range(WEIGHTS)]
+    outs += [0] * (WEIGHTS - len(outs))
+    added, biased = (x if bias is None else bias), bias is not None
+    with torch.cuda.device_of(x):
+        pointers = [pointer for level in levels for pointer in level]
+        counts = (
+            rows,
+            x.stride(0),
+            in_ // 8,
+            blocks,
+            triton.cdiv(triton.cdiv(blocks, tiles.split), tiles.blocks) * tiles.blocks,
+        )
+        matvec_kernel[(sum(triton.cdiv(one, tiles.out) for one in outs), tiles.split)](
+            *(x, parts, added, _table(x.device), *pointers, *counts, *outs),
+            NESTED=nested,
+            NESTED_SIZE=NESTED_BLOCK,
+            BIASED=biased and tiles.split == 1,
+            SIZE=BLOCK,
+            ROWS=1 if rows == 1 else MATVEC_ROWS,
+            TILE_OUT=tiles.out,
+            TILE_BLOCKS=tiles.blocks,
+            **LAUNCH,
+            num_warps=tiles.warps,
+        )
+        if tiles.split > 1:
+            add_parts_kernel[(triton.cdiv(rows * total, REDUCE),)](
+                parts, added, y, rows * total, total, BIASED=biased, SPLIT=tiles.split, SIZE=REDUCE, **REDUCE_LAUNCH
+            )
+    return y

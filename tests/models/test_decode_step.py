@@ -1,0 +1,193 @@
+"""The decoding program of the torch backend on the CPU, where it runs without its graph: word for word what the layers say."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
+from jaxsloth.generation import GenerationSettings, generate
+from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.models.names import tensor_shapes
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.models.spec import Norm, Rope, RopeScaling
+from jaxsloth.torch_backend import decode_step
+from jaxsloth.torch_backend import generate as torch_generate
+from jaxsloth.training.initialize import initial_adapters
+from jaxsloth.transforms import add_lora, quantize
+from tests.support.sources import DictSource, transformers_llama
+from tests.support.tiny import CONFIG
+
+PROMPTS = [[5, 9, 77, 30], [200, 3, 4, 8, 15, 16, 23, 42, 99], [7]]
+SETTINGS = GenerationSettings(max_new_tokens=12, eos_ids=())
+NORM = Norm(eps=1e-5)
+
+
+def of_layers(spec, attention=None, **changes):
+    """The spec with fields of every layer, and of every layer's attention, replaced."""
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, **attention(index) if attention else {}), **changes)
+        for index, layer in enumerate(spec.layers)
+    )
+    return replace(spec, layers=layers)
+
+
+def no_rope(index):
+    return {"rope": None} if index % 2 else {}
+
+
+VARIANTS = {
+    "dense": lambda spec: spec,
+    "nf4": lambda spec: quantize(spec, nested=False),
+    "nested": lambda spec: quantize(spec, nested=True),
+    "qk_norm": lambda spec: of_layers(spec, lambda _: {"qk_norm": NORM}),
+    "windows": lambda spec: of_layers(spec, lambda index: {"window": 5 if index % 2 else None, "soft_cap": 2.0}),
+    "no_rope": lambda spec: of_layers(spec, no_rope),
+    "sandwich": lambda spec: replace(
+        of_layers(spec, placement="pre_post"),
+        embedding=replace(spec.embedding, scale=8.0),
+        head=replace(spec.head, soft_cap=3.0),
+    ),
+    "unnormed": lambda spec: of_layers(spec, attention_norm=None),
+    "gemma_norm": lambda spec: of_layers(spec, mlp_norm=replace(NORM, weight_offset=1.0)),
+}
+
+
+def random_tensors(spec, seed=4):
+    generator = np.random.Generator(np.random.Philox(seed))
+    return {
+        name: generator.normal(float(len(shape) == 1), 0.1 if len(shape) == 1 else 2 * shape[-1] ** -0.5, shape).astype(
+            np.float32
+        )
+        for name, shape in tensor_shapes(spec).items()
+    }
+
+
+def build(spec, name, tensors=None, **implementations):
+    options = BuildOptions(implementations={"decode_step": name, **implementations})
+    return load_backend("torch").build(spec, DictSource(tensors or random_tensors(spec)), options)
+
+
+def adapted(model, seed=5):
+    spec = add_lora(model.spec, r=4, alpha=8.0, targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    values = initial_adapters(spec, "kaiming", seed, model.base_tensor)
+    generator = np.random.Generator(np.random.Philox(seed))
+    return spec, {n: generator.normal(0, 0.2, v.shape).astype(np.float32) if "lora_B" in n else v for n, v in values.items()}
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["base", "adapted"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_says_what_the_layers_say(variant, with_adapters):
+    biased = {"attention_bias": True, "mlp_bias": True} if with_adapters else {}
+    spec = VARIANTS[variant](spec_from_config(CONFIG | biased))
+    answers = []
+    for name in ("fused", "composed"):
+        model = build(spec, name)
+        if with_adapters:
+            model.add_adapters(*adapted(model))
+        answers.append(generate(model, PROMPTS, SETTINGS))
+    assert answers[0] == answers[1]
+    assert len({tuple(row) for row in answers[0]}) == 3 and all(len(row) == 12 for row in answers[0])
+
+
+def test_it_says_what_transformers_says():
+    spec = spec_from_config(CONFIG)
+    tensors = random_tensors(spec)
+    judge = transformers_llama(CONFIG, tensors)
+    answers = generate(build(spec, "fused", tensors), PROMPTS, SETTINGS)
+    for prompt, ours in zip(PROMPTS, answers, strict=True):
+        ids = torch.tensor([prompt])
+        asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        expected = judge.generate(ids, eos_token_id=None, pad_token_id=0, **asked)
+        assert ours == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_any_number_of_rows(rows):
+    spec = quantize(spec_from_config(CONFIG), nested=True)
+    prompts = [[3 + row, 9, 12][: 1 + row % 3] for row in range(rows)]
+    assert generate(build(spec, "fused"), prompts, SETTINGS) == generate(build(spec, "composed"), prompts, SETTINGS)
+
+
+def test_a_program_serves_many_requests_and_sees_new_adapters():
+    spec = quantize(spec_from_config(CONFIG), nested=False)
+    model, judge = build(spec, "fused"), build(spec, "composed")
+    lora, values = adapted(model)
+    for one in (model, judge):
+        one.add_adapters(lora, values)
+    first = generate(model, PROMPTS, SETTINGS)
+    program = model.idle_step
+    assert program is not None and first == generate(judge, PROMPTS, SETTINGS)
+    _, others = adapted(model, seed=6)
+    for one in (model, judge):
+        one.load_trainable(others)
+    second = generate(model, PROMPTS[::-1], SETTINGS)
+    assert model.idle_step is program
+    assert second == generate(judge, PROMPTS[::-1], SETTINGS) != first[::-1]
+    generate(model, PROMPTS[:2], SETTINGS)
+    assert model.idle_step is not program
+    model.train_step(OptimizerOptions())
+    assert model.idle_step is None
+
+
+def test_two_requests_at_once_do_not_share_a_cache():
+    model = build(spec_from_config(CONFIG), "fused")
+    expected = [generate(model, [prompt], SETTINGS)[0] for prompt in PROMPTS[:2]]
+    states = []
+    for prompt in PROMPTS[:2]:
+        state, logits = model.start_decode(np.array([prompt], np.int32), np.array([len(prompt)], np.int32), 40)
+        states.append((state, logits.argmax(axis=1).astype(np.int32)))
+    said = list(zip(*(state.greedy(first, 11) for state, first in states), strict=True))
+    for place, (_, first) in enumerate(states):
+        assert [*first.tolist(), *np.concatenate([bursts[place] for bursts in said], axis=1)[0].tolist()] == expected[place]
+
+
+def test_steps_may_follow_bursts():
+    model, judge = (build(spec_from_config(CONFIG), name) for name in ("fused", "composed"))
+    logits = []
+    for one in (model, judge):
+        state, first = one.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
+        bursts = list(state.greedy(first.argmax(axis=1), 10))
+        assert sum(burst.shape[1] for burst in bursts) == 10
+        logits.append(state.step(bursts[-1][:, -1]))
+        with pytest.raises(ValueError, match="6 more tokens do not fit: 15 of the cache's 20 slots are used"):
+            state.greedy(bursts[-1][:, -1], 6)
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4
+
+
+def test_a_large_cache_is_not_kept(monkeypatch):
+    monkeypatch.setattr(decode_step, "KEPT_BYTES", 1000)
+    model = build(spec_from_config(CONFIG), "fused")
+    generate(model, PROMPTS, SETTINGS)
+    gc.collect()
+    assert model.idle_step is None
+
+
+def test_prompts_are_read_in_parts(monkeypatch):
+    spec = of_layers(spec_from_config(CONFIG), lambda index: {"window": 4 if index % 2 else None})
+    whole = [build(spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
+    monkeypatch.setattr(torch_generate, "PREFILL", 9)  # three slots at a time
+    parts = [build(spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
+    for logits in (*whole, *parts):
+        assert np.abs(logits - whole[0]).max() < 1e-5
+
+
+def padded():
+    ids = np.zeros((3, 9), np.int32)
+    for row, prompt in zip(ids, PROMPTS, strict=True):
+        row[-len(prompt) :] = prompt
+    return ids, np.array([len(prompt) for prompt in PROMPTS], np.int32)
+
+
+def test_what_it_refuses():
+    spec = spec_from_config(CONFIG)
+    stretched = Rope(10000.0, 16, RopeScaling("dynamic", 2.0))
+    with pytest.raises(RefusedError, match="dynamic scaling changes them with the length"):
+        build(of_layers(spec, lambda _: {"rope": stretched}), "fused").start_decode(*padded(), 10)
+    with pytest.raises(RefusedError, match="no implementation 'graph'"):
+        build(spec, "graph").start_decode(*padded(), 10)
+    assert generate(build(of_layers(spec, lambda _: {"rope": stretched}), None), PROMPTS, SETTINGS)
