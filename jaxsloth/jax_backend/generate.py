@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxsloth.jax_backend.model import JaxModel
 
 BUCKET = 64  # prompts and caches are rounded up to this many slots, so that few shapes compile
+BURST = 8  # tokens a row that one program says
 
 
 @partial(jax.jit, static_argnames=("structure", "ropes"), donate_argnums=(2,))
@@ -28,6 +29,30 @@ def _forward(trained: Any, frozen: Any, caches: Any, inputs: Any, frequencies: A
     context = Context(tables, inputs["segments"], inputs["kv_segments"], inputs["used"])
     hidden, caches = decoder.hidden(inputs["input_ids"], context, caches)
     return decoder.logits(hidden[:, -1]), caches
+
+
+@partial(jax.jit, static_argnames=("structure", "ropes", "count"), donate_argnums=(2,))
+def _say(
+    trained: Any, frozen: Any, caches: Any, inputs: Any, frequencies: Any, structure: Any, ropes: Any, count: int
+) -> tuple[Any, Any, Any]:
+    """(the `count` likeliest tokens that follow inputs["tokens"], int32 ``[batch, count]``, the inputs of what follows them,
+    the caches). Nothing of it waits for the host."""
+
+    def step(carried: Any, _: Any) -> Any:
+        caches, state = carried
+        decoder = nnx.merge(structure, trained, frozen)
+        seen = jax.lax.dynamic_update_slice_in_dim(
+            state["kv_segments"], jnp.ones_like(state["kv_segments"][:, :1]), state["used"], axis=1
+        )
+        tables = decoder.rope_tables(state["positions"], rates_of(ropes, frequencies))
+        context = Context(tables, jnp.ones_like(state["positions"]), seen, state["used"], decoding=True)
+        hidden, caches = decoder.hidden(state["tokens"][:, None], context, caches)
+        said = jnp.argmax(decoder.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+        after = {"tokens": said, "positions": state["positions"] + 1, "kv_segments": seen, "used": state["used"] + 1}
+        return (caches, after), said
+
+    (caches, state), said = jax.lax.scan(step, (caches, inputs), None, length=count)
+    return said.T, state, caches
 
 
 class DecodeState:
@@ -62,6 +87,40 @@ class DecodeState:
 
     def greedy(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
         """See `jaxsloth.backend.DecodeState`."""
+        if count > self._left:
+            raise ValueError(f"{count} more tokens do not fit: the cache has {self._left} slots left")
+        if self._model.stretches:
+            return self._greedy_by_steps(tokens, count)
+        inputs = {
+            "tokens": jnp.asarray(tokens, jnp.int32),
+            "positions": jnp.asarray(self._next[:, None]),
+            "kv_segments": jnp.array(self._segments),
+            "used": jnp.int32(self._used),
+        }
+        self._segments[:, self._used : self._used + count] = 1
+        self._used += count
+        self._left -= count
+        self._next = self._next + np.int32(count)
+        return self._say(inputs, count)
+
+    def _say(self, inputs: Any, count: int) -> Iterator[np.ndarray]:
+        """A burst is launched before the one before it is read. The last may go on past `count`: what it writes there is no
+        row's, since slots count only where the host says so."""
+        model, waiting = self._model, None
+        frequencies, ropes = model.frequencies(1)
+        model.count_compilation("say", self._segments.shape)
+        while count > 0 or waiting is not None:
+            launched = None
+            if count > 0:
+                said, inputs, self._caches = _say(
+                    model.trained, model.frozen, self._caches, inputs, frequencies, model.structure, ropes, BURST
+                )
+                launched, count = said[:, :count], count - BURST
+            if waiting is not None:
+                yield np.asarray(waiting)
+            waiting = launched
+
+    def _greedy_by_steps(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
         for _ in range(count):
             tokens = self.step(tokens).argmax(axis=1).astype(np.int32)
             yield tokens[:, None]

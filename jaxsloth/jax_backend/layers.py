@@ -7,7 +7,7 @@ frozen arrays are read in place at that index, and what is trained arrives alrea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,11 +17,12 @@ from flax import nnx
 from jaxsloth.kernels.attention.contract import ATTENTION
 from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
+from jaxsloth.kernels.jax_platform import precision_of
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL, Dropout
-from jaxsloth.kernels.nf4.contract import Nested
+from jaxsloth.kernels.nf4.contract import MATVEC, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
-from jaxsloth.kernels.registry import Facts, Op, resolve
+from jaxsloth.kernels.registry import Facts, Op, resolve, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
@@ -62,6 +63,13 @@ class Ops:
         self.lora_matmul = choose(LORA_MATMUL)
         self.rms_norm = choose(RMS_NORM)
         self.rope = choose(ROPE)
+        self._facts, self._matvec = facts, requested.get(MATVEC.name)
+
+    def matvec(self, rows: int, shape: tuple[int, int]) -> Callable[..., Any] | None:
+        """nf4_matvec for x of so many rows and a weight of this shape; None where `lora_matmul` does no worse."""
+        sizes = {"rows": rows, "in": shape[1], "values": shape[0] * shape[1]}
+        chosen = select(MATVEC, "jax", replace(self._facts, sizes=sizes), self._matvec).implementation
+        return None if chosen.name == "xla" and self._matvec is None else chosen.load()
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +94,7 @@ class Context:
 
     tables: (cos, sin) a rotary setting. segments: int32 ``[batch, length]``, kv_segments likewise for the keys where they
     differ (the cache's slots, of which `used` are written). dropout_words: uint32 ``[2]``, the step's key, or None outside
-    training; rows: int32 ``[batch]``.
+    training; rows: int32 ``[batch]``. decoding: one token a row, and no gradient is wanted.
     """
 
     tables: Mapping[specs.Rope, tuple[Any, Any]]
@@ -95,6 +103,7 @@ class Context:
     used: Any = 0
     rows: Any = None
     dropout_words: Any = None
+    decoding: bool = False
 
 
 class RMSNorm(nnx.Module):
@@ -154,6 +163,10 @@ class Linear(nnx.Module):
         bias = None
         if self._biased:
             bias = self.bias[...] if isinstance(self.bias, Trained) else self.bias[...][layer]
+        if context.decoding and self._quantized:
+            matvec = self._ops.matvec(x.shape[0] * x.shape[1], self._shape)
+            if matvec is not None:
+                return self._decode(matvec, x, bias, layer)
         if not self._adapted:
             return self._ops.lora_matmul(x, self.base(), bias=bias, layer=layer)
         dropout = None
@@ -171,6 +184,19 @@ class Linear(nnx.Module):
             dropout=dropout,
             layer=layer,
         )
+
+    def _decode(self, matvec: Callable[..., Any], x: Any, bias: Any, layer: Any) -> Any:
+        """As `lora_matmul`, without writing the dequantized weight."""
+        flat = x.reshape(-1, x.shape[-1])
+        y = matvec(flat, self.base(), layer=layer)
+        if self._adapted:
+            a, b = self.lora_A[...].astype(x.dtype), (self._scale * self.lora_B[...]).astype(x.dtype)
+            precision = precision_of(x.dtype)
+            low = jnp.einsum("ti,ri->tr", flat, a, precision=precision)
+            y = y + jnp.einsum("tr,or->to", low, b, precision=precision)
+        if bias is not None:
+            y = y + bias.astype(y.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 @dataclass(frozen=True)

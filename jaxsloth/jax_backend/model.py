@@ -157,8 +157,7 @@ class JaxModel:
         """The rotary frequencies for sequences of `length`: (arrays, (setting, scaling) of each), a program's two kinds of
         arguments."""
         ropes = dict.fromkeys(layer.attention.rope for layer in self.spec.layers if layer.attention.rope is not None)
-        stretches = any(rope.scaling is not None and rope.scaling.kind in ("dynamic", "longrope") for rope in ropes)
-        key = length if stretches else None
+        key = length if self.stretches else None
         if key not in self._frequencies:
             arrays, settings = [], []
             for rope in ropes:
@@ -167,6 +166,12 @@ class JaxModel:
                 settings.append((rope, scaling))
             self._frequencies[key] = tuple(arrays), tuple(settings)
         return self._frequencies[key]
+
+    @property
+    def stretches(self) -> bool:
+        """Whether rotary frequencies change with the length."""
+        scalings = (layer.attention.rope.scaling for layer in self.spec.layers if layer.attention.rope is not None)
+        return any(scaling is not None and scaling.kind in ("dynamic", "longrope") for scaling in scalings)
 
     @property
     def devices(self) -> int:

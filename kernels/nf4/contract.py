@@ -162,6 +162,8 @@ MATVEC = Op(
     (
         Implementation("triton", "torch", "jaxsloth.kernels.nf4.matvec_triton:matvec", _matvec_refuses),
         Implementation("torch", "torch", "jaxsloth.kernels.nf4.torch_ops:matvec"),
+        Implementation("pallas", "jax", "jaxsloth.kernels.nf4.pallas_matvec:matvec", _matvec_refuses),
+        Implementation("xla", "jax", "jaxsloth.kernels.nf4.xla_ops:matvec"),
     ),
 )
 OPS = (QUANTIZE, DEQUANTIZE, MATVEC)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
+from jaxsloth.kernels.jax_platform import precision_of
 from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested, dynamic_code, step_lookup
 
 jax.tree_util.register_dataclass(Nested, data_fields=["absmax", "offset", "code"], meta_fields=[])
@@ -141,3 +142,11 @@ def unpack(codes: UInt8[Array, " bytes"]) -> Float32[Array, " values"]:
     book = jnp.asarray(CODE)
     indices = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(-1)
     return book[indices.astype(jnp.int32)]
+
+
+def matvec(x: Float[Array, "rows in"], quantized: NF4, *, layer: Int[Array, ""] | None = None) -> Float[Array, "rows out"]:
+    """``x·Wᵀ`` accumulated in float32; the weight is dequantized for the product."""
+    weight = dequantize(quantized, x.dtype, layer=layer)
+    dimensions = (((1,), (1,)), ((), ()))
+    out = jax.lax.dot_general(x, weight, dimensions, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)

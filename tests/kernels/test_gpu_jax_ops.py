@@ -12,12 +12,12 @@ import pytest
 from jaxsloth.kernels.adamw_8bit.cases import CASES as ADAMW_CASES
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT
 from jaxsloth.kernels.nf4 import xla_ops
-from jaxsloth.kernels.nf4.cases import CASES, make_inputs
-from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4
+from jaxsloth.kernels.nf4.cases import CASES, MATVEC_CASES, MatvecCase, make_inputs
+from jaxsloth.kernels.nf4.contract import DEQUANTIZE, MATVEC, NF4
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes
 from tests.kernels.test_adamw_8bit_jax import jax_step
-from tests.kernels.test_jax_nf4 import stacked
+from tests.kernels.test_jax_nf4 import check_matvec, stacked
 from tests.kernels.test_jax_ops import DTYPES, OPS, check, part
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +53,17 @@ def test_dequantize_is_the_cpus(implementation, case, dtype, nested):
     got = np.asarray(implementation.load()(quantized, jnp.dtype(dtype)).astype(jnp.float32))
     expected = np.asarray(xla_ops.dequantize(on_cpu(quantized), jnp.dtype(dtype)).astype(jnp.float32))
     assert np.array_equal(got, expected)
+
+
+# A projection of Llama-3.1-8B.
+MODEL_CASES = [MatvecCase(f"{rows}x14336", rows, 14336, (4096,)) for rows in (1, 8)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("case", [*MATVEC_CASES, *MODEL_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("implementation", MATVEC.of("jax"), ids=lambda implementation: implementation.name)
+def test_matvec(implementation, case, nested):
+    check_matvec(implementation.load(), case, nested)
 
 
 @pytest.mark.parametrize("nested", [False, True])

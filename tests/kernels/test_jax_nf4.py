@@ -11,9 +11,9 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from jaxsloth.kernels.nf4 import pallas_kernel, xla_ops
-from jaxsloth.kernels.nf4.cases import CASES, make_inputs
-from jaxsloth.kernels.nf4.contract import NF4, Nested
+from jaxsloth.kernels.nf4 import pallas_kernel, pallas_matvec, xla_ops
+from jaxsloth.kernels.nf4.cases import CASES, MATVEC_CASES, make_inputs, make_matvec_inputs
+from jaxsloth.kernels.nf4.contract import MATVEC_TOLERANCES, NF4, Nested
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_level = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -55,8 +55,8 @@ def test_dequantize_is_bitsandbytes(case, nested, implementation):
         assert np.array_equal(np.asarray(ours[dtype].astype(jnp.float32)), theirs), dtype
 
 
-def stacked(nested: bool) -> tuple[NF4, list[NF4]]:
-    layers = [xla_ops.quantize(jnp.asarray(np.random.default_rng(i).normal(size=(48, 100))), nested=nested) for i in range(3)]
+def stacked(nested: bool, shape: tuple[int, int] = (48, 100)) -> tuple[NF4, list[NF4]]:
+    layers = [xla_ops.quantize(jnp.asarray(np.random.default_rng(i).normal(size=shape)), nested=nested) for i in range(3)]
     one = layers[0]
     second = None
     if one.nested is not None:
@@ -74,6 +74,40 @@ def test_a_layer_of_a_stack(nested, implementation):
     for index, one in enumerate(layers):
         got = DEQUANTIZE[implementation](stack, jnp.float32, layer=jnp.int32(index))
         assert np.array_equal(np.asarray(got), np.asarray(xla_ops.dequantize(one, jnp.float32)))
+
+
+MATVEC = {"xla": xla_ops.matvec, "pallas": partial(pallas_matvec.matvec, interpret=True)}
+
+
+@pytest.mark.parametrize("case", MATVEC_CASES, ids=lambda case: case.name)
+@each_level
+@pytest.mark.parametrize("implementation", MATVEC)
+def test_matvec(case, nested, implementation):
+    check_matvec(MATVEC[implementation], case, nested)
+
+
+def check_matvec(function, case, nested):
+    """Against the float64 product with the dequantized weight."""
+    inputs = make_matvec_inputs(case, 0)
+    weight = xla_ops.quantize(jnp.asarray(inputs["weight0"]), nested=nested)
+    dense = np.asarray(xla_ops.dequantize(weight, jnp.float32), np.float64)
+    for dtype in ("float32", "bfloat16"):
+        x = jnp.asarray(inputs["x"]).astype(dtype)
+        got = function(x, weight)
+        expected = np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
+        error = np.linalg.norm(np.asarray(got.astype(jnp.float32)) - expected) / np.linalg.norm(expected)
+        assert got.dtype == x.dtype and error <= MATVEC_TOLERANCES[dtype].output, (dtype, error)
+
+
+@each_level
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("implementation", MATVEC)
+def test_matvec_of_a_layer_of_a_stack(nested, rows, implementation):
+    stack, layers = stacked(nested, (48, 128))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 128)), jnp.float32)
+    for index, one in enumerate(layers):
+        got = MATVEC[implementation](x, stack, layer=jnp.int32(index))
+        np.testing.assert_allclose(np.asarray(got), np.asarray(xla_ops.matvec(x, one)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("weight", "offset", "message"), [((0, 4), None, "must hold values"), ((4, 4), 0.5, "nested=True")])
@@ -98,6 +132,16 @@ def test_dequantize_lowers_for_cuda(nested):
     stack, _ = stacked(nested)
     text = lowered_for_cuda(lambda q, i: pallas_kernel.dequantize(q, jnp.bfloat16, layer=i), stack, jnp.int32(1))
     assert "nf4_dequantize" in text and "triton" in text
+
+
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_matvec_lowers_for_cuda(nested, dtype, rows):
+    stack, _ = stacked(nested, (48, 1152))
+    x = jnp.zeros((rows, 1152), dtype)
+    text = lowered_for_cuda(lambda x, q, i: pallas_matvec.matvec(x, q, layer=i), x, stack, jnp.int32(1))
+    assert "nf4_matvec" in text and "triton" in text
 
 
 def test_rms_norm_lowers_for_cuda():

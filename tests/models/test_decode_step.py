@@ -1,4 +1,4 @@
-"""The decoding program of the torch backend on the CPU, where it runs without its graph: word for word what the layers say."""
+"""The decoding programs on the CPU, torch's without its graph: word for word what the layers say."""
 
 from __future__ import annotations
 
@@ -191,3 +191,44 @@ def test_what_it_refuses():
     with pytest.raises(RefusedError, match="no implementation 'graph'"):
         build(spec, "graph").start_decode(*padded(), 10)
     assert generate(build(of_layers(spec, lambda _: {"rope": stretched}), None), PROMPTS, SETTINGS)
+
+
+@pytest.mark.parametrize("with_adapters", [False, True], ids=["base", "adapted"])
+def test_jax_says_it_with_the_matvec(with_adapters):
+    spec = quantize(spec_from_config(CONFIG | {"attention_bias": True}), nested=True)
+    tensors, answers = random_tensors(spec), []
+    for backend, implementations in (("jax", {"nf4_matvec": "xla"}), ("torch", {"decode_step": "composed"})):
+        options = BuildOptions(implementations=implementations)
+        model = load_backend(backend).build(spec, DictSource(tensors), options)
+        if with_adapters:
+            model.add_adapters(*adapted(model))
+        answers.append(generate(model, PROMPTS, SETTINGS))
+    assert answers[0] == answers[1]
+
+
+def test_steps_may_follow_bursts_on_jax():
+    spec, logits = spec_from_config(CONFIG), []
+    for backend in ("jax", "torch"):
+        model = load_backend(backend).build(spec, DictSource(random_tensors(spec)), BuildOptions())
+        state, first = model.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
+        bursts = list(state.greedy(first.argmax(axis=1), 10))
+        assert sum(burst.shape[1] for burst in bursts) == 10
+        logits.append(state.step(bursts[-1][:, -1]))
+        with pytest.raises(ValueError, match="6 more tokens do not fit"):
+            state.greedy(bursts[-1][:, -1], 6)
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_graph_says_what_the_layers_say(variant, rows):
+    spec = VARIANTS[variant](spec_from_config(CONFIG))
+    prompts, answers = [PROMPTS[row % 3] for row in range(rows)], []
+    for name in ("fused", "composed"):
+        model = build(spec, name)
+        model.add_adapters(*adapted(model))
+        answers.append([generate(model, prompts, replace(SETTINGS, max_new_tokens=count)) for count in (40, 25)])
+        if name == "fused":
+            assert model.idle_step._graph is not None
+    assert answers[0] == answers[1]
