@@ -217,6 +217,7 @@ def matvec(
     levels = [_levels(weights[min(place, len(weights) - 1)]) for place in range(WEIGHTS)]
     outs += [0] * (WEIGHTS - len(outs))
     added, biased = (x if bias is None else bias), bias is not None
+    launch: dict[str, Any] = LAUNCH | {"num_warps": tiles.warps}
     with torch.cuda.device_of(x):
         pointers = [pointer for level in levels for pointer in level]
         counts = (
@@ -235,8 +236,7 @@ def matvec(
             ROWS=1 if rows == 1 else MATVEC_ROWS,
             TILE_OUT=tiles.out,
             TILE_BLOCKS=tiles.blocks,
-            **LAUNCH,
-            num_warps=tiles.warps,
+            **launch,
         )
         if tiles.split > 1:
             add_parts_kernel[(triton.cdiv(rows * total, REDUCE),)](
