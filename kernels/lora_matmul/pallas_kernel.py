@@ -86,11 +86,10 @@ def _append_kernel(x: Any, matrix: Any, out: Any, *, rows: int, width: int, heig
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((height, ROOM), jnp.float32))
     inside = jnp.broadcast_to((row < rows)[:, None], (height, ROOM))
-    safe = jnp.where(row < rows, row, 0)[:, None]
     if splits == 1:
-        plgpu.store(out.at[safe, width + low[None, :]], total.astype(out.dtype), mask=inside)
+        plgpu.store(out.at[row[:, None], width + low[None, :]], total.astype(out.dtype), mask=inside)
     else:
-        plgpu.store(out.at[pl.program_id(1), safe, low[None, :]], total, mask=inside)
+        plgpu.store(out.at[pl.program_id(1), row[:, None], low[None, :]], total, mask=inside)
 
 
 def append_product(x: Any, matrix: Any, *, interpret: bool = False) -> Any:
@@ -129,9 +128,7 @@ def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((WIDTH, ROOM), jnp.float32))
     inside = jnp.broadcast_to((columns < x.shape[1])[:, None], (WIDTH, ROOM))
-    plgpu.store(
-        out.at[pl.program_id(1), jnp.where(columns < x.shape[1], columns, 0)[:, None], room[None, :]], total, mask=inside
-    )
+    plgpu.store(out.at[pl.program_id(1), columns[:, None], room[None, :]], total, mask=inside)
 
 
 def low_rank_gradient(x: Any, low: Any, *, interpret: bool = False) -> Any:
