@@ -19,6 +19,11 @@ WIDTHS = {"num_hidden_layers": 2, "intermediate_size": 128}
 BAR = 3e-5  # sums of another order; a wrong term is worth 1e-2 and more
 
 
+def slow(value: object) -> object:
+    """A parameter for the slow tests: each compiles two interpreted programs."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def compare(batch: Batch, mode: str = "none", changes=None, **how) -> float:
     """The largest difference of a gradient from the composed blocks'; the loss is asserted here."""
     changes = WIDTHS | (changes or {})
@@ -30,11 +35,12 @@ def compare(batch: Batch, mode: str = "none", changes=None, **how) -> float:
     return max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items() if gradient.any())
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("mode", ["none", slow("selective"), slow("full")])
 def test_every_mode(mode):
     assert compare(first_batch(stream(examples(4, VOCAB))), mode) <= BAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"rope_parameters": LLAMA3}],
@@ -43,11 +49,12 @@ def test_every_variant(changes):
     assert compare(first_batch(stream(examples(4, VOCAB))), "selective", changes) <= BAR
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [slow(False), True])
 def test_quantized_bases(nested):
     assert compare(first_batch(stream(examples(4, VOCAB))), nested=nested) <= BAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [{"targets": ["q_proj", "v_proj"]}, {"targets": ["model.layers.1.mlp.down_proj"]}])
 def test_some_layers_without_adapters(lora):
     assert compare(first_batch(stream(examples(4, VOCAB))), lora=lora) <= BAR
