@@ -8,6 +8,7 @@ the first that does not refuse; a refusal is a sentence that a user can read.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -122,6 +123,24 @@ def all_ops() -> tuple[Op, ...]:
     for folder in OP_FOLDERS:
         found.extend(import_module(f"jaxsloth.kernels.{folder}.contract").OPS)
     return tuple(found)
+
+
+# Choices that a backend makes beside its ops, under the same setting: how training steps and decoding are put together.
+WHOLE_PASSES = ("train_pass", "layer_loop", "decode_step")
+
+
+def check_requested(requested: Mapping[str, str]) -> None:
+    """Refuses a request for an op that there is none of.
+
+    Raises:
+        RefusedError: it names the op, and those that there are.
+    """
+    known = [op.name for op in all_ops()] + list(WHOLE_PASSES)
+    for name in requested:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+            raise RefusedError(f"implementations asks for the op {name!r}, which does not exist; {hint}")
 
 
 OP_FOLDERS = (

@@ -14,7 +14,7 @@ from jaxsloth.backend import BuildOptions, OptimizerOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Facts, check_requested, resolve
 from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import placement
@@ -38,6 +38,7 @@ class TorchModel:
         self.spec, self.options = spec, options
         facts = Facts(device.type, options.dtype, {"hidden": spec.hidden})  # type: ignore[arg-type]
         take = _loader(spec, source, device, DTYPES[options.dtype])
+        check_requested(options.implementations or {})
         ops = Ops(facts, options.implementations or {})
         self.decoder = Decoder(spec, take, ops, DTYPES[options.dtype], options.gradient_checkpointing not in ("none", "auto"))
         self._flat: Flat | None = None

@@ -26,7 +26,7 @@ from jaxsloth.jax_backend.weights import load_weights, stacked_name
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
-from jaxsloth.kernels.registry import Facts, RefusedError, resolve
+from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, resolve
 from jaxsloth.models.memory import fitting_mode
 from jaxsloth.models.names import own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
@@ -44,6 +44,7 @@ class JaxModel:
         self.spec, self.options = spec, options
         self._dtype = jnp.dtype(options.dtype)
         facts = Facts(platform(), options.dtype, {"hidden": spec.hidden})
+        check_requested(options.implementations or {})
         self._ops = Ops(facts, options.implementations or {})
         self._weights = load_weights(spec, source, self._dtype)
         self._frequencies: dict[Any, Any] = {}

@@ -83,3 +83,9 @@ def test_refusals():
 def test_the_norm_of_many_gradients():
     gradient = np.full(20_000_003, 1e-3, np.float32)
     assert float(total_norm(torch.from_numpy(gradient))) == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_an_op_that_is_not_there_is_refused(backend):
+    with pytest.raises(RefusedError, match="did you mean 'train_pass'"):
+        build(backend, options=BuildOptions(implementations={"train_pas": "fused"}))
