@@ -19,6 +19,7 @@ class JaxBackend:
         return placement.device_info()
 
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> JaxModel:
+        placement.keep_compiled_programs()
         return JaxModel(spec, source, options)
 
     def synchronize(self) -> None:

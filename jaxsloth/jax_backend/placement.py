@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,15 @@ DATA = "data"
 @cache
 def mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), (DATA,))
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep the programs that it compiles for a GPU in the user's cache folder, unless a place was chosen already
+    (JAX_COMPILATION_CACHE_DIR, or the configuration of that name): a second run then starts seconds sooner."""
+    if platform() != "cuda" or jax.config.jax_compilation_cache_dir is not None:
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(root / "jaxsloth" / "xla"))
 
 
 def device_info() -> DeviceInfo:
