@@ -68,8 +68,8 @@ def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str,
     if ids is None or ids.ndim != 2 or any(value is not None for value in tensors.values()):
         return None
     defaults = {**type(config)().to_dict(), **model.generation_config._get_default_generation_params()}
-    unread = {name: value for name, value in config.to_dict().items() if name not in _READ and value is not None}
-    if any(value != defaults.get(name) for name, value in unread.items()):
+    unread = {name: value for name, value in config.to_dict().items() if name not in _READ}
+    if any(value not in (None, False) and value != defaults.get(name) for name, value in unread.items()):
         return None
     return _assemble(model, ids, mask, config, stops, streamer)
 
@@ -127,10 +127,13 @@ def decode(model: Model, call: Prepared) -> torch.Tensor:
     state, logits = model.start_decode(
         rows.astype(np.int32), call.mask.sum(1).astype(np.int32), rows.shape[1] + settings.max_new_tokens
     )
-    running = np.ones(len(rows), bool)
+    running, first = np.ones(len(rows), bool), (call.mask == 0).sum(1)  # padding counts as no repetition
     for position in range(settings.max_new_tokens):
         chosen = np.array(
-            [choose(logits[row], rows[row], settings, row, position) if running[row] else call.pad for row in range(len(rows))],
+            [
+                choose(logits[row], rows[row, first[row] :], settings, row, position) if running[row] else call.pad
+                for row in range(len(rows))
+            ],
             np.int64,
         )
         rows = np.concatenate([rows, chosen[:, None]], axis=1)
