@@ -26,9 +26,12 @@ class Checkpoint:
     kind: Literal["safetensors", "bnb-4bit", "gguf"]
 
 
-def resolve_path(name: str) -> Path:
+def resolve_path(name: str, **hub: Any) -> Path:
     """A local path, ``package:NAME/inner/path`` (a file of an installed package, which is not imported), or a Hugging Face
     repository's name (downloaded unless it is in the cache).
+
+    Args:
+        hub: what huggingface_hub's snapshot_download takes besides: token, revision, cache_dir, local_files_only.
 
     Raises:
         CheckpointError: nothing is there; the message says what was tried.
@@ -44,7 +47,8 @@ def resolve_path(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"{name} is no local path, and could not be had from the Hugging Face hub: {error}") from error
 

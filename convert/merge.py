@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable
 from jaxsloth.models.spec import ModelSpec
 
 SHARD_BYTES = 4 << 30
+Store = Callable[[str, np.ndarray], dict[str, np.ndarray] | None]
 _DTYPES: dict[DtypeName, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -32,10 +33,15 @@ def write_merged(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    store: Store | None = None,
 ) -> None:
     """Writes ``W + scale · B·A`` (formed in float32, rounded once to dtype) for adapted layers and every other tensor as it is.
 
     At most one shard is held in memory. The folder appears whole or not at all.
+
+    Args:
+        store: may say by name how a merged tensor is stored instead: as these tensors. config is then written with its
+            quantization_config.
 
     Raises:
         ExistsError: the folder exists and overwrite is False.
@@ -46,14 +52,19 @@ def write_merged(
         files: list[tuple[Path, list[str]]] = []
         shard: dict[str, np.ndarray] = {}
         for name in tensor_shapes(spec):
-            tensor = np.ascontiguousarray(_merged(name, source, spec, values).astype(_DTYPES[dtype]))
-            if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > shard_bytes:
+            merged = _merged(name, source, spec, values)
+            stored = store(name, merged) if store is not None else None
+            if stored is None:
+                stored = {name: np.ascontiguousarray(merged.astype(_DTYPES[dtype]))}
+            size = sum(tensor.nbytes for tensor in stored.values())
+            if shard and sum(held.nbytes for held in shard.values()) + size > shard_bytes:
                 files.append(_save(temporary, shard, len(files)))
                 shard = {}
-            shard[name] = tensor
+            shard |= stored
         files.append(_save(temporary, shard, len(files)))
         _name_files(temporary, files)
-        plain = {key: value for key, value in config.items() if key != "quantization_config"} | {"dtype": dtype}
+        left_out = ("quantization_config",) if store is None else ()
+        plain = {key: value for key, value in config.items() if key not in left_out} | {"dtype": dtype}
         (temporary / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 

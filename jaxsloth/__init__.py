@@ -8,20 +8,53 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxsloth.backend import load_backend
-    from jaxsloth.frontend.language_model import FastLanguageModel
+    from jaxsloth.chat_templates import (
+        get_chat_template,
+        standardize_data_formats,
+        standardize_sharegpt,
+        to_sharegpt,
+        train_on_responses_only,
+    )
+    from jaxsloth.frontend.backends import memory_stats, set_backend
+    from jaxsloth.frontend.fast_model import FastLanguageModel, FastModel, PatchDPOTrainer, is_bfloat16_supported
     from jaxsloth.frontend.trainer import SFTConfig, SFTTrainer
     from jaxsloth.recipe import Recipe
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "FastLanguageModel": "jaxsloth.frontend.language_model",
-    "SFTConfig": "jaxsloth.frontend.trainer",
-    "SFTTrainer": "jaxsloth.frontend.trainer",
-    "Recipe": "jaxsloth.recipe",
-    "load_backend": "jaxsloth.backend",
+_HOMES = {
+    "jaxsloth.backend": ("load_backend",),
+    "jaxsloth.chat_templates": (
+        "get_chat_template",
+        "standardize_data_formats",
+        "standardize_sharegpt",
+        "to_sharegpt",
+        "train_on_responses_only",
+    ),
+    "jaxsloth.frontend.backends": ("memory_stats", "set_backend"),
+    "jaxsloth.frontend.fast_model": ("FastLanguageModel", "FastModel", "PatchDPOTrainer", "is_bfloat16_supported"),
+    "jaxsloth.frontend.trainer": ("SFTConfig", "SFTTrainer"),
+    "jaxsloth.recipe": ("Recipe",),
 }
-__all__ = ["FastLanguageModel", "Recipe", "SFTConfig", "SFTTrainer", "__version__", "load_backend"]
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = [
+    "FastLanguageModel",
+    "FastModel",
+    "PatchDPOTrainer",
+    "Recipe",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+    "get_chat_template",
+    "is_bfloat16_supported",
+    "load_backend",
+    "memory_stats",
+    "set_backend",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "to_sharegpt",
+    "train_on_responses_only",
+]
 
 
 def __getattr__(name: str) -> Any:

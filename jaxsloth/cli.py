@@ -59,15 +59,17 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
 ) -> None:
     """Answer a prompt, as it is written."""
-    from jaxsloth.convert.peft_adapter import read_adapter
-    from jaxsloth.frontend.language_model import FastLanguageModel
+    from jaxsloth.convert.peft_adapter import CONFIG, read_adapter, read_config
+    from jaxsloth.frontend.loading import load
+    from jaxsloth.generation import GenerationSettings, answer_texts
 
-    language_model, tokenizer = FastLanguageModel.from_pretrained(
-        model, backend=backend, load_in_4bit=load_in_4bit, dtype=dtype
-    )
+    if adapter is None and (Path(model) / CONFIG).is_file():
+        adapter, model = model, str(read_config(Path(model)).base_model)
+    loaded = load(model, backend=backend, load_in_4bit=load_in_4bit, dtype=dtype)
+    tokenizer = loaded.tokenizer
     if adapter is not None:
         config, values = read_adapter(Path(adapter))
-        language_model.model.add_adapters(config.apply(language_model.spec), values)
+        loaded.model.add_adapters(config.apply(loaded.model.spec), values)
     text = prompt
     if not raw and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
@@ -75,15 +77,10 @@ def generate(
     settings: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
     if temperature > 0:
         settings |= {"do_sample": True, "temperature": temperature}
-    language_model.generate(
-        text,
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        on_text=lambda row, piece: print(piece, end="", flush=True),
-        **settings,
+    chosen = GenerationSettings(
+        max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, **settings
     )
+    answer_texts(loaded.model, tokenizer, [text], chosen, lambda row, piece: print(piece, end="", flush=True))
     print()
 
 

@@ -199,6 +199,26 @@ def _likeliest(state: DecodeState, logits: np.ndarray, count: int) -> Iterator[n
             yield from burst.T
 
 
+def answer_texts(
+    model: Model,
+    tokenizer: Any,
+    texts: Sequence[str],
+    settings: GenerationSettings,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """Answers texts as they are written: special tokens in them (a rendered chat template) count as such, none are added."""
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    answers = ["" for _ in rows]
+
+    def collect(row: int, text: str) -> None:
+        answers[row] += text
+        if on_text is not None:
+            on_text(row, text)
+
+    generate(model, rows, settings, tokenizer=tokenizer, on_text=collect)
+    return answers
+
+
 def _take(row: _Row, token: int, eos: set[int], settings: GenerationSettings, tokenizer: Any) -> None:
     """Appends a token, unless it ends the row; a stop string in the text ends the row and is cut off."""
     if token in eos:

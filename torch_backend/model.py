@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from jaxsloth.backend import BuildOptions, OptimizerOptions, TensorSource
+from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
@@ -61,7 +61,7 @@ class TorchModel:
             raise ValueError("add_adapters takes this model's own spec with adapters added (jaxsloth.transforms.add_lora)")
         check_values(values, trainable_shapes(spec), "the adapter")
         self.spec = self.decoder.spec = spec
-        self._flat = Flat(values, self.decoder.device)
+        self._flat, self._fast = Flat(values, self.decoder.device), None
         parameters = self._flat.parameters
         for module in spec.lora.modules:
             a, b = lora_names(module)
@@ -118,6 +118,10 @@ class TorchModel:
             loss = fast.add_gradients(batch, torch.tensor(1.0 / count, device=self.decoder.device)) / count
         gradients = flat.read(flat.gradient)
         return float(loss.detach()), {name: gradients[name] for name in trainable_shapes(self.spec)}
+
+    def set_gradient_checkpointing(self, name: CheckpointingName) -> None:
+        self.options, self._fast = replace(self.options, gradient_checkpointing=name), None
+        self.decoder._recompute = name not in ("none", "auto")
 
     def train_step(self, options: OptimizerOptions) -> TrainStep:
         self.idle_step = None  # its caches' memory is for training now

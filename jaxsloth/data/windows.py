@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +15,12 @@ from jaxsloth.data.order import epoch_order
 from jaxsloth.data.packing import pack
 
 FILLER_ROW = -1
+
+
+class Order(Protocol):
+    def __call__(self, count: int, *, epoch: int) -> np.ndarray:
+        """int64 ``[count]``, a permutation."""
+        ...
 
 
 class WindowStream:
@@ -31,6 +39,7 @@ class WindowStream:
         batch_size: rows of a micro-batch, over all devices.
         accumulation: micro-batches of a step.
         devices: the batch axis is padded with filler rows to a multiple of it.
+        order: (number of rows, epoch) -> the order in which the epoch visits them, in place of the seed's.
 
     Raises:
         DataError: no examples, or one is longer than max_length.
@@ -48,23 +57,24 @@ class WindowStream:
         max_length: int,
         pad_to_multiple_of: int,
         devices: int = 1,
+        order: Order | None = None,
     ) -> None:
         _check_examples(examples, max_length)
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.global_rows = batch_size * accumulation
         self._examples = examples
-        self._seed = seed
-        self._shuffle = shuffle
+        self._visit = order or partial(epoch_order, seed=seed, shuffle=shuffle)
         self._multiple = pad_to_multiple_of
         self._batch_axis = _round_up(batch_size, devices)
         self._fixed_length = _round_up(max_length, pad_to_multiple_of) if packing else None
         self._rows = (
             [[i] for i in range(len(examples))]
             if self._fixed_length is None
-            else _packed_rows(examples, self._fixed_length, seed, shuffle)
+            else _packed_rows(examples, self._fixed_length, self._visit(len(examples), epoch=0))
         )
         self.steps_per_epoch = -(-len(self._rows) // self.global_rows)
+        self.batches_per_epoch = -(-len(self._rows) // batch_size)
         self._cached_epoch = -1
         self._cached_order = np.empty(0, np.int64)
 
@@ -84,7 +94,7 @@ class WindowStream:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._cached_epoch:
-            self._cached_order = epoch_order(len(self._rows), self._seed, epoch, self._shuffle)
+            self._cached_order = self._visit(len(self._rows), epoch=epoch)
             self._cached_epoch = epoch
         return self._cached_order
 
@@ -117,8 +127,7 @@ def _check_examples(examples: Sequence[Example], max_length: int) -> None:
         raise DataError(f"examples must have 1 to max_length={max_length} tokens; these have not: {first_few(wrong)}")
 
 
-def _packed_rows(examples: Sequence[Example], capacity: int, seed: int, shuffle: bool) -> list[list[int]]:
-    order = epoch_order(len(examples), seed, 0, shuffle)
+def _packed_rows(examples: Sequence[Example], capacity: int, order: np.ndarray) -> list[list[int]]:
     rows = pack([len(examples[i].tokens) for i in order], capacity)
     return [[int(order[place]) for place in row] for row in rows]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import BuildOptions, OptimizerOptions, TensorSource
+from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.jax_backend import fused, placement
@@ -241,6 +241,13 @@ class JaxModel:
             self.trained, self.frozen, frequencies, arrays, count, structure=self.structure, ropes=ropes, plan=plan
         )
         return float(loss), self.unstack(gradients)
+
+    def set_gradient_checkpointing(self, name: CheckpointingName) -> None:
+        self.options = replace(self.options, gradient_checkpointing=name)
+        if self.spec.lora is None:
+            self._assemble({})
+        else:
+            self.add_adapters(self.spec, self.trainable())
 
     def train_step(self, options: OptimizerOptions) -> TrainStep:
         if self.spec.lora is None:

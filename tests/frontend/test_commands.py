@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
+import torch
 
 from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.cli import main
-from tests.support.sources import examples, first_batch, stream
 from tests.support.tiny import recipe_values, write_checkpoint, write_rows
 
 both = pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -92,12 +91,15 @@ def test_front_end_round_trip(tmp_path, checkpoint, backend):
     model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
     rows = [{"prompt": f"{n}: the duck", "completion": "lays eggs"} for n in range(12)]
     config = SFTConfig(output_dir=str(tmp_path / "run"), max_steps=3, learning_rate=1e-2, max_length=64)
-    done = SFTTrainer(model, args=config, train_dataset=rows, eval_dataset=rows[:4], processing_class=tokenizer).train()
-    assert done.global_step == 3 and done.metrics["eval_loss"] < done.result.first_loss
+    trainer = SFTTrainer(model, args=config, train_dataset=rows, eval_dataset=rows[:4], processing_class=tokenizer)
+    before = trainer.evaluate()["eval_loss"]
+    done = trainer.train()
+    assert done.global_step == 3 and trainer.evaluate()["eval_loss"] < before
     model.save_pretrained(tmp_path / "adapter")
     again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), backend=backend, load_in_4bit=True)
-    batch = first_batch(stream(examples(2, 260)))
-    assert np.array_equal(again.model.logits(batch), model.model.logits(batch))
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
     assert again.generate(["the duck", "a"], max_new_tokens=5) == model.generate(["the duck", "a"], max_new_tokens=5)
 
 

@@ -1,0 +1,131 @@
+"""A checkpoint as a backend's model with its tokenizer: what the command line and the module model begin with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
+
+from jaxsloth.backend import Backend, BuildOptions, CheckpointingName, DeviceInfo, DtypeName, Model
+from jaxsloth.convert.checkpoint import Checkpoint, open_checkpoint, resolve_path
+from jaxsloth.convert.safetensors_source import check_shapes
+from jaxsloth.data.tokenizer import load_tokenizer
+from jaxsloth.frontend.backends import remember, resolve_backend
+from jaxsloth.models.names import tensor_shapes
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.transforms import quantize
+
+_AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_CHECKPOINTING: dict[Any, CheckpointingName] = {True: "full", False: "none", None: "none", "unsloth": "offload"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base model: nothing of it is trained yet."""
+
+    model: Model
+    tokenizer: Any
+    backend: Backend
+    checkpoint: Checkpoint
+
+
+def load(
+    name: str,
+    *,
+    backend: str | None = None,
+    dtype: Any = None,
+    load_in_4bit: bool = False,
+    gradient_checkpointing: CheckpointingName = "none",
+    rope_scaling: Mapping[str, Any] | None = None,
+    device_map: Any = "auto",
+    hub: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Builds the model of a folder of safetensors, a .gguf file, ``package:NAME/file`` or a Hugging Face name.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16" or the framework's own; None: bfloat16 on a GPU, float32 on a CPU.
+        load_in_4bit: store the linear layers as nested NF4.
+        rope_scaling: in place of the checkpoint's, in Hugging Face's form.
+        device_map: see `check_device_map`.
+        hub: `resolve_path`'s.
+
+    Raises:
+        ValueError: the checkpoint can't be read or is not supported, or an argument is wrong.
+    """
+    engine = resolve_backend(backend)
+    check_device_map(device_map, engine.name, engine.devices())
+    options = BuildOptions(dtype_name(dtype, engine.devices()), gradient_checkpointing)
+    opened = open_checkpoint(resolve_path(name, **(hub or {})))
+    if rope_scaling is not None:
+        parameters = dict(opened.config.get("rope_parameters") or {}) | dict(rope_scaling)
+        opened = replace(opened, config=opened.config | {"rope_scaling": dict(rope_scaling), "rope_parameters": parameters})
+    spec = spec_from_config(opened.config)
+    check_shapes(opened.source, tensor_shapes(spec))
+    tokenizer = load_tokenizer(opened.path)
+    if load_in_4bit:
+        spec = quantize(spec, nested=True)
+    model = engine.build(spec, opened.source, options)
+    remember(engine)
+    return Loaded(model, tokenizer, engine, opened)
+
+
+def dtype_name(dtype: Any, devices: DeviceInfo) -> DtypeName:
+    """A dtype's name, from its name or from a framework's own (torch.bfloat16, jnp.bfloat16)."""
+    if dtype is None or dtype == "auto":
+        return "float32" if devices.platform == "cpu" else "bfloat16"
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    name = name.removeprefix("torch.")
+    if name not in get_args(DtypeName):
+        raise ValueError(f"dtype must be one of {list(get_args(DtypeName))} or None, and {dtype!r} came")
+    return cast(DtypeName, name)
+
+
+def checkpointing_name(value: Any) -> CheckpointingName:
+    """``use_gradient_checkpointing`` as a backend calls it: True is "full", and "unsloth" is "offload" (to host memory)."""
+    if isinstance(value, str) and value in get_args(CheckpointingName):
+        return cast(CheckpointingName, value)
+    if value not in _CHECKPOINTING:
+        allowed = [True, False, "unsloth", *get_args(CheckpointingName)]
+        raise ValueError(f"use_gradient_checkpointing must be one of {allowed}, and {value!r} came")
+    return _CHECKPOINTING[value]
+
+
+def check_device_map(device_map: Any, backend: str, devices: DeviceInfo) -> None:
+    """That ``device_map`` names the device on which the backend runs: "auto" and its like, "cuda", "cuda:N", "cpu", N, or
+    ``{"": any of these}``.
+
+    Raises:
+        ValueError: a device that isn't there, or another than the backend runs on, or a map of single layers.
+    """
+    place = device_map
+    if isinstance(place, Mapping):
+        if set(place) != {""}:
+            raise ValueError(
+                f'device_map must put the whole model on one device, as {{"": "cuda:0"}}, and it names {", ".join(place)}; '
+                "leave single layers out"
+            )
+        place = place[""]
+    text = f"{devices.platform}:{place}" if isinstance(place, int) else str(place)
+    if place is None or text in _AUTOMATIC_MAPS:
+        return
+    match = re.fullmatch(r"(cpu|cuda|gpu|tpu)(?::(\d+))?", text)
+    if match is None:
+        allowed = ", ".join((*_AUTOMATIC_MAPS, "cpu", "cuda", "cuda:N"))
+        raise ValueError(f'device_map must be one of {allowed} or {{"": one of them}}, and {device_map!r} came')
+    platform, index = match[1].replace("gpu", "cuda"), int(match[2] or 0)
+    if platform != devices.platform:
+        raise ValueError(
+            f"device_map asks for {text}, and backend {backend!r} runs on {devices.platform} ({devices.name}) here; leave "
+            "device_map out, or choose by CUDA_VISIBLE_DEVICES which devices can be seen"
+        )
+    if index != devices.rank and index >= devices.count:
+        raise ValueError(
+            f"device_map asks for {text}, and backend {backend!r} sees {devices.count} of its kind, numbered from 0; "
+            f"set CUDA_VISIBLE_DEVICES={index} to show it that one, as {devices.platform}:0"
+        )
+    if index != devices.rank and devices.count > 1:
+        raise ValueError(
+            f"device_map asks for {text}, but backend {backend!r} trains on all {devices.count} devices; set "
+            f"CUDA_VISIBLE_DEVICES={index} to show it that one only"
+        )

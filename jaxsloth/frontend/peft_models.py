@@ -1,0 +1,47 @@
+"""PEFT's models over the module model: made, loaded, and told how to keep activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+
+from jaxsloth.backend import CheckpointingName
+from jaxsloth.frontend.adapters import base_of, take_back
+from jaxsloth.frontend.module.peft_adoption import active_adapters
+from jaxsloth.models.spec import Lora
+from jaxsloth.training.initialize import initial_adapters
+
+
+def wrap(
+    model: Any, modules: Sequence[str], init: Literal["kaiming", "gaussian"], seed: int, **settings: Any
+) -> peft.PeftModel:
+    """A PeftModel with fresh adapters on `modules` (full names), drawn from the seed as a recipe's are; settings are
+    LoraConfig's."""
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(modules), task_type="CAUSAL_LM", **settings))
+    engine = model.engine.model
+    shapes = replace(engine.spec, lora=Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules)))
+    take_back(model, initial_adapters(shapes, init, seed, engine.base_tensor))
+    return wrapped
+
+
+def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
+    """The PeftModel of a saved adapter, trainable.
+
+    Raises:
+        ValueError: it is of a kind that the backends don't compute.
+    """
+    wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    active_adapters(model, model.engine.model.spec)
+    return wrapped.eval()
+
+
+def set_checkpointing(model: Any, name: CheckpointingName) -> None:
+    """For the backend's own steps, and for passes of the module (whose "auto" keeps everything)."""
+    base = base_of(model)
+    if base.engine.model.options.gradient_checkpointing != name:
+        base.engine.model.set_gradient_checkpointing(name)
+    base.model.gradient_checkpointing = name not in ("none", "auto")

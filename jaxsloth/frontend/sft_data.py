@@ -1,0 +1,177 @@
+"""Rows as trl.SFTTrainer takes them → examples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxsloth.data.encode import Example
+from jaxsloth.data.errors import DataError, first_few
+from jaxsloth.data.formats import Conversation, Tokens, row_reader
+from jaxsloth.data.templates import ChatTemplate
+from jaxsloth.recipe import DataRecipe
+
+logger = logging.getLogger("jaxsloth.training")
+Row = Mapping[str, Any]
+Formatting = Callable[[Any], Any]
+
+
+def encode(
+    dataset: Iterable[Row],
+    tokenizer: Any,
+    args: Any,
+    max_length: int | None,
+    formatting: Formatting | None,
+    vocab: int,
+    name: str,
+) -> list[Example]:
+    """Tokenizes as TRL does: one example a row (rows of which nothing is learnt are left out, with a warning).
+
+    A row is, in this order: input_ids with perhaps labels, attention_mask, completion_mask and assistant_masks (padding is
+    cut off where the mask says so); what `formatting` writes; the text of args.dataset_text_field; messages or conversations;
+    prompt and completion (texts, or messages). Texts end in the EOS, which is learnt also where it is the padding token.
+
+    Args:
+        args: its dataset_text_field, completion_only_loss (None: where there are completions) and assistant_only_loss.
+        max_length: rows are cut there; None: not at all.
+
+    Raises:
+        DataError: no rows, a row that can't be read (says which), none of the fields (lists those that are there), labels
+            of the wrong length, tokens outside the vocabulary, or rows of which nothing at all is learnt.
+    """
+    rows = [dict(row) for row in dataset]
+    if not rows:
+        raise DataError(f"{name} has no rows; at least one is needed")
+    read = _reader(rows, tokenizer, args, formatting)
+    examples = []
+    for number, row in enumerate(rows):
+        try:
+            tokens, learn = read(row)
+        except DataError as error:
+            raise DataError(f"{name}, row {number} (counted from 0): {error}") from error
+        if len(tokens) and int(tokens.max()) >= vocab:
+            raise DataError(
+                f"{name}, row {number} (counted from 0) holds the token {int(tokens.max())}, and the model has {vocab}; the "
+                "tokenizer must be the model's own"
+            )
+        examples.append(Example(tokens[:max_length], learn[:max_length]))
+    kept = [example for example in examples if example.targets]
+    if not kept:
+        cut = "" if max_length is None else f" within max_length={max_length}"
+        raise DataError(f"nothing is learnt from any of the {len(rows)} rows of {name}{cut}: every label is masked")
+    if len(kept) < len(examples):
+        without = [number for number, example in enumerate(examples) if not example.targets]
+        logger.warning("%s: nothing is learnt from %d rows, which are left out: %s", name, len(without), first_few(without))
+    return kept
+
+
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
+def _reader(rows: Sequence[Row], tokenizer: Any, args: Any, formatting: Formatting | None) -> Callable[[Row], Encoded]:
+    first = rows[0]
+    field = args.dataset_text_field
+    if "input_ids" in first:
+        return _read_tokens
+    if formatting is not None:
+        write = _one_by_one(formatting, first)
+        return lambda row: _text(write(row), tokenizer)
+    if field in first:
+        return lambda row: _text(row.get(field), tokenizer)
+    template: list[ChatTemplate] = []  # made when a row needs it: texts need none
+
+    def chat(conversation: Conversation, only_answers: bool) -> Encoded:
+        if not template:
+            template.append(ChatTemplate(tokenizer))
+        return template[0].encode(conversation, only_answers)
+
+    if "messages" in first or "conversations" in first:
+        read = row_reader(DataRecipe(path="in memory", format="messages"), first)
+        return lambda row: chat(_conversation(read(_without_tools(row))), args.assistant_only_loss)
+    if "prompt" in first and "completion" in first:
+        only_completion = args.completion_only_loss is not False
+        if isinstance(first["prompt"], str):
+            return lambda row: _prompt_completion(row, tokenizer, only_completion)
+        read = row_reader(DataRecipe(path="in memory", format="prompt_completion"), first)
+        return lambda row: chat(_conversation(read(_without_tools(row))), only_completion)
+    raise DataError(
+        f"the data set has no field {field!r} (dataset_text_field) and none of input_ids, messages, conversations, or prompt "
+        f"with completion; its fields are: {', '.join(first)}. Name the text's field, or give a formatting_func"
+    )
+
+
+def _conversation(content: Any) -> Conversation:
+    assert isinstance(content, Conversation)
+    return content
+
+
+def _without_tools(row: Row) -> Row:
+    if row.get("tools"):
+        raise DataError("the row has tools, which are not rendered here; render the text yourself and give it as a text field")
+    return row
+
+
+def _one_by_one(formatting: Formatting, first: Row) -> Callable[[Row], Any]:
+    """A formatting function as one of a single row. Older notebooks' take a batch of columns and return a list."""
+    try:
+        batch = formatting({name: [value] for name, value in first.items()})
+    except Exception:  # a user's function of one row may fail in any way on columns
+        return formatting
+    if isinstance(batch, list) and len(batch) == 1 and isinstance(batch[0], str):
+        return lambda row: formatting({name: [value] for name, value in row.items()})[0]
+    return formatting
+
+
+def _text(text: Any, tokenizer: Any) -> Encoded:
+    if not isinstance(text, str):
+        raise DataError(f"a text must be a string, and {type(text).__name__} came (of the text's field or formatting_func)")
+    tokens = _tokenize(_ended(text, tokenizer), tokenizer)
+    return tokens, np.ones(len(tokens), bool)
+
+
+def _prompt_completion(row: Row, tokenizer: Any, only_completion: bool) -> Encoded:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise DataError("prompt and completion must both be texts, as in the first row")
+    before = _tokenize(prompt, tokenizer)
+    tokens = _tokenize(prompt + _ended(completion, tokenizer), tokenizer)
+    shared = min(len(before), len(tokens))
+    differing = np.flatnonzero(before[:shared] != tokens[:shared])
+    start = int(differing[0]) if differing.size else shared
+    return tokens, (np.arange(len(tokens)) >= start) | (not only_completion)
+
+
+def _ended(text: str, tokenizer: Any) -> str:
+    end = tokenizer.eos_token
+    return text if end is None or text.endswith(end) else text + end
+
+
+def _tokenize(text: str, tokenizer: Any) -> np.ndarray:
+    # A text that a chat template wrote begins with BOS already.
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return np.array(tokenizer(text, add_special_tokens=not begins)["input_ids"], np.int32)
+
+
+def _read_tokens(row: Row) -> Encoded:
+    fields = {name: row[name] for name in ("input_ids", "labels") if row.get(name) is not None}
+    content = row_reader(DataRecipe(path="in memory"), fields)(fields)
+    assert isinstance(content, Tokens)
+    tokens, learn = content.tokens, content.learn.copy()
+    if row.get("labels") is None:
+        for name in ("completion_mask", "assistant_masks"):
+            if row.get(name) is not None:
+                learn &= _mask(row[name], name, len(tokens))
+    if row.get("attention_mask") is not None:
+        real = _mask(row["attention_mask"], "attention_mask", len(tokens))
+        tokens, learn = tokens[real], learn[real]
+    return tokens, learn
+
+
+def _mask(value: Any, name: str, length: int) -> np.ndarray:
+    mask = np.asarray(value) != 0
+    if mask.shape != (length,):
+        raise DataError(f"{name} must be as long as input_ids ({length}), and it has {mask.size} values")
+    return mask

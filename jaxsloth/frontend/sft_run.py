@@ -1,0 +1,270 @@
+"""A run of the native trainer: transformers' flow of events and decisions around a backend's train step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerControl, TrainerState, get_scheduler
+from transformers.trainer_callback import CallbackHandler
+
+from jaxsloth.backend import Backend, Model, OptimizerOptions, StepResult, TrainStep
+from jaxsloth.convert.files import whole_folder
+from jaxsloth.convert.peft_adapter import read_adapter, write_adapter_files
+from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
+from jaxsloth.data.windows import WindowStream
+from jaxsloth.frontend.arguments import warn_once
+from jaxsloth.training.checkpoint import STATE, TRAINER_STATE, prune, steps_saved
+from jaxsloth.training.loop import NonFiniteLossError
+
+_OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), "adamw"),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
+}
+_SAVE_BEST = "best"
+
+
+def optimizer_options(args: Any, dtype: str) -> OptimizerOptions:
+    """args.optim and its numbers as a backend takes them; ValueError for an optimizer that is not AdamW."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name not in _OPTIMIZERS:
+        raise ValueError(f"optim must be one of {', '.join(_OPTIMIZERS)}, and {name!r} came; others train with TRL's trainer")
+    if name.startswith("paged_"):
+        warn_once(f"optim={name!r}: nothing is paged, as the states of adapters are small; they stay on the device")
+    return OptimizerOptions(
+        name=_OPTIMIZERS[name],  # type: ignore[arg-type]
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm or None,
+        loss_scaling=dtype == "float16",
+    )
+
+
+def learning_rates(args: Any, total_steps: int) -> Callable[[int], float]:
+    """The rate of a step (from 0), by transformers' own scheduler of args.lr_scheduler_type."""
+    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    warmup = args.get_warmup_steps(total_steps)
+    scheduler = get_scheduler(args.lr_scheduler_type, nothing, warmup, total_steps, args.lr_scheduler_kwargs)
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"lr_scheduler_type {args.lr_scheduler_type} looks at the loss, and this trainer's rates come from the step alone; "
+            "choose another, or train with TRL's trainer"
+        )
+    return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
+
+
+def visiting_order(args: Any) -> Callable[..., np.ndarray]:
+    """The order of rows that transformers' Trainer has under accelerate: torch's permutation of data_seed + epoch.
+
+    Raises:
+        ValueError: a train_sampling_strategy that is neither random nor sequential.
+    """
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential"):
+        raise ValueError(f"train_sampling_strategy must be 'random' or 'sequential', and {strategy!r} came")
+    seed = args.seed if args.data_seed is None else args.data_seed
+
+    def visit(count: int, *, epoch: int) -> np.ndarray:
+        if strategy == "sequential":
+            return np.arange(count, dtype=np.int64)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
+
+    return visit
+
+
+@dataclass
+class SFTRun:
+    """One `train()`. evaluate: measures and announces; sync: writes what is trained into the module."""
+
+    args: Any
+    model: Model
+    backend: Backend
+    windows: WindowStream
+    state: TrainerState
+    control: TrainerControl
+    handler: CallbackHandler
+    evaluate: Callable[[], Mapping[str, float]] | None
+    sync: Callable[[], None]
+    tokenizer: Any
+    base_model: str
+    _pending: list[StepResult] = field(default_factory=list)
+    _losses: list[float] = field(default_factory=list)
+    _grad_norm: float = math.nan
+    _all_losses: float = 0.0
+    _logged: int = 0
+
+    @property
+    def output(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def train(self, resume: Path | None) -> tuple[int, float, dict[str, float]]:
+        """(steps done, mean loss, metrics), as transformers' TrainOutput has them."""
+        args, state, per_epoch = self.args, self.state, self.windows.steps_per_epoch
+        state.max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+        state.num_train_epochs = math.ceil(state.max_steps / per_epoch)
+        state.compute_steps(args, state.max_steps)
+        rate_of = learning_rates(args, state.max_steps)
+        step_function = self.model.train_step(optimizer_options(args, self.model.options.dtype))
+        if resume is not None:
+            self._resume(resume, step_function)
+        first, start = state.global_step, time.perf_counter()
+        self._logged = first
+        self._tell("on_train_begin")
+        if args.eval_on_start and self.evaluate is not None:
+            self._decide(self.evaluate())
+        while state.global_step < state.max_steps and not self.control.should_training_stop:
+            self._epoch(step_function, rate_of)
+        self._settle()
+        if args.load_best_model_at_end and state.best_global_step:
+            self.model.load_trainable(read_adapter(self.output / f"checkpoint-{state.best_global_step}")[1])
+        self.sync()
+        done, seconds = state.global_step - first, time.perf_counter() - start
+        loss = self._all_losses / max(done, 1)
+        rows = done * self.windows.global_rows
+        metrics = {
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(rows / seconds, 3),
+            "train_steps_per_second": round(done / seconds, 3),
+            "train_tokens": float(state.num_input_tokens_seen),
+            "train_loss": loss,
+        }
+        self.log(metrics)
+        self._tell("on_train_end")
+        return state.global_step, loss, metrics | {"epoch": state.epoch or 0.0}
+
+    def _epoch(self, step_function: TrainStep, rate_of: Callable[[int], float]) -> None:
+        state, per_epoch = self.state, self.windows.steps_per_epoch
+        self._tell("on_epoch_begin")
+        for _ in range(per_epoch - state.global_step % per_epoch):
+            self._tell("on_step_begin")
+            step, window = state.global_step, self.windows.window(state.global_step)
+            rate = rate_of(step)
+            self._pending.append(step_function(window, learning_rate=rate, step=step, seed=self.args.seed))
+            self._tell("on_pre_optimizer_step")
+            self._tell("on_optimizer_step")
+            state.global_step, state.epoch = step + 1, self._epochs(step + 1)
+            state.num_input_tokens_seen += window.tokens
+            self._tell("on_step_end")
+            self._act(step_function, rate)
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                break
+        self._tell("on_epoch_end")
+        self._act(step_function, rate)
+
+    def _epochs(self, steps: int) -> float:
+        """How many epochs these steps are, counted in micro-batches, as transformers does."""
+        whole, rest = divmod(steps, self.windows.steps_per_epoch)
+        return whole + rest * self.windows.accumulation / self.windows.batches_per_epoch
+
+    def _act(self, step_function: TrainStep, rate: float) -> None:
+        """Logs, evaluates and saves, where the flow or a callback asked for it."""
+        state, control = self.state, self.control
+        if control.should_log and state.global_step > self._logged:
+            self._settle()
+            self.log({"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": rate})
+            self._losses, self._logged = [], state.global_step
+        if control.should_evaluate and self.evaluate is not None:
+            self._settle()
+            self.sync()
+            improved = self._decide(self.evaluate())
+            if self.args.save_strategy == _SAVE_BEST:
+                self.control.should_save = improved
+        if self.control.should_save:
+            self._settle()
+            self._save(step_function)
+            self._tell("on_save")
+
+    def _settle(self) -> None:
+        """Waits for the steps that were handed to the device."""
+        first = self.state.global_step - len(self._pending) + 1
+        for step, result in enumerate(self._pending, start=first):
+            loss, self._grad_norm, skipped = result.floats()
+            if skipped:
+                continue
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(
+                    f"the loss of step {step} is {loss}; lower the learning rate, or look at that step's rows. Checkpoints "
+                    "from before it are whole"
+                )
+            self._losses.append(loss)
+            self._all_losses += loss
+        self._pending = []
+
+    def _decide(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the metric that args names is the best so far; KeyError lists the metrics that there are."""
+        name = self.args.metric_for_best_model
+        if name is None:
+            return False
+        key = name if name.startswith("eval_") else f"eval_{name}"
+        if key not in metrics:
+            raise KeyError(f"metric_for_best_model is {name!r}, and the evaluation has: {', '.join(metrics)}")
+        best, value = self.state.best_metric, metrics[key]
+        improved = best is None or (value > best if self.args.greater_is_better else value < best)
+        if improved:
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        return improved
+
+    def _save(self, step_function: TrainStep) -> None:
+        state = self.state
+        if state.best_global_step:
+            state.best_model_checkpoint = str(self.output / f"checkpoint-{state.best_global_step}")
+        optimizer = step_function.state() if not self.args.save_only_model else {}
+        if state.is_world_process_zero:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with whole_folder(self.output / f"checkpoint-{state.global_step}", overwrite=True) as folder:
+                write_adapter_files(folder, self.model.spec, self.model.trainable(), self.base_model)
+                if optimizer:
+                    save_file({name: np.asarray(value) for name, value in optimizer.items()}, folder / STATE)
+                state.save_to_json(str(folder / TRAINER_STATE))
+                self.tokenizer.save_pretrained(str(folder))
+            if self.args.save_total_limit:
+                prune(self.output, self.args.save_total_limit, state.best_global_step)
+        self.backend.barrier()
+
+    def _resume(self, folder: Path, step_function: TrainStep) -> None:
+        if not (folder / STATE).is_file():
+            raise CheckpointError(f"{folder} holds no {STATE} (save_only_model?), so the run can't go on from it")
+        file = SafetensorsFile(folder / STATE)
+        self.model.load_trainable(read_adapter(folder)[1])
+        step_function.load_state({name: np.array(file.read(name)) for name in file.names()})
+        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step", "num_input_tokens_seen"):
+            setattr(self.state, name, saved[name])
+
+    def log(self, logs: dict[str, float]) -> None:
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.handler.on_log(self.args, self.state, self.control, logs)
+
+    def _tell(self, event: str) -> None:
+        self.control = getattr(self.handler, event)(self.args, self.state, self.control)
+
+
+def checkpoint_to_resume(args: Any, asked: bool | str | None) -> Path | None:
+    """The folder that ``resume_from_checkpoint`` names, or output_dir's newest checkpoint where it is True.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not asked:
+        return None
+    if asked is not True:
+        folder = Path(asked)
+        if not (folder / TRAINER_STATE).is_file():
+            raise CheckpointError(f"resume_from_checkpoint: {folder} holds no {TRAINER_STATE}")
+        return folder
+    saved: Sequence[int] = steps_saved(Path(args.output_dir))
+    if not saved:
+        raise CheckpointError(f"resume_from_checkpoint=True, and {args.output_dir} holds no checkpoint")
+    return Path(args.output_dir) / f"checkpoint-{saved[-1]}"
