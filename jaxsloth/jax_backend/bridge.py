@@ -35,11 +35,6 @@ class Bridge:
     """See `jaxsloth.backend.Bridge`. One group of adapters is one stack: a kind of layer over all blocks that share it."""
 
     def __init__(self, model: JaxModel) -> None:
-        if jax.device_count() > 1:
-            raise ValueError(
-                f"a torch module over JAX runs on one device, and JAX sees {jax.device_count()}; show it one "
-                "(CUDA_VISIBLE_DEVICES=0), or train with jaxsloth's own trainers, which use them all"
-            )
         self._model = model
         self._programs: dict[Any, tuple[Any, Any, Any]] = {}
         self.device = platform()
@@ -61,7 +56,8 @@ class Bridge:
         return -(-length // step) * step
 
     def head_weight(self) -> Any:
-        return self._model.decoder().head_weight()[0]
+        # On several devices it is whole on each: torch is given the first one's.
+        return self._model.decoder().head_weight()[0].addressable_data(0)
 
     def fingerprint(self) -> bytes:
         leaves = jax.tree.leaves(self._model.frozen)
@@ -83,6 +79,11 @@ class Bridge:
 
     def _program(self, adapters: Mapping[str, tuple[Any, Any]], options: PassOptions) -> tuple[Any, Any, Any]:
         """(structure, state with hollow adapters, frozen state) of the decoder that has exactly these adapters."""
+        if jax.device_count() > 1:
+            raise ValueError(
+                f"a torch module over JAX runs on one device, and JAX sees {jax.device_count()}; show it one "
+                "(CUDA_VISIBLE_DEVICES=0), or train with jaxsloth's own trainers, which use them all"
+            )
         key = (tuple(sorted(adapters)), options.dropout, options.recompute)
         if key not in self._programs:
             spec, modules = self._model.spec, tuple(adapters)

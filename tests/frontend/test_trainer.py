@@ -168,13 +168,13 @@ def checkpoints(tmp_path):
 def test_the_best_model_is_loaded_at_the_end(checkpoint, tmp_path, backend):
     changes = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
     held_out = ROWS["tokens"][20:24]
-    trainer = small(
-        checkpoint, tmp_path, backend, eval_dataset=held_out, load_best_model_at_end=True, learning_rate=2.0, **changes
-    )
+    # Training makes the loss smaller: where greater is better the first checkpoint is the best, not the last.
+    changes |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = small(checkpoint, tmp_path, backend, eval_dataset=held_out, learning_rate=5e-2, **changes)
     trainer.train()
     losses = logged(trainer.state.log_history, "eval_loss")
-    best = int(losses.argmin())
-    assert trainer.state.best_global_step == 2 * (best + 1) < 6  # such a rate makes it worse in the end
+    best = int(losses.argmax())
+    assert trainer.state.best_global_step == 2 * (best + 1) < 6
     assert checkpoints(tmp_path) == sorted({trainer.state.best_global_step, 6})
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], abs=1e-6)
     saved = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +62,9 @@ def test_dequantize_rows(nested):
 
 def test_norm_fork():
     x, weight, along, dy = normal(9, 96), normal(96, seed=1), normal(9, 96, seed=2), normal(9, 96, seed=3)
-    (stream, normed), pull = jax.vjp(lambda x: norm_fork(x, weight, 1e-5, 0.0, ROOM, True), poisoned(x))
+    both, pull = jax.vjp(lambda x: norm_fork(x, weight, 1e-5, 0.0, ROOM, True), poisoned(x))
     expected, plain = jax.vjp(lambda x: rms_norm(x, weight, eps=1e-5), x)
+    stream, normed = cast("tuple[jax.Array, jax.Array]", both)
     assert jnp.array_equal(stream[:, :96], x)
     assert error(normed[:, :96], expected) <= BAR
     (dx,) = pull((poisoned(along), poisoned(dy)))
@@ -73,8 +75,9 @@ def test_norm_fork():
 def test_gated_merged(kind):
     gate, up, dh = normal(5, 1100), normal(5, 1100, seed=1), normal(5, 1100, seed=2)
     merged = poisoned(jnp.concatenate([gate, up], axis=1))
-    h, pull = jax.vjp(lambda merged: gated_merged(merged, 1100, kind, ROOM, True), merged)
+    forward, pull = jax.vjp(lambda merged: gated_merged(merged, 1100, kind, ROOM, True), merged)
     expected, plain = jax.vjp(lambda gate, up: gated_activation(gate, up, kind=kind), gate, up)
+    h = cast(jax.Array, forward)
     assert error(h[:, :1100], expected) <= BAR
     (dmerged,) = pull(poisoned(dh))
     assert error(dmerged[:, :2200], jnp.concatenate(plain(dh), axis=1)) <= BAR
@@ -94,7 +97,7 @@ def test_everything_lowers_for_cuda():
             assert kernel in text
 
     def block(x, weight):
-        stream, normed = norm_fork(x, weight, 1e-5, 0.0, ROOM, False)
+        stream, normed = cast("tuple[jax.Array, jax.Array]", norm_fork(x, weight, 1e-5, 0.0, ROOM, False))
         return stream.astype(jnp.float32).sum() + gated_merged(normed, 96, "silu", ROOM, False).astype(jnp.float32).sum()
 
     text = lowered_for_cuda(jax.grad(block), half((64, 192 + ROOM)), normal(192))
