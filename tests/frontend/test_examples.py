@@ -1,0 +1,40 @@
+"""The example scripts, as a user runs them, on real weights at reduced size."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.modules import BACKENDS
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "STEPS": "2",
+    "ROWS": "10",
+    "NEW_TOKENS": "3",
+    "MAX_LENGTH": "144",
+    "ACCUMULATION": "1",
+}
+
+
+def run(example: str, backend: str, output: Path) -> str:
+    command = [sys.executable, str(ROOT / "examples" / f"{example}.py")]
+    environment = os.environ | SMALL | {"JAXSLOTH_BACKEND": backend, "OUTPUT": str(output), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850, check=False, cwd=output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chat_sft(backend, tmp_path):
+    said = run("chat_sft", backend, tmp_path)
+    assert "it answers the same: True" in said
+    assert re.search(r"learnt of the first row: Janet sells 16 - 3 - 4", said)
+    assert re.search(r"peak \d+\.\d+ GB", said)
+    assert (tmp_path / "lora_model" / "adapter_model.safetensors").is_file()
