@@ -15,6 +15,8 @@ from benchmarks.peers.own import build_options
 from benchmarks.rows import ROWS, Row
 from benchmarks.work import PEAK_FLOPS, Work, counted_flops, layer_bytes
 
+pytestmark = pytest.mark.slow  # each contender is a process that imports its framework
+
 TINY = Work("tiny", 2, 32, dtype="float32", warmup=1, steps=2)
 LABELS = ["jaxsloth-torch", "jaxsloth-jax:full", "hf", "hf:true"]
 

@@ -79,7 +79,7 @@ def adapted(model, seed=5):
     return spec, {n: generator.normal(0, 0.2, v.shape).astype(np.float32) if "lora_B" in n else v for n, v in values.items()}
 
 
-@pytest.mark.parametrize("with_adapters", [False, True], ids=["base", "adapted"])
+@pytest.mark.parametrize("with_adapters", [pytest.param(False, marks=pytest.mark.slow), True], ids=["base", "adapted"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_says_what_the_layers_say(variant, with_adapters):
     biased = {"attention_bias": True, "mlp_bias": True} if with_adapters else {}
