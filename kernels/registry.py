@@ -129,7 +129,7 @@ def all_ops() -> tuple[Op, ...]:
 WHOLE_PASSES = ("train_pass", "layer_loop", "decode_step")
 
 
-def check_requested(requested: Mapping[str, str]) -> None:
+def check_requested(requested: Mapping[str, str | None]) -> None:
     """Refuses a request for an op that there is none of.
 
     Raises:
