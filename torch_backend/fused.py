@@ -33,25 +33,6 @@ from jaxsloth.torch_backend.offload import Stash
 MLP_TILE = 2**28
 
 
-def refusal(spec: specs.ModelSpec) -> str | None:
-    """Why the written-out pass can't train this model, or None."""
-    lora = spec.lora
-    if lora is None:
-        return "has no adapters to train"
-    if lora.dropout > 0:
-        return "draws no dropout masks"
-    if lora.bias != "none" or lora.modules_to_save:
-        return "trains adapters only, and biases or whole modules are to be trained too"
-    for layer in spec.layers:
-        if layer.placement != "pre" or layer.attention_norm is None:
-            return f"knows pre-norm blocks, and this model's norms are placed {layer.placement!r}"
-        if layer.attention.qk_norm is not None:
-            return "has no norm of queries and keys"
-        if layer.attention.rope is None or not layer.mlp.gated:
-            return "needs rotary positions and a gated MLP"
-    return None
-
-
 @dataclass(frozen=True)
 class Kernels:
     """The modules that do the elementwise work on one kind of device: Triton's on CUDA, plain torch elsewhere."""

@@ -12,7 +12,7 @@ import torch
 from jaxsloth.models.spec import Attention
 from jaxsloth.torch_backend import decode_step
 from jaxsloth.torch_backend.layers import Cache, Context
-from jaxsloth.torch_backend.train_step import to_device
+from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel

@@ -13,9 +13,11 @@ from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.kernels.rope.torch_ops import tables
+from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.memory import fitting_mode
 from jaxsloth.torch_backend import fused
 from jaxsloth.torch_backend.fused import FusedPass
+from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -40,7 +42,7 @@ def make_pass(model: TorchModel) -> FastPass | None:
     requested = (model.options.implementations or {}).get("train_pass")
     if requested not in (None, "fused", "composed"):
         raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, composed")
-    reason = fused.refusal(model.spec)
+    reason = fused_refusal(model.spec)
     if requested == "fused" and reason is not None:
         raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
     if reason is None and requested is None and model.decoder.device.type != "cuda":
@@ -192,10 +194,3 @@ def prepare(batch: Batch) -> tuple[Arrays, tuple[Any, ...]]:
 
 def to_tensors(arrays: Arrays, device: torch.device) -> Tensors:
     return {name: to_device(array, device) for name, array in arrays.items()}
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -6,6 +6,7 @@ import os
 import resource
 from functools import cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -57,6 +58,14 @@ def share(batch_rows: int) -> slice:
         raise ValueError(f"a batch must have a multiple of {processes} rows (one share a process), and it has {batch_rows}")
     size = batch_rows // processes
     return slice(rank() * size, (rank() + 1) * size)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array of the host on a device; a copy to a GPU does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def barrier() -> None:

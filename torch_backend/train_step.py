@@ -14,7 +14,7 @@ from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.layers import Context
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
-from jaxsloth.torch_backend.passes import to_device
+from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel

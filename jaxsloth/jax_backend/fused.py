@@ -29,6 +29,7 @@ from jaxsloth.kernels.lora_matmul.pallas_kernel import ROOM, Group, lora_group
 from jaxsloth.kernels.rms_norm.pallas_kernel import norm_fork
 from jaxsloth.kernels.rope.xla_ops import rope
 from jaxsloth.models import spec as specs
+from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.names import layer_linears
 
 if TYPE_CHECKING:
@@ -42,20 +43,10 @@ MANY = (*FEW, GATE_UP, "qkv.input", "gate_up.input", "rstd")
 
 def refusal(spec: specs.ModelSpec) -> str | None:
     """Why these blocks can't be trained this way, or None."""
-    lora = spec.lora
-    if lora is None:
-        return "has no adapters to train"
-    if lora.dropout > 0:
-        return "draws no dropout masks"
-    if lora.bias != "none" or lora.modules_to_save:
-        return "trains adapters only, and biases or whole modules are to be trained too"
+    reason, lora = fused_refusal(spec), spec.lora
+    if reason is not None or lora is None:
+        return reason
     for index, layer in enumerate(spec.layers):
-        if layer.placement != "pre" or layer.attention_norm is None:
-            return f"knows pre-norm blocks, and this model's norms are placed {layer.placement!r}"
-        if layer.attention.qk_norm is not None:
-            return "has no norm of queries and keys"
-        if layer.attention.rope is None or not layer.mlp.gated:
-            return "needs rotary positions and a gated MLP"
         if layer.mlp.activation == "gelu":
             return "has no erf in its kernels"
         linears = layer_linears(spec, index)
