@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.peers.own import window
+
 STEPS, BATCH, LENGTH, HELD_OUT = 200, 4, 512, 4
 STATES, SUCCESSORS = 2048, (0.6, 0.2, 0.15, 0.05)
 LEARNING_RATE, WARMUP = 5e-4, 10
@@ -64,18 +66,6 @@ def train(backend: str, shape: str, moved: bool) -> dict[str, Any]:
         rate = learning_rate(step, STEPS, LEARNING_RATE, schedule)
         losses.append(step_function(window(ids), learning_rate=rate, step=step, seed=0).floats()[0])
     return {"losses": losses, "before": before, "after": evaluate(model, held_out)}
-
-
-def window(ids: np.ndarray) -> Any:
-    """One micro-batch ``[BATCH, LENGTH]`` as a step's window."""
-    from jaxsloth.batch import IGNORE, Window
-
-    ids = ids[None]
-    targets = np.full_like(ids, IGNORE)
-    targets[..., :-1] = ids[..., 1:]
-    positions = np.ascontiguousarray(np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids.shape))
-    rows = np.arange(BATCH, dtype=np.int32)[None]
-    return Window(ids, targets, np.ones_like(ids), positions, rows, BATCH * (LENGTH - 1))
 
 
 def evaluate(model: Any, windows: list[Any]) -> float:
