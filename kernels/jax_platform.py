@@ -1,4 +1,4 @@
-"""What the registry calls the platform that JAX runs on, and the precision of a product."""
+"""What the registry calls the platform that JAX runs on, and products at the precision that a dtype means."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def facts_of(dtype: Any) -> Facts:
 def precision_of(dtype: Any) -> Literal["highest"] | None:
     """float32 means true float32: without this XLA may take TF32 on a GPU."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def dot_float32(a: Any, b: Any, contract: tuple[int, int]) -> Any:
+    """The product of two matrices over axis contract[0] of a and contract[1] of b, summed in float32; inside kernels too."""
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from jaxsloth.kernels.jax_platform import dot_float32
 from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
 from jaxsloth.kernels.nf4.pallas_kernel import _arguments
 
@@ -65,8 +66,8 @@ def _kernel(
             return total + high * even[None, :] + low * odd[None, :]
         which = jnp.arange(rows, dtype=jnp.int32)[:, None]
         even, odd = x[which, channel[None, :]], x[which, channel[None, :] + 1]
-        total += pl.dot(high.astype(x.dtype), even, trans_b=True, allow_tf32=False)
-        return total + pl.dot(low.astype(x.dtype), odd, trans_b=True, allow_tf32=False)
+        total += dot_float32(high.astype(x.dtype), even, (1, 1))
+        return total + dot_float32(low.astype(x.dtype), odd, (1, 1))
 
     shape = (tile_out, tile_blocks * _BYTES if rows == 1 else rows)
     total = jax.lax.fori_loop(0, across // tile_blocks, add, jnp.zeros(shape, jnp.float32))
