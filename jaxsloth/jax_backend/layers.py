@@ -295,7 +295,7 @@ class Block(nnx.Module):
         def norm(name: str, settings: specs.Norm) -> RMSNorm:
             return RMSNorm(settings, f"{prefix}.{name}", take, ops)
 
-        self._sandwich = layer.placement == "pre_post"
+        self._spec, self._sandwich = layer, layer.placement == "pre_post"
         self._normed = layer.attention_norm is not None
         if layer.attention_norm is not None:
             self.input_layernorm = norm("input_layernorm", layer.attention_norm)

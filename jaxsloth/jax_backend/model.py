@@ -201,7 +201,8 @@ class JaxModel:
             return None
         if self.options.gradient_checkpointing != "auto":
             return self.options.gradient_checkpointing
-        return fitting_mode(self.spec, AUTO_ORDER, tokens, self._dtype.itemsize, placement.free_memory())
+        free = placement.free_memory()
+        return fitting_mode(self.spec, AUTO_ORDER, tokens, self._dtype.itemsize, free, attends_once=True)
 
     def unrolled(self, mode: str | None) -> bool:
         """Whether the fused layers run one after the other instead of in a scan; implementations={"layer_loop": …} decides.

@@ -10,22 +10,28 @@ from jaxsloth.models.spec import ModelSpec
 FILLED = 0.9
 
 
-def fitting_mode(spec: ModelSpec, modes: Sequence[str], tokens: int, size: int, free_bytes: float) -> str:
+def fitting_mode(
+    spec: ModelSpec, modes: Sequence[str], tokens: int, size: int, free_bytes: float, *, attends_once: bool = False
+) -> str:
     """The first of `modes`, the fastest first, whose activations fit; the last one where none does."""
     for mode in modes:
-        if activation_bytes(spec, mode, tokens, size) <= free_bytes * FILLED:
+        if activation_bytes(spec, mode, tokens, size, attends_once=attends_once) <= free_bytes * FILLED:
             return mode
     return modes[-1]
 
 
-def activation_bytes(spec: ModelSpec, mode: str, tokens: int, size: int) -> int:
-    """About what the activations of a pass take on the device: those kept, and the most that one layer works with."""
+def activation_bytes(spec: ModelSpec, mode: str, tokens: int, size: int, *, attends_once: bool = False) -> int:
+    """About what the activations of a pass take on the device: those kept, and the most that one layer works with.
+
+    attends_once: mode "full" keeps attention's output and the stream behind it too, as JAX does.
+    """
     total = working = 0
     for layer in spec.layers:
         attention, mlp = layer.attention, layer.mlp
         q, kv = attention.heads * attention.head_dim, 2 * attention.kv_heads * attention.head_dim
         few = 2 * spec.hidden + 2 * q + kv
-        kept = {"none": few + 2 * spec.hidden + 2 * mlp.width, "selective": few, "offload": 0, "full": spec.hidden}[mode]
-        total += kept
+        full = 2 * spec.hidden + q if attends_once else spec.hidden
+        kept = {"none": few + 2 * spec.hidden + 2 * mlp.width, "selective": few, "offload": 0, "full": full}
+        total += kept[mode]
         working = max(working, 3 * mlp.width + 2 * few + 4 * spec.hidden)
     return tokens * size * (total + working)

@@ -7,22 +7,15 @@ gathered to ``[documents, longest]``, attended with lengths, and scattered back:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxsloth.kernels.attention.xla_ops import attention as general_attention
 
 CUDNN_HEAD_DIM = 128
-ATTENDED, STATISTICS, INPUTS = (
-    "attended",
-    "attention.statistics",
-    "attention.inputs",
-)  # names under which a checkpointing policy finds what the backward needs
 
 
 @jax.tree_util.register_dataclass
@@ -90,35 +83,66 @@ def refuses(platform: str, dtype: Any, head_dim: int, causal: bool, soft_cap: fl
     return None if head_dim <= CUDNN_HEAD_DIM and head_dim % 8 == 0 else f"has no heads of {head_dim} channels"
 
 
-def attend(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    soft_cap: float | None,
-    segments: Any,
-    documents: Documents | None,
-    plain: bool,
-    cudnn: bool,
-) -> Any:
-    """``[batch, length, heads, head_dim]``, as the contract says.
+@dataclass(frozen=True)
+class Settings:
+    """What is fixed about an attention. plain: every row is one document, perhaps with padding behind it. cudnn: `refuses` said
+    None."""
 
-    plain: every row is one document, perhaps with padding behind it. documents: those of a packed batch. cudnn: `refuses` said
-    None.
+    scale: float
+    causal: bool
+    window: int | None
+    soft_cap: float | None
+    plain: bool
+    cudnn: bool
+
+
+def forward(q: Any, k: Any, v: Any, settings: Settings, segments: Any, documents: Documents | None) -> tuple[Any, ...]:
+    """What `backward` needs beside q, k and v ``[batch, length, heads, head_dim]``; `attended` makes the output of it.
+
+    segments int32 ``[batch, length]``; documents: those of a packed batch, None where the rows are plain.
     """
-    if cudnn and plain:
-        return _cudnn(q, k, v, None, scale, window)
-    if cudnn and documents is not None:
-        heads = [_gather(t, documents) for t in (q, k, v)]
-        out = _cudnn(*heads, documents.lengths, scale, window)
-        flat = out.reshape(-1, *out.shape[2:])
-        return flat.at[documents.rows].get(mode="fill", fill_value=0).reshape(q.shape)
-    found = segments if not (plain and causal) else None
-    out = general_attention(q, k, v, scale=scale, causal=causal, window=window, soft_cap=soft_cap, q_segments=found)
-    return checkpoint_name(out, ATTENDED)
+    if not settings.cudnn:
+        return (_general(q, k, v, settings, segments),)
+    heads = (q, k, v) if documents is None else tuple(_gather(t, documents) for t in (q, k, v))
+    out, pull = _library(*heads, documents, settings)
+    return (out, *(leaf for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32))
+
+
+def attended(kept: tuple[Any, ...], shape: tuple[int, ...], settings: Settings, documents: Documents | None) -> Any:
+    """``[batch, length, heads, head_dim]``, which is `shape`."""
+    out = kept[0]
+    return _scatter(out, documents, shape) if settings.cudnn and documents is not None else out
+
+
+def backward(
+    q: Any, k: Any, v: Any, kept: tuple[Any, ...], dout: Any, settings: Settings, segments: Any, documents: Documents | None
+) -> tuple[Any, Any, Any]:
+    """The gradients of q, k and v; kept is what `forward` returned."""
+    if not settings.cudnn:
+        return jax.vjp(lambda q, k, v: _general(q, k, v, settings, segments), q, k, v)[1](dout)
+    heads = (q, k, v) if documents is None else tuple(_gather(t, documents) for t in (q, k, v))
+    # The forward that is traced here runs no more: what its pullback would take from it is put in, and the rest is unused.
+    out, pull = _library(*heads, documents, settings)
+    leaves, tree = jax.tree.flatten(pull)
+    statistics = iter(kept[1:])
+    own = [kept[0] if leaf is out else next(statistics) if leaf.dtype == jnp.float32 else leaf for leaf in leaves]
+    dheads = jax.tree.unflatten(tree, own)(dout if documents is None else _gather(dout, documents))
+    return (
+        dheads if documents is None else tuple(_scatter(d, documents, t.shape) for d, t in zip(dheads, (q, k, v), strict=True))
+    )
+
+
+def _general(q: Any, k: Any, v: Any, settings: Settings, segments: Any) -> Any:
+    return general_attention(
+        q,
+        k,
+        v,
+        scale=settings.scale,
+        causal=settings.causal,
+        window=settings.window,
+        soft_cap=settings.soft_cap,
+        q_segments=None if settings.plain and settings.causal else segments,
+    )
 
 
 def _gather(x: Any, documents: Documents) -> Any:
@@ -127,43 +151,27 @@ def _gather(x: Any, documents: Documents) -> Any:
     return flat.at[documents.tokens].get(mode="fill", fill_value=0)
 
 
-def _library(q: Any, k: Any, v: Any, lengths: Any, scale: float, window: int | None) -> Any:
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        is_causal=True,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
-    )
+def _scatter(x: Any, documents: Documents, shape: tuple[int, ...]) -> Any:
+    """The inverse of `_gather`; zeros for tokens of no document."""
+    flat = x.reshape(-1, *x.shape[2:])
+    return flat.at[documents.rows].get(mode="fill", fill_value=0).reshape(shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cudnn(q: Any, k: Any, v: Any, lengths: Any, scale: float, window: int | None) -> Any:
-    return _library(q, k, v, lengths, scale, window)
+def _library(q: Any, k: Any, v: Any, documents: Documents | None, settings: Settings) -> tuple[Any, Any]:
+    """(the output, its pullback), whose leaves are q, k, v, lengths, the output and float32 statistics."""
+    lengths = None if documents is None else documents.lengths
 
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=settings.scale,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            local_window_size=None if settings.window is None else (settings.window - 1, 0),
+            implementation="cudnn",
+        )
 
-def _forward(q: Any, k: Any, v: Any, lengths: Any, scale: float, window: int | None) -> tuple[Any, Any]:
-    out, pull = jax.vjp(lambda q, k, v: _library(q, k, v, lengths, scale, window), q, k, v)
-    named = checkpoint_name(out, ATTENDED)
-    # The library keeps the output too: it is to be kept once.
-    leaves, tree = jax.tree.flatten(pull)
-
-    def name(leaf: Any) -> Any:
-        if leaf is out:
-            return named
-        return checkpoint_name(leaf, STATISTICS if leaf.dtype == jnp.float32 else INPUTS)
-
-    kept = [name(leaf) for leaf in leaves]
-    return named, jax.tree.unflatten(tree, kept)
-
-
-def _backward(scale: float, window: int | None, pull: Any, dout: Any) -> tuple[Any, ...]:
-    del scale, window
-    return (*pull(dout), None)
-
-
-_cudnn.defvjp(_forward, _backward)
+    return jax.vjp(attention, q, k, v)

@@ -1,13 +1,14 @@
 """Adapted linear layers that share their input as one product each way, on arrays with room behind their rows.
 
 With the layers' weights stacked to ``W [out, in]``, their A to ``[rank, in]`` and their scaled B laid out block by block in
-``[out, rank]``, all in one matrix ``M = [[W, sB], [A, 0]]`` of ``[out + room, in + room]``:
+``[out, rank]``:
 
-    [y, ·] = [x, x·Aᵀ] · Mᵀ        [dx, ·] = [dy, dy·sB] · M
+    y = [x, x·Aᵀ] · [W, sB]ᵀ        dx = [dy, dy·sB] · [W; A]
 
-Every array is wide: ``[tokens, width + room]`` with columns past `width` that hold nothing, so that ``x·Aᵀ`` and ``dy·sB`` are
+x and dy are wide: ``[tokens, width + room]`` with columns past `width` that hold nothing, so that ``x·Aᵀ`` and ``dy·sB`` are
 written behind the rows in place by a kernel (`append_product`), and no product's operand is cut, padded or copied. The adapter
-costs a few more columns of the product instead of reading and writing y once more.
+costs a few more columns of the product instead of reading and writing y once more. y and dx have no room: 64
+columns more would cost their products even tiles.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxsloth.kernels.jax_platform import precision_of
+from jaxsloth.kernels.jax_platform import dot_float32, precision_of
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
 
@@ -36,16 +36,12 @@ PRODUCT_PROGRAMS, GRADIENT_PROGRAMS = 256, 528  # that a kernel should at least 
 
 @dataclass(frozen=True)
 class Group:
-    """What is fixed about layers that share their input: outs and ranks one by one (rank 0: no adapter), scales likewise.
-
-    A checkpointing policy finds the input that the backward needs as ``{name}.input``.
-    """
+    """What is fixed about layers that share their input: outs and ranks one by one (rank 0: no adapter), scales likewise."""
 
     in_features: int
     outs: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
-    name: str = ""
     interpret: bool = False
 
     @property
@@ -69,11 +65,6 @@ def _tile(ref: Any, rows: Any, columns: Any, row_end: int, column_end: int) -> A
     return plgpu.load(ref.at[jnp.where(rows < row_end, rows, 0)[:, None], columns[None, :]], mask=inside, other=0.0)
 
 
-def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
-
-
 def _append_kernel(x: Any, matrix: Any, out: Any, *, rows: int, width: int, height: int, steps: int, splits: int) -> None:
     """One program: `height` rows times a part of the columns. Without splits the products go behind the rows of x."""
     row = pl.program_id(0) * height + jnp.arange(height, dtype=jnp.int32)
@@ -82,7 +73,7 @@ def _append_kernel(x: Any, matrix: Any, out: Any, *, rows: int, width: int, heig
 
     def add(step: Any, total: Any) -> Any:
         column = (first + step) * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
-        return total + _dot(_tile(x, row, column, rows, width), _tile(matrix, low, column, ROOM, width), (1, 1))
+        return total + dot_float32(_tile(x, row, column, rows, width), _tile(matrix, low, column, ROOM, width), (1, 1))
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((height, ROOM), jnp.float32))
     inside = jnp.broadcast_to((row < rows)[:, None], (height, ROOM))
@@ -124,7 +115,8 @@ def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps
 
     def add(step: Any, total: Any) -> Any:
         row = (start + step) * HEIGHT + jnp.arange(HEIGHT, dtype=jnp.int32)
-        return total + _dot(_tile(x, row, columns, rows, x.shape[1]), _tile(low, row, first + room, rows, low.shape[1]), (0, 0))
+        own = _tile(low, row, first + room, rows, low.shape[1])
+        return total + dot_float32(_tile(x, row, columns, rows, x.shape[1]), own, (0, 0))
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((WIDTH, ROOM), jnp.float32))
     inside = jnp.broadcast_to((columns < x.shape[1])[:, None], (WIDTH, ROOM))
@@ -149,84 +141,92 @@ def low_rank_gradient(x: Any, low: Any, *, interpret: bool = False) -> Any:
     return parts[0] if splits == 1 else parts.sum(axis=0)
 
 
-def _low_a(group: Group, adapters: Any, dtype: Any) -> Any:
-    """``[ROOM, in]``: the layers' A one below the other, then zeros."""
-    parts = [a.astype(dtype) for a, _ in (pair for pair in adapters if pair is not None)]
-    parts.append(jnp.zeros((ROOM - group.rank, group.in_features), dtype))
-    return jnp.concatenate(parts)
+@dataclass(frozen=True)
+class Margins:
+    """What a group's adapters put around its weights: low_a ``[ROOM, in]``, the layers' A one below the other, then zeros;
+    high_b ``[out, ROOM]``, their scaled B block by block, zeros around. In the compute dtype."""
+
+    low_a: Any
+    high_b: Any
 
 
-def _high_b(group: Group, adapters: Any, dtype: Any) -> Any:
-    """``[out, ROOM]``: the layers' scaled B block by block, zeros around."""
-    parts, start = [], 0
+def margins(group: Group, adapters: Any, dtype: Any) -> Margins:
+    """adapters: (A float32 ``[r, in]``, B float32 ``[out, r]``) or None, each layer's."""
+    rows = [a.astype(dtype) for a, _ in (pair for pair in adapters if pair is not None)]
+    rows.append(jnp.zeros((ROOM - group.rank, group.in_features), dtype))
+    blocks, start = [], 0
     for out, rank, scale, pair in zip(group.outs, group.ranks, group.scales, adapters, strict=True):
-        if pair is None:
-            parts.append(jnp.zeros((out, ROOM), dtype))
-            continue
-        own = (scale * pair[1]).astype(dtype)
-        parts.append(jnp.pad(own, ((0, 0), (start, ROOM - start - rank))))
+        own = jnp.zeros((out, 0), dtype) if pair is None else (scale * pair[1]).astype(dtype)
+        blocks.append(jnp.pad(own, ((0, 0), (start, ROOM - start - rank))))
         start += rank
-    return jnp.concatenate(parts)
+    return Margins(jnp.concatenate(rows), jnp.concatenate(blocks))
 
 
-def _matrix(group: Group, bases: Any, low_a: Any, high_b: Any, layer: Any, dtype: Any) -> Any:
-    """``M [out + ROOM, in + ROOM]``."""
-    out, in_ = group.out_features, group.in_features
+def forward(
+    group: Group, x: Any, bases: Any, around: Margins, bias: Any = None, layer: Any = None, low: Any = None
+) -> tuple[Any, Any, Any]:
+    """(y ``[tokens, out]``; ``x·Aᵀ [tokens, ROOM]``; x with that behind its rows) from x ``[tokens, in + ROOM]``, wide.
+
+    bases: dense ``[out, in]`` or NF4 each, stacked where `layer` is given. bias: ``[out]`` or None. low: ``x·Aᵀ`` where it is
+    known.
+    """
+    if low is None:
+        x = append_product(x, around.low_a, interpret=group.interpret)
+        low = x[:, group.in_features :]
+    else:
+        x = jax.lax.dynamic_update_slice(x, low, (0, group.in_features))
+    shape = (group.out_features, group.in_features + ROOM)
+    matrix = _stacked(group, bases, shape, layer, x.dtype, around.high_b)
+    y = _product(x, matrix, (1, 1))
+    # Who goes on with y has low: cut out only when the backward asks for it, it would keep all of x alive until then.
+    y, low = jax.lax.optimization_barrier((y, low))
+    return y if bias is None else y + bias.astype(y.dtype), low, x
+
+
+def backward(group: Group, dy: Any, bases: Any, around: Margins, layer: Any = None) -> tuple[Any, Any]:
+    """(dx ``[tokens, in]``, dy with ``dy·sB`` behind its rows) from dy ``[tokens, out + ROOM]``, wide."""
+    dy = append_product(dy, around.high_b.T, interpret=group.interpret)
+    shape = (group.out_features + ROOM, group.in_features)
+    return _product(dy, _stacked(group, bases, shape, layer, dy.dtype, around.low_a), (1, 0)), dy
+
+
+def gradients(group: Group, x: Any, low: Any, dy: Any) -> tuple[Any, ...]:
+    """(dA, dB) or None of each layer, float32.
+
+    x ``[tokens, in or more]``, low and dy as `forward` and `backward` returned them.
+    """
+    da = low_rank_gradient(x, dy, interpret=group.interpret)[: group.in_features].T
+    db = low_rank_gradient(dy, low, interpret=group.interpret)
+    found, row, column = [], 0, 0
+    for rows, rank, scale in zip(group.outs, group.ranks, group.scales, strict=True):
+        own = db[row : row + rows, column : column + rank]
+        found.append((da[column : column + rank], scale * own) if rank else None)
+        row, column = row + rows, column + rank
+    return tuple(found)
+
+
+def _stacked(group: Group, bases: Any, shape: tuple[int, int], layer: Any, dtype: Any, margin: Any) -> Any:
+    """The layers' weights one below the other in the first rows and columns of a matrix of `shape`, `margin` in the rest."""
+    place = (group.out_features, 0) if shape[0] > group.out_features else (0, group.in_features)
     if not any(isinstance(base, NF4) for base in bases):
-        weights = [base if layer is None else jax.lax.dynamic_index_in_dim(base, layer, keepdims=False) for base in bases]
-        top = jnp.concatenate([jnp.concatenate([weight.astype(dtype) for weight in weights]), high_b], axis=1)
-        return jnp.concatenate([top, jnp.pad(low_a, ((0, 0), (0, ROOM)))])
+        weights = [_one(base, layer).astype(dtype) for base in bases]
+        return jnp.concatenate([jnp.concatenate(weights), margin], axis=0 if place[1] == 0 else 1)
     matrix, start = None, 0
     for base, rows in zip(bases, group.outs, strict=True):
-        shape = (out + ROOM, in_ + ROOM)
-        matrix = dequantize_rows(base, dtype, shape, start, into=matrix, layer=layer, interpret=group.interpret)
+        if isinstance(base, NF4):
+            matrix = dequantize_rows(base, dtype, shape, start, into=matrix, layer=layer, interpret=group.interpret)
+        else:
+            matrix = jnp.zeros(shape, dtype) if matrix is None else matrix
+            matrix = jax.lax.dynamic_update_slice(matrix, _one(base, layer).astype(dtype), (start, 0))
         start += rows
     assert matrix is not None
-    matrix = jax.lax.dynamic_update_slice(matrix, high_b, (0, in_))
-    return jax.lax.dynamic_update_slice(matrix, jnp.pad(low_a, ((0, 0), (0, ROOM))), (out, 0))
+    return jax.lax.dynamic_update_slice(matrix, margin, place)
 
 
-def _product(a: Any, b: Any, contract: tuple[int, int], dtype: Any) -> Any:
+def _one(base: Any, layer: Any) -> Any:
+    return base if layer is None else jax.lax.dynamic_index_in_dim(base, layer, keepdims=False)
+
+
+def _product(a: Any, b: Any, contract: tuple[int, int]) -> Any:
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lora_group(group: Group, x: Any, bases: Any, adapters: Any, bias: Any, layer: Any) -> Any:
-    """``[tokens, out + ROOM]``, wide, from x ``[tokens, in + ROOM]``, wide.
-
-    bases: dense ``[out, in]`` or NF4 each, stacked where `layer` is given. adapters: (A float32 ``[r, in]``, B float32 ``[out,
-    r]``) or None each. bias: ``[out]`` or None. The frozen arguments get no gradients.
-    """
-    return _forward(group, x, bases, adapters, bias, layer)[0]
-
-
-def _forward(group: Group, x: Any, bases: Any, adapters: Any, bias: Any, layer: Any) -> tuple[Any, Any]:
-    low_a, high_b = _low_a(group, adapters, x.dtype), _high_b(group, adapters, x.dtype)
-    x = checkpoint_name(append_product(x, low_a, interpret=group.interpret), f"{group.name}.input")
-    y = _product(x, _matrix(group, bases, low_a, high_b, layer, x.dtype), (1, 1), x.dtype)
-    if bias is not None:
-        y = y + jnp.pad(bias.astype(y.dtype), (0, ROOM))
-    return y, (x, bases, adapters, layer)
-
-
-def _backward(group: Group, kept: Any, dy: Any) -> tuple[Any, ...]:
-    x, bases, adapters, layer = kept
-    in_ = group.in_features
-    low_a, high_b = _low_a(group, adapters, x.dtype), _high_b(group, adapters, x.dtype)
-    dy = append_product(dy, high_b.T, interpret=group.interpret)
-    dx = _product(dy, _matrix(group, bases, low_a, high_b, layer, x.dtype), (1, 0), x.dtype)
-    da = low_rank_gradient(x, dy, interpret=group.interpret).T
-    db = low_rank_gradient(dy, x, interpret=group.interpret)
-    gradients, row, column = [], 0, 0
-    for rows, rank, scale, pair in zip(group.outs, group.ranks, group.scales, adapters, strict=True):
-        if pair is None:
-            gradients.append(None)
-        else:
-            own = db[row : row + rows, column : column + rank]
-            gradients.append((da[column : column + rank, :in_], scale * own))
-        row, column = row + rows, column + rank
-    return dx, None, tuple(gradients), None, None
-
-
-lora_group.defvjp(_forward, _backward)
+    return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=a.dtype)

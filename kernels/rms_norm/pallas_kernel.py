@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
@@ -27,13 +26,20 @@ def _parameters(width: int) -> plgpu.CompilerParams:
 def _forward_kernel(x: Any, weight: Any, y: Any, rstd: Any, *, hidden: int, width: int, eps: float, offset: float) -> None:
     row, column = pl.program_id(0), jnp.arange(width, dtype=jnp.int32)
     inside = column < hidden
-    values = plgpu.load(x.at[row, column], mask=inside, other=0.0).astype(jnp.float32)
+    values = plgpu.load(x.at[row, column], mask=inside, other=0.0)
+    _normalise(values, weight, y, rstd, hidden, eps, offset, (row, column, inside))
+
+
+def _normalise(values: Any, weight: Any, y: Any, rstd: Any, hidden: int, eps: float, offset: float, place: Any) -> None:
+    """Writes one row and its reciprocal; values are the row's, zero past `hidden`."""
+    row, column, inside = place
+    dtype, values = values.dtype, values.astype(jnp.float32)
     scale = plgpu.load(weight.at[column], mask=inside, other=0.0).astype(jnp.float32)
     reciprocal = jax.lax.rsqrt(jnp.sum(values * values) / hidden + eps)
     rstd[row] = reciprocal
     normalised = values * reciprocal
     # Llama rounds before it multiplies by the weight.
-    result = normalised.astype(x.dtype).astype(jnp.float32) * scale if offset == 0.0 else normalised * (offset + scale)
+    result = normalised.astype(dtype).astype(jnp.float32) * scale if offset == 0.0 else normalised * (offset + scale)
     plgpu.store(y.at[row, column], result.astype(y.dtype), mask=inside)
 
 
@@ -119,39 +125,42 @@ def _backward(eps: float, offset: float, interpret: bool, kept: Any, dy: Array) 
 _rms_norm.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def norm_fork(x: Array, weight: Array, eps: float, offset: float, room: int, interpret: bool) -> tuple[Array, Array]:
-    """(x as it came, the normed x ``[rows, hidden + room]``) of a wide x ``[rows, hidden + any]``, hidden as in `weight`.
+def _add_kernel(
+    x: Any, delta: Any, weight: Any, total: Any, y: Any, rstd: Any, *, hidden: int, width: int, eps: float, offset: float
+) -> None:
+    row, column = pl.program_id(0), jnp.arange(width, dtype=jnp.int32)
+    inside = column < hidden
+    values = plgpu.load(x.at[row, column], mask=inside, other=0.0).astype(jnp.float32)
+    values += plgpu.load(delta.at[row, column], mask=inside, other=0.0).astype(jnp.float32)
+    plgpu.store(total.at[row, column], values.astype(total.dtype), mask=inside)
+    _normalise(values.astype(total.dtype), weight, y, rstd, hidden, eps, offset, (row, column, inside))
 
-    x goes on as the residual stream; the backward adds the stream's gradient and the norm's in one pass, and is as wide as x.
-    The columns past `hidden` hold nothing. No gradient of the weight is formed.
-    """
-    return _fork_forward(x, weight, eps, offset, room, interpret)[0]
 
-
-def _fork_forward(x: Array, weight: Array, eps: float, offset: float, room: int, interpret: bool) -> tuple[Any, Any]:
-    hidden = weight.shape[0]
+def add_norm(
+    x: Array, delta: Array | None, weight: Array, *, eps: float, offset: float, room: int, interpret: bool = False
+) -> tuple[Array, Array, Array]:
+    """(``x + delta``; that normed, ``[rows, hidden + room]`` with nothing in the last columns; the reciprocals, float32
+    ``[rows]``) of ``[rows, hidden]``; without delta the first is x itself."""
+    rows, hidden = x.shape
     width = pl.next_power_of_2(hidden)
+    settings = {"hidden": hidden, "width": width, "eps": eps, "offset": offset}
+    normed = (jax.ShapeDtypeStruct((rows, hidden + room), x.dtype), jax.ShapeDtypeStruct((rows,), jnp.float32))
     call = pl.pallas_call(
-        partial(_forward_kernel, hidden=hidden, width=width, eps=eps, offset=offset),
-        out_shape=(
-            jax.ShapeDtypeStruct((x.shape[0], hidden + room), x.dtype),
-            jax.ShapeDtypeStruct((x.shape[0],), jnp.float32),
-        ),
-        grid=(x.shape[0],),
+        partial(_forward_kernel if delta is None else _add_kernel, **settings),
+        out_shape=normed if delta is None else (jax.ShapeDtypeStruct(x.shape, x.dtype), *normed),
+        grid=(rows,),
         compiler_params=_parameters(width),
         interpret=interpret,
-        name="rms_norm_fork",
+        name="rms_norm" if delta is None else "add_rms_norm",
     )
-    y, rstd = call(x, weight)
-    return (x, y), (x, weight, checkpoint_name(rstd, "rstd"))
+    return (x, *call(x, weight)) if delta is None else call(x, delta, weight)
 
 
-def _fork_backward(eps: float, offset: float, room: int, interpret: bool, kept: Any, slopes: Any) -> tuple[Array, None]:
-    del eps, room
-    x, weight, rstd = kept
-    residual, dy = slopes
-    rows, hidden = x.shape[0], weight.shape[0]
+def add_norm_backward(
+    x: Array, weight: Array, rstd: Array, dy: Array, residual: Array, *, offset: float, interpret: bool = False
+) -> Array:
+    """The gradient of x ``[rows, hidden]``: residual's, which comes along the stream, and the norm's. As wide as residual."""
+    rows, hidden = x.shape
     width = pl.next_power_of_2(hidden)
     programs = min(rows, PROGRAMS)
     kernel = partial(
@@ -166,16 +175,13 @@ def _fork_backward(eps: float, offset: float, room: int, interpret: bool, kept: 
     )
     call = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        out_shape=jax.ShapeDtypeStruct(residual.shape, x.dtype),
         grid=(programs,),
         compiler_params=_parameters(width),
         interpret=interpret,
-        name="rms_norm_fork_backward",
+        name="add_rms_norm_backward",
     )
-    return call(x, weight, rstd, dy, residual), None
-
-
-norm_fork.defvjp(_fork_forward, _fork_backward)
+    return call(x, weight, rstd, dy, residual)
 
 
 def rms_norm(

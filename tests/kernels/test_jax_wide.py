@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsloth.kernels.gated_activation.pallas_kernel import gated_merged
+from jaxsloth.kernels.gated_activation.pallas_kernel import activate_merged, activate_merged_backward
 from jaxsloth.kernels.gated_activation.xla_ops import gated_activation
-from jaxsloth.kernels.lora_matmul.pallas_kernel import ROOM, Group, append_product, lora_group, low_rank_gradient
+from jaxsloth.kernels.lora_matmul.pallas_kernel import (
+    ROOM,
+    Group,
+    append_product,
+    backward,
+    forward,
+    gradients,
+    low_rank_gradient,
+    margins,
+)
 from jaxsloth.kernels.nf4 import xla_ops as nf4
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
-from jaxsloth.kernels.rms_norm.pallas_kernel import norm_fork
+from jaxsloth.kernels.rms_norm.pallas_kernel import add_norm, add_norm_backward
 from jaxsloth.kernels.rms_norm.xla_ops import rms_norm
 from tests.kernels.test_jax_nf4 import lowered_for_cuda
 
@@ -60,27 +68,57 @@ def test_dequantize_rows(nested):
     assert jnp.array_equal(both[:128, :128], expected)
 
 
-def test_norm_fork():
-    x, weight, along, dy = normal(9, 96), normal(96, seed=1), normal(9, 96, seed=2), normal(9, 96, seed=3)
-    both, pull = jax.vjp(lambda x: norm_fork(x, weight, 1e-5, 0.0, ROOM, True), poisoned(x))
-    expected, plain = jax.vjp(lambda x: rms_norm(x, weight, eps=1e-5), x)
-    stream, normed = cast("tuple[jax.Array, jax.Array]", both)
-    assert jnp.array_equal(stream[:, :96], x)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_add_norm(offset):
+    x, delta, weight = normal(9, 96), normal(9, 96, seed=4), normal(96, seed=1)
+    along, dy = normal(9, 96, seed=2), normal(9, 96, seed=3)
+    total, normed, rstd = add_norm(x, delta, weight, eps=1e-5, offset=offset, room=ROOM, interpret=True)
+    assert jnp.array_equal(total, x + delta)
+    expected, plain = jax.vjp(lambda x: rms_norm(x, weight, eps=1e-5, offset=offset), x + delta)
     assert error(normed[:, :96], expected) <= BAR
-    (dx,) = pull((poisoned(along), poisoned(dy)))
+    for got, judge in zip(
+        add_norm(total, None, weight, eps=1e-5, offset=offset, room=ROOM, interpret=True)[1:], (normed, rstd), strict=True
+    ):
+        assert jnp.array_equal(got[..., :96], judge[..., :96])
+    dx = add_norm_backward(total, weight, rstd, dy, poisoned(along), offset=offset, interpret=True)
+    assert dx.shape == (9, 96 + ROOM)
     assert error(dx[:, :96], along + plain(dy)[0]) <= BAR
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "relu"])
-def test_gated_merged(kind):
+def test_merged_activation(kind):
     gate, up, dh = normal(5, 1100), normal(5, 1100, seed=1), normal(5, 1100, seed=2)
-    merged = poisoned(jnp.concatenate([gate, up], axis=1))
-    forward, pull = jax.vjp(lambda merged: gated_merged(merged, 1100, kind, ROOM, True), merged)
+    merged = jnp.concatenate([gate, up], axis=1)
     expected, plain = jax.vjp(lambda gate, up: gated_activation(gate, up, kind=kind), gate, up)
-    h = cast(jax.Array, forward)
-    assert error(h[:, :1100], expected) <= BAR
-    (dmerged,) = pull(poisoned(dh))
+    assert error(activate_merged(merged, 1100, kind, ROOM, interpret=True)[:, :1100], expected) <= BAR
+    dmerged, h = activate_merged_backward(merged, dh, kind, ROOM, interpret=True)
     assert error(dmerged[:, :2200], jnp.concatenate(plain(dh), axis=1)) <= BAR
+    assert error(h, expected) <= BAR
+
+
+@pytest.mark.parametrize("quantized", [(), (0,), (0, 1)])
+def test_group(quantized):
+    """Two layers of one input, the second without an adapter, whichever of them is quantized, against dense products."""
+    dense = [normal(48, 128), normal(80, 128, seed=1)]
+    packed = [nf4.quantize(weight) for weight in dense]
+    bases = tuple(packed[i] if i in quantized else dense[i] for i in range(2))
+    weights = [nf4.dequantize(packed[i], jnp.float32) if i in quantized else dense[i] for i in range(2)]
+    a, b, x, dy = normal(8, 128, seed=2), normal(48, 8, seed=3), normal(33, 128, seed=4), normal(33, 128, seed=5)
+    group = Group(128, (48, 80), (8, 0), (2.0, 1.0), True)
+
+    def plain(x, a, b):
+        return jnp.concatenate([x @ weights[0].T + 2.0 * (x @ a.T) @ b.T, x @ weights[1].T], axis=1)
+
+    expected, pull = jax.vjp(plain, x, a, b)
+    around = margins(group, ((a, b), None), jnp.float32)
+    y, low, wide = forward(group, poisoned(x), bases, around)
+    assert error(y, expected) <= BAR
+    assert jnp.array_equal(forward(group, poisoned(x), bases, around, low=low)[0], y)
+    dx, wide_dy = backward(group, poisoned(dy), bases, around)
+    first, second = gradients(group, wide, low, wide_dy)
+    assert second is None and first is not None
+    for got, judge in zip((dx, *first), pull(dy), strict=True):
+        assert error(got, judge) <= BAR
 
 
 def test_everything_lowers_for_cuda():
@@ -89,17 +127,22 @@ def test_everything_lowers_for_cuda():
     group = Group(192, (128,), (8,), (2.0,))
     for rows in (64, 8192):  # the columns are shared out among more programs where there are few rows
 
-        def trained(x, a, b):
-            return lora_group(group, x, (weights,), ((a, b),), None, None).astype(jnp.float32).sum()
+        def both(x, dy, a, b):
+            around = margins(group, ((a, b),), jnp.bfloat16)
+            _, low, x = forward(group, x, (weights,), around)
+            dx, dy = backward(group, dy, (weights,), around)
+            return dx, gradients(group, x, low, dy)
 
-        text = lowered_for_cuda(jax.grad(trained, argnums=(0, 1, 2)), half((rows, 192 + ROOM)), normal(8, 192), normal(128, 8))
+        text = lowered_for_cuda(both, half((rows, 192 + ROOM)), half((rows, 128 + ROOM)), normal(8, 192), normal(128, 8))
         for kernel in ("lora_append", "lora_gradient", "nf4_dequantize_rows"):
             assert kernel in text
 
-    def block(x, weight):
-        stream, normed = cast("tuple[jax.Array, jax.Array]", norm_fork(x, weight, 1e-5, 0.0, ROOM, False))
-        return stream.astype(jnp.float32).sum() + gated_merged(normed, 96, "silu", ROOM, False).astype(jnp.float32).sum()
+    def block(x, delta, weight, dh):
+        total, normed, rstd = add_norm(x, delta, weight, eps=1e-5, offset=0.0, room=ROOM)
+        h = activate_merged(normed[:, :192], 96, "silu", ROOM)
+        dmerged, _ = activate_merged_backward(normed[:, :192], dh, "silu", ROOM)
+        return h, add_norm_backward(total, weight, rstd, dmerged, normed, offset=0.0)
 
-    text = lowered_for_cuda(jax.grad(block), half((64, 192 + ROOM)), normal(192))
-    for kernel in ("rms_norm_fork", "rms_norm_fork_backward", "gated_activation", "gated_activation_backward"):
+    text = lowered_for_cuda(block, half((64, 192)), half((64, 192)), normal(192), half((64, 96)))
+    for kernel in ("add_rms_norm", "add_rms_norm_backward", "gated_activation", "gated_activation_backward"):
         assert kernel in text

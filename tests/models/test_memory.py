@@ -16,6 +16,7 @@ def test_bytes_count_what_is_kept():
     kept = {"none": 4 * (320 + 2 * 64 + 2 * 128), "selective": 4 * 320, "offload": 0, "full": 4 * 64}
     for mode, numbers in kept.items():
         assert activation_bytes(SPEC, mode, 10, 2) == 10 * 2 * (numbers + working)
+    assert activation_bytes(SPEC, "full", 10, 2, attends_once=True) == 10 * 2 * (4 * (2 * 64 + 64) + working)
 
 
 def test_the_fastest_that_fits_is_taken():
