@@ -230,7 +230,11 @@ def check_cached_attention(module: ModuleType, case: Any, dtype: str, device: st
         q_offset=case.slot,
         **options,
     )
-    assert torch.equal(*found) and found[0].dtype == q.dtype
+    assert found[0].dtype == q.dtype
+    if module.__name__.endswith("triton_kernel"):
+        assert torch.equal(*found)  # the library's attention under a mask may sum in another order each time
+    else:
+        assert relative_error(*found) <= part("attention", "contract").TOLERANCES[dtype].output
     assert relative_error(q, turned[0]) <= part("rope", "contract").TOLERANCES[dtype].output
     error = relative_error(found[0].cpu(), expected.view(batch, -1))
     assert error <= part("attention", "contract").TOLERANCES[dtype].output, f"{error:.2e}"
