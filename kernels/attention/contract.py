@@ -51,6 +51,7 @@ ATTENTION = Op(
     (
         Implementation("triton", "torch", "jaxsloth.kernels.attention.flash_triton:attention", _flash_refuses),
         Implementation("torch", "torch", "jaxsloth.kernels.attention.torch_ops:attention"),
+        Implementation("pallas", "jax", "jaxsloth.kernels.attention.pallas_flash:attention", _flash_refuses),
         Implementation("xla", "jax", "jaxsloth.kernels.attention.xla_ops:attention"),
     ),
 )

@@ -162,16 +162,16 @@ def backward(
     strides = _stride(q), _stride(k), _stride(v)
     with torch.cuda.device_of(q):
         dq_kernel[(batch * heads, triton.cdiv(q_length, for_dq.queries))](
-            *(q, k, v, out, dout, lse, delta, dq, *_sides(q, sight, for_dq.queries, None), sight.q_offset),
-            *(*strides, _stride(out), _stride(dout), _stride(dq), *numbers),
+            *[q, k, v, out, dout, lse, delta, dq, *_sides(q, sight, for_dq.queries, None), sight.q_offset],
+            *[*strides, _stride(out), _stride(dout), _stride(dq), *numbers],
             **settings,
             QUERIES=for_dq.queries,
             KEYS=for_dq.keys,
             **for_dq.launch,
         )
         dkv_kernel[(batch * k.shape[2], triton.cdiv(k.shape[1], for_dkv.keys))](
-            *(q, k, v, dout, lse, delta, dk, dv, *_sides(q, sight, None, for_dkv.keys), sight.q_offset),
-            *(*strides, _stride(dout), _stride(dk), _stride(dv), *numbers),
+            *[q, k, v, dout, lse, delta, dk, dv, *_sides(q, sight, None, for_dkv.keys), sight.q_offset],
+            *[*strides, _stride(dout), _stride(dk), _stride(dv), *numbers],
             **settings,
             QUERIES=for_dkv.queries,
             KEYS=for_dkv.keys,

@@ -6,6 +6,7 @@ gathered to ``[documents, longest]``, attended with lengths, and scattered back:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,11 +104,12 @@ def attend(
     documents: Documents | None,
     plain: bool,
     cudnn: bool,
+    kernel: Callable[..., Any] | None = None,
 ) -> Any:
     """``[batch, length, heads, head_dim]``, as the contract says.
 
     plain: every row is one document, perhaps with padding behind it. documents: those of a packed batch. cudnn: `refuses` said
-    None.
+    None. kernel: an implementation of the op for what cuDNN can't do, which names what it keeps itself (pallas_flash).
     """
     if cudnn and plain:
         return _cudnn(q, k, v, None, scale, window)
@@ -117,8 +119,10 @@ def attend(
         flat = out.reshape(-1, *out.shape[2:])
         return flat.at[documents.rows].get(mode="fill", fill_value=0).reshape(q.shape)
     found = segments if not (plain and causal) else None
-    out = general_attention(q, k, v, scale=scale, causal=causal, window=window, soft_cap=soft_cap, q_segments=found)
-    return checkpoint_name(out, ATTENDED)
+    options = {"scale": scale, "causal": causal, "window": window, "soft_cap": soft_cap, "q_segments": found}
+    if kernel is not None:
+        return kernel(q, k, v, **options)
+    return checkpoint_name(general_attention(q, k, v, **options), ATTENDED)
 
 
 def _gather(x: Any, documents: Documents) -> Any:

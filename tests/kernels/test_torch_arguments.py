@@ -46,6 +46,8 @@ def test_a_dense_base_of_another_dtype_is_read_in_that_of_x():
         ("torch", Facts("cuda", "bfloat16", sizes_of(128, None)), "torch"),
         ("torch", Facts("cuda", "bfloat16", sizes_of(512, 50.0)), "torch"),
         ("torch", Facts("cpu", "float32", sizes_of(256, 50.0)), "torch"),
+        ("jax", Facts("cuda", "bfloat16", sizes_of(256, 50.0)), "pallas"),
+        ("jax", Facts("cuda", "bfloat16", sizes_of(128, None)), "xla"),
     ],
 )
 def test_our_attention_is_chosen_for_a_soft_cap_on_a_gpu(backend, facts, chosen):

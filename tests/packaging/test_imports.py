@@ -42,6 +42,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("kernels/*/matvec_triton.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
     ("kernels/*/xla_ops.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/jax_platform.py", {"jax"}, ("kernels",), set()),
+    ("kernels/*/pallas_flash.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/pallas_matvec.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/pallas_kernel.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     (
