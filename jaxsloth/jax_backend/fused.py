@@ -12,7 +12,7 @@ for the backward goes by name, so that `gradient_checkpointing` is a policy:
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -27,6 +27,8 @@ from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.lora_matmul import pallas_kernel as wide
 from jaxsloth.kernels.lora_matmul.pallas_kernel import ROOM, Group, lora_group
 from jaxsloth.kernels.rms_norm.pallas_kernel import norm_fork
+from jaxsloth.kernels.rope.pallas_kernel import Heads, split_heads
+from jaxsloth.kernels.rope.pallas_kernel import refuses as rope_refuses
 from jaxsloth.kernels.rope.xla_ops import rope
 from jaxsloth.models import spec as specs
 from jaxsloth.models.buildable import fused_refusal
@@ -110,7 +112,9 @@ def _block(block: Block, x: Any, shape: tuple[int, int], context: Context, layer
     x, normed = _fork(block.input_layernorm, x, layer, interpret)
     projections = ("qkv_proj",) if attention._spec.fused_qkv else ("q_proj", "k_proj", "v_proj")
     qkv = _linears(attention, projections, normed, layer, "qkv")
-    attended = _attend(attention._spec, qkv, shape, context, documents, plain)
+    chosen = attention._implementation
+    kernel = chosen.load() if chosen.name == "pallas" else None
+    attended = _attend(attention._spec, qkv, shape, context, documents, plain, kernel)
     x = x + _linears(attention, ("o_proj",), jnp.pad(attended, ((0, 0), (0, ROOM))), layer, "o")
     x = checkpoint_name(x, MIDDLE)
     x, normed = _fork(block.post_attention_layernorm, x, layer, interpret)
@@ -142,17 +146,17 @@ def _linears(owner: Any, names: tuple[str, ...], x: Any, layer: Any, name: str) 
     return lora_group(group, x, tuple(one.base() for one in linears), adapters, bias, layer)
 
 
-def _attend(spec: specs.Attention, qkv: Any, shape: tuple[int, int], context: Context, documents: Any, plain: bool) -> Any:
-    """``[tokens, heads·head_dim]`` from the merged projection."""
-    widths = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim)
-    ends = (0, widths[0], widths[0] + widths[1], widths[0] + 2 * widths[1])
-    q, k, v = (qkv[:, start:end].reshape(*shape, -1, spec.head_dim) for start, end in pairwise(ends))
+def _attend(
+    spec: specs.Attention, qkv: Any, shape: tuple[int, int], context: Context, documents: Any, plain: bool, kernel: Any
+) -> Any:
+    """``[tokens, heads·head_dim]`` from the merged projection. kernel: the project's own, where it was chosen."""
     assert spec.rope is not None
     cos, sin = context.tables[spec.rope]
+    q, k, v = (t.reshape(*shape, -1, spec.head_dim) for t in _turned(spec, qkv, cos, sin))
     reason = attention_ops.refuses(platform(), qkv.dtype, spec.head_dim, spec.causal, spec.soft_cap)
     out = attention_ops.attend(
-        rope(q, cos, sin),
-        rope(k, cos, sin),
+        q,
+        k,
         v,
         scale=spec.scale,
         causal=spec.causal,
@@ -162,5 +166,17 @@ def _attend(spec: specs.Attention, qkv: Any, shape: tuple[int, int], context: Co
         documents=documents,
         plain=plain,
         cudnn=reason is None,
+        kernel=kernel,
     )
     return out.reshape(qkv.shape[0], -1)
+
+
+def _turned(spec: specs.Attention, qkv: Any, cos: Any, sin: Any) -> tuple[Any, Any, Any]:
+    """q ``[tokens, heads·head_dim]`` and k ``[tokens, kv_heads·head_dim]``, turned, and v."""
+    layout = Heads(spec.heads, spec.kv_heads, spec.head_dim, platform() != "cuda")
+    if rope_refuses(spec.head_dim, cos.shape[-1]) is None:
+        tables = (table.reshape(qkv.shape[0], -1) for table in (cos, sin))
+        return split_heads(layout, qkv.shape[1] - sum(layout.widths), qkv, *tables)
+    ends = (0, *accumulate(layout.widths))
+    q, k, v = (qkv[:, start:end].reshape(*cos.shape[:2], -1, spec.head_dim) for start, end in pairwise(ends))
+    return rope(q, cos, sin), rope(k, cos, sin), v

@@ -17,6 +17,9 @@ from jaxsloth.kernels.nf4 import xla_ops as nf4
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.rms_norm.pallas_kernel import norm_fork
 from jaxsloth.kernels.rms_norm.xla_ops import rms_norm
+from jaxsloth.kernels.rope.pallas_kernel import Heads, split_heads
+from jaxsloth.kernels.rope.pallas_kernel import refuses as rope_refuses
+from jaxsloth.kernels.rope.xla_ops import rope
 from tests.kernels.test_jax_nf4 import lowered_for_cuda
 
 BAR = 2e-6  # relative Frobenius, float32 sums of another order
@@ -71,6 +74,34 @@ def test_norm_fork():
     assert error(dx[:, :96], along + plain(dy)[0]) <= BAR
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (6, 1)])
+def test_split_heads(heads, kv_heads):
+    tokens, dim = 7, 16
+    layout = Heads(heads, kv_heads, dim, interpret=True)
+    qkv, angles = normal(tokens, sum(layout.widths)), normal(tokens, dim // 2, seed=1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    slopes = [normal(tokens, width, seed=2 + place) for place, width in enumerate(layout.widths)]
+
+    def plain(qkv):
+        q, k, v = jnp.split(qkv, [layout.widths[0], layout.widths[0] + layout.widths[1]], axis=1)
+        turned = (rope(t.reshape(1, tokens, -1, dim), cos[None], sin[None]).reshape(t.shape) for t in (q, k))
+        return *turned, v
+
+    found, pull = jax.vjp(lambda merged: split_heads(layout, ROOM, merged, cos, sin), poisoned(qkv))
+    expected, plain_pull = jax.vjp(plain, qkv)
+    for got, right in zip(cast("tuple[jax.Array, ...]", found), cast("tuple[jax.Array, ...]", expected), strict=True):
+        assert error(got, right) <= BAR
+    dmerged = pull(tuple(slopes))[0]
+    assert dmerged.shape == (tokens, sum(layout.widths) + ROOM)
+    assert error(dmerged[:, : sum(layout.widths)], plain_pull(tuple(slopes))[0]) <= BAR
+
+
+def test_split_heads_refuses_what_it_does_not_turn():
+    assert rope_refuses(128, 64) is None
+    assert "are to be turned" in (rope_refuses(96, 24) or "")
+    assert "power of two" in (rope_refuses(96, 48) or "")
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "relu"])
 def test_gated_merged(kind):
     gate, up, dh = normal(5, 1100), normal(5, 1100, seed=1), normal(5, 1100, seed=2)
@@ -103,3 +134,10 @@ def test_everything_lowers_for_cuda():
     text = lowered_for_cuda(jax.grad(block), half((64, 192 + ROOM)), normal(192))
     for kernel in ("rms_norm_fork", "rms_norm_fork_backward", "gated_activation", "gated_activation_backward"):
         assert kernel in text
+
+    def attention(merged, tables):
+        q, k, v = split_heads(Heads(32, 8, 128), ROOM, merged, tables, tables)
+        return (q.astype(jnp.float32) ** 2).sum() + (k * v).astype(jnp.float32).sum()
+
+    text = lowered_for_cuda(jax.grad(attention), half((64, 48 * 128 + ROOM)), normal(64, 64))
+    assert "rope_split" in text and "rope_merge" in text
