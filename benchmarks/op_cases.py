@@ -58,6 +58,7 @@ def real_cases(op: str, shape: str, batch: int, length: int) -> Iterator[Any]:
         yield case("causal", batch, length, heads, kv_heads, size)
         yield case("window", batch, length, heads, kv_heads, size, window=max(length // 4, 1))
         yield case("padded", batch, length, heads, kv_heads, size, segments="right")
+        yield case("soft_cap", batch, length, heads, kv_heads, size, soft_cap=50.0)
     elif op == "linear_cross_entropy":
         yield part(op, "cases").Case("head", tokens, spec.hidden, spec.embedding.vocab, ignored="none")
 

@@ -14,6 +14,7 @@ Kept a layer, by `gradient_checkpointing` (x1 and x2 are the residual stream bef
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -111,7 +112,8 @@ class LayerPass:
             own.causal,
             own.window,
             own.soft_cap,
-            attention._ops.attention,
+            attention.attend,
+            import_module(attention.attend.__module__) if attention.implementation.name == "triton" else None,
         )
         self.q_width, self.kv_width = own.heads * own.head_dim, own.kv_heads * own.head_dim
         self.stream_room = max(self.o.room, self.down.room)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from jaxsloth.kernels.attention.contract import ATTENTION
+from jaxsloth.kernels.attention.contract import sizes_of as attention_sizes
 from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL, Dropout
 from jaxsloth.kernels.nf4.contract import NF4, Nested
-from jaxsloth.kernels.registry import Facts, Op, resolve
+from jaxsloth.kernels.registry import Facts, Implementation, Op, resolve, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
@@ -33,12 +34,17 @@ class Ops:
         def choose(op: Op) -> Callable[..., Any]:
             return resolve(op, "torch", facts, requested.get(op.name))
 
-        self.attention = choose(ATTENTION)
         self.gated_activation = choose(GATED_ACTIVATION)
         self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)
         self.lora_matmul = choose(LORA_MATMUL)
         self.rms_norm = choose(RMS_NORM)
         self.rope = choose(ROPE)
+        self._facts, self._attention = facts, requested.get(ATTENTION.name)
+
+    def attention(self, spec: specs.Attention) -> Implementation:
+        """Which one depends on the layer."""
+        facts = replace(self._facts, sizes=attention_sizes(spec.head_dim, spec.soft_cap))
+        return select(ATTENTION, "torch", facts, self._attention).implementation
 
 
 @dataclass
@@ -163,6 +169,8 @@ class Attention(nn.Module):
         super().__init__()
         attention, prefix = spec.layers[index].attention, f"model.layers.{index}.self_attn"
         self._spec, self._ops, self._index = attention, ops, index
+        self.implementation = ops.attention(attention)
+        self.attend = self.implementation.load()
         _add_linears(self, spec, index, "self_attn", take, ops)
         if attention.qk_norm is not None:
             self.q_norm = RMSNorm(attention.qk_norm, f"{prefix}.q_norm", take, ops)
@@ -182,7 +190,7 @@ class Attention(nn.Module):
             offset = cache.used
             k, v = cache.append(k, v)
             kv_segments = context.kv_segments[:, : cache.used]
-        out = self._ops.attention(
+        out = self.attend(
             q,
             k,
             v,

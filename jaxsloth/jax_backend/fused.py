@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,6 +29,7 @@ from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.lora_matmul import pallas_kernel as wide
 from jaxsloth.kernels.lora_matmul.pallas_kernel import ROOM, Group
 from jaxsloth.kernels.rms_norm.pallas_kernel import add_norm, add_norm_backward
+from jaxsloth.kernels.rope import pallas_kernel as rope_kernel
 from jaxsloth.kernels.rope.xla_ops import rope
 from jaxsloth.models import spec as specs
 from jaxsloth.models.buildable import fused_refusal
@@ -144,7 +145,8 @@ def _kind(block: Block, plain: bool, dtype: Any) -> Kind:
 
     spec = block.self_attn._spec
     refused = attention_ops.refuses(platform(), dtype, spec.head_dim, spec.causal, spec.soft_cap)
-    settings = attention_ops.Settings(spec.scale, spec.causal, spec.window, spec.soft_cap, plain, refused is None)
+    kernel = block.self_attn._implementation.load()
+    settings = attention_ops.Settings(spec.scale, spec.causal, spec.window, spec.soft_cap, plain, refused is None, kernel)
     return Kind(block._spec, tuple(group(part) for part in _parts(block)), settings)
 
 
@@ -369,19 +371,27 @@ class BlockPass:
 
     def _split(self, qkv: Any) -> tuple[Any, Any, Any]:
         """q and k turned, and v, ``[batch, length, heads, head_dim]``, of the merged projection."""
-        own = self._kind.spec.attention
-        widths = (own.heads * own.head_dim, own.kv_heads * own.head_dim)
-        ends = (0, widths[0], widths[0] + widths[1], widths[0] + 2 * widths[1])
-        q, k, v = (qkv[:, start:end].reshape(*self._shape, -1, own.head_dim) for start, end in pairwise(ends))
-        cos, sin = self._tables
+        own, (cos, sin) = self._kind.spec.attention, self._tables
+        heads = rope_kernel.Heads(own.heads, own.kv_heads, own.head_dim, self._kind.interpret)
+        shape = (*self._shape, -1, own.head_dim)
+        if rope_kernel.refuses(own.head_dim, cos.shape[-1]) is None:
+            q, k, v = rope_kernel.split(heads, qkv, *self._flat_tables())
+            return q.reshape(shape), k.reshape(shape), v.reshape(shape)
+        q, k, v = (qkv[:, start:end].reshape(shape) for start, end in pairwise((0, *accumulate(heads.widths))))
         return rope(q, cos, sin), rope(k, cos, sin), v
 
     def _merge(self, dq: Any, dk: Any, dv: Any) -> Any:
         """The gradient of the merged projection, wide."""
-        cos, sin = self._tables
-        parts = [rope(dq, cos, -sin), rope(dk, cos, -sin), dv]
+        own, (cos, sin) = self._kind.spec.attention, self._tables
         tokens = dq.shape[0] * dq.shape[1]
+        if rope_kernel.refuses(own.head_dim, cos.shape[-1]) is None:
+            heads = rope_kernel.Heads(own.heads, own.kv_heads, own.head_dim, self._kind.interpret)
+            return rope_kernel.merge(heads, ROOM, *(d.reshape(tokens, -1) for d in (dq, dk, dv)), *self._flat_tables())
+        parts = [rope(dq, cos, -sin), rope(dk, cos, -sin), dv]
         return jnp.concatenate([*(part.reshape(tokens, -1) for part in parts), jnp.zeros((tokens, ROOM), dq.dtype)], axis=1)
+
+    def _flat_tables(self) -> list[Any]:
+        return [table.reshape(self._shape[0] * self._shape[1], -1) for table in self._tables]
 
     def _attended(self, kept: Any) -> Any:
         own = self._kind.spec.attention

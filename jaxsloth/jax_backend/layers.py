@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsloth.kernels.attention.contract import ATTENTION
+from jaxsloth.kernels.attention.contract import sizes_of as attention_sizes
 from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
 from jaxsloth.kernels.jax_platform import precision_of
@@ -22,7 +23,7 @@ from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL, Dropout
 from jaxsloth.kernels.nf4.contract import MATVEC, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
-from jaxsloth.kernels.registry import Facts, Op, resolve, select
+from jaxsloth.kernels.registry import Facts, Implementation, Op, resolve, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
@@ -57,13 +58,18 @@ class Ops:
         def choose(op: Op) -> Callable[..., Any]:
             return resolve(op, "jax", facts, requested.get(op.name))
 
-        self.attention = choose(ATTENTION)
         self.gated_activation = choose(GATED_ACTIVATION)
         self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)
         self.lora_matmul = choose(LORA_MATMUL)
         self.rms_norm = choose(RMS_NORM)
         self.rope = choose(ROPE)
         self._facts, self._matvec = facts, requested.get(MATVEC.name)
+        self._attention = requested.get(ATTENTION.name)
+
+    def attention(self, spec: specs.Attention) -> Implementation:
+        """Which one depends on the layer."""
+        facts = replace(self._facts, sizes=attention_sizes(spec.head_dim, spec.soft_cap))
+        return select(ATTENTION, "jax", facts, self._attention).implementation
 
     def matvec(self, rows: int, shape: tuple[int, int]) -> Callable[..., Any] | None:
         """nf4_matvec for x of so many rows and a weight of this shape; None where `lora_matmul` does no worse."""
@@ -231,6 +237,7 @@ class Attention(nnx.Module):
     def __init__(self, place: Place, take: Take, ops: Ops) -> None:
         attention, prefix = place.spec.layers[place.index].attention, f"model.layers.{place.index}.self_attn"
         self._spec, self._ops = attention, ops
+        self._implementation = ops.attention(attention)
         _add_linears(self, place, "self_attn", take, ops)
         if attention.qk_norm is not None:
             self.q_norm = RMSNorm(attention.qk_norm, f"{prefix}.q_norm", take, ops)
@@ -248,7 +255,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.append(k, v, context.used)
             k, v, offset, kv_segments = cache.keys, cache.values, context.used, context.kv_segments
-        out = self._ops.attention(
+        out = self._implementation.load()(
             q,
             k,
             v,

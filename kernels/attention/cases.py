@@ -66,6 +66,12 @@ CASES: tuple[Case, ...] = (
     Case("cross", 2, 5, 4, 4, 16, kv_length=11, causal=False),
     Case("large_scores", 1, 16, 2, 2, 16, spread=6.0),
     Case("empty_batch", 0, 8, 4, 2, 16),
+    # Longer than a kernel's tiles: some are met whole, some cut, some skipped.
+    Case("long_soft_cap", 1, 200, 2, 1, 64, soft_cap=20.0),
+    Case("long_window_soft_cap", 1, 210, 1, 1, 96, window=140, soft_cap=20.0),
+    Case("long_packed_soft_cap", 2, 150, 2, 1, 16, soft_cap=5.0, segments="packed", spread=3.0),
+    Case("long_window_bidirectional", 1, 220, 1, 1, 32, causal=False, window=135, soft_cap=20.0),
+    Case("wide_heads_soft_cap", 1, 40, 2, 1, 256, soft_cap=20.0),
 )
 
 

@@ -23,15 +23,35 @@ that changes from token to token on the device, so that a CUDA graph can hold it
     Attention of the queries that stand at `slot` over the slots from first (int32 ``[batch]``) to slot, as above.
 
 Backward: q, k, v, the output and one log-sum-exp a row are enough; the plain versions may keep what autograd keeps.
+
+Sizes that a choice may hang on (`sizes_of`): head_dim, and soft_cap, 1 or 0. The project's own kernels stand back where there
+is no soft cap: the libraries' attention is right there, and faster.
 """
 
-from jaxsloth.kernels.registry import Implementation, Op
+from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
+
+MAX_HEAD_DIM = 256
+
+
+def sizes_of(head_dim: int, soft_cap: float | None) -> dict[str, int]:
+    return {"head_dim": head_dim, "soft_cap": int(soft_cap is not None)}
+
+
+def _flash_refuses(facts: Facts) -> str | None:
+    if facts.sizes.get("head_dim", 0) > MAX_HEAD_DIM:
+        return f"holds tiles of whole heads in registers, and head_dim={facts.sizes['head_dim']} is over {MAX_HEAD_DIM}"
+    if facts.sizes.get("soft_cap", 1) == 0:
+        return "is for scores with a soft cap, and there is none: the library's is faster"
+    return needs_cuda(facts)
+
 
 ATTENTION = Op(
     "attention",
     (
+        Implementation("triton", "torch", "jaxsloth.kernels.attention.flash_triton:attention", _flash_refuses),
         Implementation("torch", "torch", "jaxsloth.kernels.attention.torch_ops:attention"),
+        Implementation("pallas", "jax", "jaxsloth.kernels.attention.pallas_flash:attention", _flash_refuses),
         Implementation("xla", "jax", "jaxsloth.kernels.attention.xla_ops:attention"),
     ),
 )

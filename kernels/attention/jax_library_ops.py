@@ -6,14 +6,13 @@ gathered to ``[documents, longest]``, attended with lengths, and scattered back:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jaxsloth.kernels.attention.xla_ops import attention as general_attention
 
 CUDNN_HEAD_DIM = 128
 
@@ -86,7 +85,7 @@ def refuses(platform: str, dtype: Any, head_dim: int, causal: bool, soft_cap: fl
 @dataclass(frozen=True)
 class Settings:
     """What is fixed about an attention. plain: every row is one document, perhaps with padding behind it. cudnn: `refuses` said
-    None."""
+    None. kernel: the implementation of the op for what cuDNN can't do."""
 
     scale: float
     causal: bool
@@ -94,6 +93,7 @@ class Settings:
     soft_cap: float | None
     plain: bool
     cudnn: bool
+    kernel: Callable[..., Any]
 
 
 def forward(q: Any, k: Any, v: Any, settings: Settings, segments: Any, documents: Documents | None) -> tuple[Any, ...]:
@@ -133,7 +133,7 @@ def backward(
 
 
 def _general(q: Any, k: Any, v: Any, settings: Settings, segments: Any) -> Any:
-    return general_attention(
+    return settings.kernel(
         q,
         k,
         v,

@@ -1,5 +1,6 @@
 """Attention through the libraries that torch carries: cuDNN where all rows are plain causal ones, flash attention where
-documents are packed or a window cuts them, and the op's own implementation for everything else.
+documents are packed or a window cuts them, and for everything else the project's kernel where the registry chose it, or the
+op's plain implementation.
 
 Forward and backward are functions of their own here, so that a caller decides what is kept between them and where.
 """
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 CUDNN_HEAD_DIM, FLASH_HEAD_DIM = 128, 256
-Kind = Literal["cudnn", "flash", "general"]
+Kind = Literal["cudnn", "flash", "kernel", "general"]
 Stats = tuple[torch.Tensor, ...]
 
 
@@ -53,7 +55,11 @@ def boundaries_of(segments: np.ndarray) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one layer's attention is: see the contract. general: the op's implementation, for what no library does."""
+    """What one layer's attention is: see the contract.
+
+    general: the op's implementation, for what no library does. kernel: the module that it is of, where that has a `forward`
+    and a `backward` of its own (flash_triton).
+    """
 
     heads: int
     kv_heads: int
@@ -63,14 +69,16 @@ class Settings:
     window: int | None
     soft_cap: float | None
     general: Callable[..., torch.Tensor]
+    kernel: ModuleType | None = None
 
     def kind(self, q: torch.Tensor, layout: Layout) -> Kind:
+        own: Kind = "general" if self.kernel is None else "kernel"
         if not q.is_cuda or q.dtype == torch.float32 or not self.causal or self.soft_cap is not None or self.head_dim % 8:
-            return "general"
+            return own
         whole = self.window is None or self.window >= layout.length
         if layout.boundaries is None and whole and self.head_dim <= CUDNN_HEAD_DIM:
             return "cudnn"
-        return "flash" if self.head_dim <= FLASH_HEAD_DIM else "general"
+        return "flash" if self.head_dim <= FLASH_HEAD_DIM else own
 
 
 def forward(
@@ -103,6 +111,11 @@ def forward(
             **_window(settings),
         )
         return out.reshape(q.shape[0], -1), (log_sums, state, unused)
+    if kind == "kernel":
+        assert settings.kernel is not None
+        heads = (_heads(t, settings, layout) for t in (q, k, v))
+        out, log_sums = settings.kernel.forward(*heads, settings.kernel.Sight(**_options(settings, layout)))
+        return out.reshape(q.shape[0], -1), (log_sums,)
     return _general(q, k, v, settings, layout), ()
 
 
@@ -146,6 +159,12 @@ def backward(
         )
         dq, dk, dv = (t.reshape(q.shape[0], -1) for t in found)
         return dq, dk, dv
+    if kind == "kernel":
+        assert settings.kernel is not None
+        heads = [_heads(t, settings, layout) for t in (dout, q, k, v, out)]
+        found = settings.kernel.backward(*heads, *stats, settings.kernel.Sight(**_options(settings, layout)))
+        dq, dk, dv = (t.reshape(q.shape[0], -1) for t in found)
+        return dq, dk, dv
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
         again = _general(*leaves, settings, layout)
@@ -172,14 +191,18 @@ def _window(settings: Settings) -> dict[str, Any]:
     return {"window_size_left": settings.window - 1, "window_size_right": 0}
 
 
-def _general(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: Layout) -> torch.Tensor:
+def _options(settings: Settings, layout: Layout) -> dict[str, Any]:
+    """Arguments of the op that are not q, k and v."""
     plain = layout.boundaries is None and settings.causal
-    out = settings.general(
-        *(_heads(t, settings, layout) for t in (q, k, v)),
-        scale=settings.scale,
-        causal=settings.causal,
-        window=settings.window,
-        soft_cap=settings.soft_cap,
-        q_segments=None if plain else layout.segments,
-    )
+    return {
+        "scale": settings.scale,
+        "causal": settings.causal,
+        "window": settings.window,
+        "soft_cap": settings.soft_cap,
+        "q_segments": None if plain else layout.segments,
+    }
+
+
+def _general(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: Layout) -> torch.Tensor:
+    out = settings.general(*(_heads(t, settings, layout) for t in (q, k, v)), **_options(settings, layout))
     return out.reshape(q.shape[0], -1)

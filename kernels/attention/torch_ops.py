@@ -46,6 +46,19 @@ def _capped(
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
+def check_arguments(
+    q: torch.Tensor, k: torch.Tensor, q_segments: torch.Tensor | None, kv_segments: torch.Tensor | None
+) -> None:
+    """Refuses what no implementation of `attention` can read; see there."""
+    heads, kv_heads, q_length, kv_length = q.shape[2], k.shape[2], q.shape[1], k.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+    if q_segments is None and kv_segments is not None:
+        raise ValueError("kv_segments came without q_segments: pass the queries' segments too")
+    if q_segments is not None and kv_segments is None and q_length != kv_length:
+        raise ValueError(f"q_segments [{q_length}] can't stand for {kv_length} keys: pass kv_segments")
+
+
 def attention(
     q: Float[torch.Tensor, "batch q_length heads head_dim"],
     k: Float[torch.Tensor, "batch kv_length kv_heads head_dim"],
@@ -65,13 +78,8 @@ def attention(
         ValueError: heads is not a multiple of kv_heads, segments are given for the keys only, or q_segments has to serve
             for keys of another length.
     """
+    check_arguments(q, k, q_segments, kv_segments)
     heads, kv_heads, q_length, kv_length = q.shape[2], k.shape[2], q.shape[1], k.shape[1]
-    if heads % kv_heads:
-        raise ValueError(f"heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
-    if q_segments is None and kv_segments is not None:
-        raise ValueError("kv_segments came without q_segments: pass the queries' segments too")
-    if q_segments is not None and kv_segments is None and q_length != kv_length:
-        raise ValueError(f"q_segments [{q_length}] can't stand for {kv_length} keys: pass kv_segments")
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = heads != kv_heads
     square = causal and q_length == kv_length and isinstance(q_offset, int) and q_offset == 0

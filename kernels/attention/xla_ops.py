@@ -39,6 +39,18 @@ def visible(
     return seen[None] & (mine == others[:, None, :]) & (mine != 0)
 
 
+def check_arguments(q: Array, k: Array, q_segments: Array | None, kv_segments: Array | None) -> None:
+    """Refuses what no implementation of `attention` can read; see there."""
+    q_length, heads = q.shape[1:3]
+    kv_length, kv_heads = k.shape[1:3]
+    if heads % kv_heads:
+        raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    if q_segments is None and kv_segments is not None:
+        raise ValueError("kv_segments came without q_segments: pass the queries' segments too")
+    if q_segments is not None and kv_segments is None and q_length != kv_length:
+        raise ValueError(f"q_segments [{q_length}] can't stand for {kv_length} keys: pass kv_segments")
+
+
 def attention(
     q: Float[Array, "batch q_length heads head_dim"],
     k: Float[Array, "batch kv_length kv_heads head_dim"],
@@ -58,14 +70,9 @@ def attention(
         ValueError: heads is no multiple of kv_heads, segments are given for the keys only, or q_segments has to serve for
             keys of another length.
     """
+    check_arguments(q, k, q_segments, kv_segments)
     batch, q_length, heads, head_dim = q.shape
     kv_length, kv_heads = k.shape[1:3]
-    if heads % kv_heads:
-        raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
-    if q_segments is None and kv_segments is not None:
-        raise ValueError("kv_segments came without q_segments: pass the queries' segments too")
-    if q_segments is not None and kv_segments is None and q_length != kv_length:
-        raise ValueError(f"q_segments [{q_length}] can't stand for {kv_length} keys: pass kv_segments")
     grouped = q.reshape(batch, q_length, kv_heads, heads // kv_heads, head_dim)
     precision = precision_of(q.dtype)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, precision=precision, preferred_element_type=jnp.float32) * scale

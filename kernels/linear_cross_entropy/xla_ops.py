@@ -1,4 +1,5 @@
-"""The head and its loss in plain JAX: a scan over chunks of tokens that forms the gradient as it goes."""
+"""The head and its loss in JAX: a scan over chunks of tokens that forms the gradient as it goes. On CUDA a chunk's softmax is a
+kernel (pallas_kernel.py), elsewhere plain JAX."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from jaxsloth.kernels.jax_platform import precision_of
+from jaxsloth.kernels.jax_platform import platform, precision_of
+from jaxsloth.kernels.linear_cross_entropy.pallas_kernel import softmax
 
 LOGITS_AT_ONCE = 2**25
 
@@ -24,9 +26,14 @@ def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _chunk_loss(hidden: Array, weight: Array, targets: Array, soft_cap: float | None, ignore_index: int) -> tuple[Array, Array]:
-    """(summed loss, its gradient by the logits before the cap, float32 ``[chunk, vocab]``) of one chunk."""
+def _chunk_loss(
+    hidden: Array, weight: Array, targets: Array, soft_cap: float | None, ignore_index: int, wants_slope: bool = True
+) -> tuple[Array, Any]:
+    """(summed loss, its gradient by the logits before the cap ``[chunk, vocab]``, None where a kernel was spared it)."""
     raw = _dot(hidden, weight, (1, 1))
+    if platform() == "cuda":
+        losses, slope = softmax(raw, targets, soft_cap, ignore_index, hidden.dtype if wants_slope else None)
+        return losses.sum(), slope
     logits = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
     valid = targets != ignore_index
     chosen = jnp.where(valid, targets, 0)
@@ -45,7 +52,7 @@ def _loss(
     hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
 ) -> Array:
     def add(total: Array, part: Any) -> tuple[Array, None]:
-        return total + _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)[0], None
+        return total + _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index, wants_slope=False)[0], None
 
     chunks = _chunks(hidden, targets, chunk, ignore_index)
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
+from jaxsloth.kernels.attention import flash_triton, library_ops
 from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
 from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes, torch_step
@@ -17,6 +18,8 @@ from tests.kernels.torch_checks import (
     check_op,
     every_case,
     part,
+    prepare,
+    relative_error,
 )
 
 WITH_KERNELS = ("rms_norm", "rope", "gated_activation", "linear_cross_entropy")
@@ -56,6 +59,43 @@ def test_matvec(case, dtype, nested):
 @pytest.mark.parametrize("case", part("attention", "cases").CACHED_CASES, ids=lambda case: case.name)
 def test_cached_attention(case, dtype):
     check_cached_attention(part("attention", "triton_kernel"), case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("case", part("attention", "cases").CASES, ids=lambda case: case.name)
+def test_flash_attention(case, monkeypatch):
+    """Long cases have the kernel's own tiles; in small ones the short cases too meet tiles that are whole, cut and skipped."""
+    long = case.q_length > 100
+    if not long:
+        tiles = tuple(flash_triton.Tiles(*sizes, 1, 1) for sizes in ((16, 16), (8, 16), (16, 8)))
+        monkeypatch.setattr(flash_triton, "tiles_for", lambda *_: tiles)
+    check_op("attention", flash_triton.attention, case, "float16" if long else "float32", "cpu")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fused_passs_way_to_flash(packed):
+    """Rows of the merged projection in, the output and the gradients out, as autograd through plain torch has them."""
+    name = "window_soft_cap_packed" if packed else "soft_cap"
+    case = next(case for case in part("attention", "cases").CASES if case.name == name)
+    inputs = prepare("attention", case, "float32", "cpu")
+    tokens = case.batch * case.q_length
+    merged = torch.cat([inputs[each].reshape(tokens, -1) for each in ("q", "k", "v")], dim=1)
+    own = case.head_dim * case.kv_heads
+    q, k, v = merged.split([merged.shape[1] - 2 * own, own, own], dim=1)
+    segments = inputs["q_segments"] if packed else torch.ones(case.batch, case.q_length, dtype=torch.int32)
+    bounds = library_ops.boundaries_of(segments.numpy())
+    layout = library_ops.Layout(
+        case.batch, case.q_length, segments, None if bounds is None else torch.from_numpy(bounds), case.q_length
+    )
+    shape = (case.heads, case.kv_heads, case.head_dim, case.head_dim**-0.5, True, case.window, case.soft_cap)
+    plain = part("attention", "torch_ops").attention
+    results = []
+    for settings in (library_ops.Settings(*shape, plain, flash_triton), library_ops.Settings(*shape, plain)):
+        out, stats = library_ops.forward(q, k, v, settings, layout)
+        assert len(stats) == (1 if settings.kernel is not None else 0)
+        dout = inputs["dy"].reshape(out.shape)
+        results.append((out, *library_ops.backward(dout, q, k, v, out, stats, settings, layout)))
+    for got, expected in zip(*results, strict=True):
+        assert got.shape == expected.shape and relative_error(got, expected) <= 5e-6
 
 
 @pytest.mark.parametrize("case", part("adamw_8bit", "cases").CASES, ids=lambda case: case.name)

@@ -108,6 +108,30 @@ def test_dropout_masks_are_those_of_the_cpu(case):
     assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("window", "packed"), [(None, False), (300, False), (None, True), (200, True)])
+def test_flash_attention_of_long_rows(head_dim, window, packed):
+    """Half precision at a model's length, against plain torch in float32 on the same values; twice, to the same bits."""
+    shape, options = (2, 1000), {"scale": head_dim**-0.5, "window": window, "soft_cap": 20.0}
+    if packed:
+        options["q_segments"] = (torch.arange(1000, device="cuda", dtype=torch.int32) // 170 + 1).expand(shape).contiguous()
+    q, k, v = (torch.randn(*shape, heads, head_dim, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    dy = torch.randn_like(q)
+
+    def run(function, *leaves):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = function(*leaves, **options)
+        return [out, *torch.autograd.grad(out, leaves, dy.to(out.dtype))]
+
+    flash = part("attention", "flash_triton").attention
+    first, second = run(flash, q, k, v), run(flash, q, k, v)
+    judge = run(part("attention", "torch_ops").attention, q.float(), k.float(), v.float())
+    tolerance = part("attention", "contract").TOLERANCES["bfloat16"]
+    for index, (got, again, expected) in enumerate(zip(first, second, judge, strict=True)):
+        assert torch.equal(got, again)
+        assert relative_error(got, expected) <= (tolerance.gradient if index else tolerance.output)
+
+
 def test_the_kernels_are_chosen_here():
     for op in (DEQUANTIZE, RMS_NORM, ADAMW_8BIT):
         assert select(op, "torch", Facts(platform="cuda", dtype="bfloat16")).implementation.name == "triton"

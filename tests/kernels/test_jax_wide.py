@@ -25,6 +25,9 @@ from jaxsloth.kernels.nf4 import xla_ops as nf4
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.rms_norm.pallas_kernel import add_norm, add_norm_backward
 from jaxsloth.kernels.rms_norm.xla_ops import rms_norm
+from jaxsloth.kernels.rope.pallas_kernel import Heads, merge, split
+from jaxsloth.kernels.rope.pallas_kernel import refuses as rope_refuses
+from jaxsloth.kernels.rope.xla_ops import rope
 from tests.kernels.test_jax_nf4 import lowered_for_cuda
 
 BAR = 2e-6  # relative Frobenius, float32 sums of another order
@@ -83,6 +86,33 @@ def test_add_norm(offset):
     dx = add_norm_backward(total, weight, rstd, dy, poisoned(along), offset=offset, interpret=True)
     assert dx.shape == (9, 96 + ROOM)
     assert error(dx[:, :96], along + plain(dy)[0]) <= BAR
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (6, 1)])
+def test_split_and_merge(heads, kv_heads):
+    tokens, dim = 7, 16
+    layout = Heads(heads, kv_heads, dim, interpret=True)
+    qkv, angles = normal(tokens, sum(layout.widths)), normal(tokens, dim // 2, seed=1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    slopes = [normal(tokens, width, seed=2 + place) for place, width in enumerate(layout.widths)]
+
+    def plain(qkv):
+        q, k, v = jnp.split(qkv, [layout.widths[0], layout.widths[0] + layout.widths[1]], axis=1)
+        turned = (rope(t.reshape(1, tokens, -1, dim), cos[None], sin[None]).reshape(t.shape) for t in (q, k))
+        return *turned, v
+
+    expected, plain_pull = jax.vjp(plain, qkv)
+    for got, right in zip(split(layout, poisoned(qkv), cos, sin), expected, strict=True):
+        assert error(got, right) <= BAR
+    dmerged = merge(layout, ROOM, *slopes, cos, sin)
+    assert dmerged.shape == (tokens, sum(layout.widths) + ROOM)
+    assert error(dmerged[:, : sum(layout.widths)], plain_pull(tuple(slopes))[0]) <= BAR
+
+
+def test_split_refuses_what_it_does_not_turn():
+    assert rope_refuses(128, 64) is None
+    assert "are to be turned" in (rope_refuses(96, 24) or "")
+    assert "power of two" in (rope_refuses(96, 48) or "")
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "relu"])
@@ -146,3 +176,10 @@ def test_everything_lowers_for_cuda():
     text = lowered_for_cuda(block, half((64, 192)), half((64, 192)), normal(192), half((64, 96)))
     for kernel in ("add_rms_norm", "add_rms_norm_backward", "gated_activation", "gated_activation_backward"):
         assert kernel in text
+
+    def attention(merged, tables):
+        layout = Heads(32, 8, 128)
+        return merge(layout, ROOM, *split(layout, merged, tables, tables), tables, tables)
+
+    text = lowered_for_cuda(attention, half((64, 48 * 128)), normal(64, 64))
+    assert "rope_split" in text and "rope_merge" in text

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jaxsloth.kernels.attention.contract import ATTENTION, sizes_of
 from jaxsloth.kernels.attention.torch_ops import attention
 from jaxsloth.kernels.dropout.contract import key_words
 from jaxsloth.kernels.gated_activation.torch_ops import gated_activation
 from jaxsloth.kernels.linear_cross_entropy.torch_ops import default_chunk, linear_cross_entropy
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.lora_matmul.torch_ops import lora_matmul
+from jaxsloth.kernels.registry import Facts, select
 from jaxsloth.kernels.rope.cases import CASES as ROPE_CASES
 from jaxsloth.kernels.rope.cases import make_inputs as make_rope_inputs
 from jaxsloth.kernels.rope.torch_ops import rope, tables
@@ -35,6 +37,21 @@ def test_dropout_of_rate_zero_changes_nothing():
 def test_a_dense_base_of_another_dtype_is_read_in_that_of_x():
     x, base = torch.full((2, 4), 1 / 3), torch.full((3, 4), 1 / 3)
     assert torch.equal(lora_matmul(x.bfloat16(), base), lora_matmul(x.bfloat16(), base.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("backend", "facts", "chosen"),
+    [
+        ("torch", Facts("cuda", "bfloat16", sizes_of(256, 50.0)), "triton"),
+        ("torch", Facts("cuda", "bfloat16", sizes_of(128, None)), "torch"),
+        ("torch", Facts("cuda", "bfloat16", sizes_of(512, 50.0)), "torch"),
+        ("torch", Facts("cpu", "float32", sizes_of(256, 50.0)), "torch"),
+        ("jax", Facts("cuda", "bfloat16", sizes_of(256, 50.0)), "pallas"),
+        ("jax", Facts("cuda", "bfloat16", sizes_of(128, None)), "xla"),
+    ],
+)
+def test_our_attention_is_chosen_for_a_soft_cap_on_a_gpu(backend, facts, chosen):
+    assert select(ATTENTION, backend, facts).implementation.name == chosen
 
 
 def test_attention_refuses():

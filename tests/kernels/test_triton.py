@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.adamw_8bit.contract import BLOCK as MOMENT_BLOCK
+from jaxsloth.kernels.attention import flash_kernels, flash_triton
 from jaxsloth.kernels.attention import triton_kernel as attention_triton
 from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
@@ -26,6 +28,7 @@ from jaxsloth.kernels.rms_norm import triton_kernel as rms_norm_triton
 from jaxsloth.kernels.rope import triton_kernel as rope_triton
 
 H200 = GPUTarget("cuda", 90, 32)
+SHARED = 227 * 1024  # bytes that a program may have
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 
 
@@ -44,6 +47,7 @@ def compile_ptx(kernel, arguments: dict[str, str], constants: dict[str, object],
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=H200, options=options)
     assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED
     return compiled.asm["ptx"]
 
 
@@ -219,3 +223,43 @@ def test_cached_attention_compiles(dtype):
         compile_ptx(attention_triton.attend_kernel, attend, constants, attention_triton.LAUNCH)
     join = {**parts, "slot": "*i64", **pointers(dtype, "out"), **numbers("head_dim", "span")}
     compile_ptx(attention_triton.join_kernel, join, {"DIM": 128}, attention_triton.SMALL)
+
+
+FLASH_STRIDES = {
+    "forward": ("q_stride", "k_stride", "v_stride", "out_stride"),
+    "dq": ("q_stride", "k_stride", "v_stride", "out_stride", "dout_stride", "dq_stride"),
+    "dkv": ("q_stride", "k_stride", "v_stride", "dout_stride", "dk_stride", "dv_stride"),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "special"),
+    [("bfloat16", 64, True), ("bfloat16", 96, False), ("float16", 128, True), ("bfloat16", 256, False), ("float32", 64, False)],
+)
+def test_flash_attention_compiles(dtype, head_dim, special):
+    """special: segments, an offset on the device, one head, which Triton takes as a constant."""
+    data = {"q", "k", "v", "out", "dout", "dq", "dk", "dv"}
+    arrays = {
+        "forward": ("q", "k", "v", "out", "lse"),
+        "dq": ("q", "k", "v", "out", "dout", "lse", "delta", "dq"),
+        "dkv": ("q", "k", "v", "dout", "lse", "delta", "dk", "dv"),
+    }
+    kernels = (flash_kernels.forward_kernel, flash_kernels.dq_kernel, flash_kernels.dkv_kernel)
+    tiles = flash_triton.tiles_for(head_dim, getattr(torch, dtype))
+    for (name, own), kernel, chosen in zip(arrays.items(), kernels, tiles, strict=True):
+        arguments = {array: TYPES[dtype] if array in data else "*fp32" for array in own}
+        arguments |= dict.fromkeys(("q_segments", "kv_segments", "extents"), "*i32")
+        arguments |= {"q_offset": "*i32" if special else "i32", **numbers(*FLASH_STRIDES[name])}
+        arguments |= {
+            **numbers("heads", "kv_heads", "q_length", "kv_length", "nearest", "farthest"),
+            "scale": "fp32",
+            "cap": "fp32",
+        }
+        constants: dict[str, object] = {"CAPPED": True, "PACKED": special, "TRACED": special, "HEAD_DIM": head_dim}
+        constants |= {"DIM": triton.next_power_of_2(head_dim), "QUERIES": chosen.queries, "KEYS": chosen.keys}
+        if special:
+            constants |= {"heads": 1, "kv_heads": 1, "nearest": 1}
+        ptx = compile_ptx(kernel, arguments, constants, dict(chosen.launch))
+        assert "wgmma" in ptx or dtype == "float32"
+    extents = {**dict.fromkeys(("own", "others", "extents"), "*i32"), **numbers("own_length", "length")}
+    compile_ptx(flash_kernels.extent_kernel, extents, {"SIZE": 128, "STEP": flash_triton.LOOKED_AT_ONCE}, {"num_warps": 4})

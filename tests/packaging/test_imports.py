@@ -37,9 +37,12 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("kernels/*/extended.py", {"torch"}, ("kernels",), set()),
     ("kernels/torch_matmul.py", {"torch", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/triton_kernel.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/flash_triton.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/flash_kernels.py", {"triton"}, (), set()),
     ("kernels/*/matvec_triton.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
     ("kernels/*/xla_ops.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/jax_platform.py", {"jax"}, ("kernels",), set()),
+    ("kernels/*/pallas_flash.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/pallas_matvec.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/pallas_kernel.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     (
