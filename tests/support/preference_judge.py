@@ -22,18 +22,18 @@ PAIRS = [
     {"prompt": "e", "chosen": "very duck", "rejected": "gg"},
     {"prompt": "and then ", "chosen": "she sells them", "rejected": "they sell her"},
 ]
+SMALL = CONFIG | {"num_hidden_layers": 2}
 RANK, ALPHA = 4, 8.0
 
 
 def window_of(examples: list[dict[str, Any]], micros: int, filling: int = 0, length: int = 64) -> Window:
     """TRL's tokenized pairs as a window of `micros` micro-batches, the last of them with `filling` pairs of nothing behind."""
     rows = [(example["prompt_ids"], example[side]) for example in examples for side in ("chosen_ids", "rejected_ids")]
-    rows += [([], [])] * (2 * filling)
-    count = len(rows)
+    count = len(rows) + 2 * filling
     ids, targets = np.zeros((count, length), np.int32), np.full((count, length), IGNORE, np.int32)
     segments, positions = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     for place, (prompt, answer) in enumerate(rows):
-        whole, start = prompt + answer, max(len(prompt), 1)
+        whole, start = prompt + answer, len(prompt)
         ids[place, : len(whole)], segments[place, : len(whole)] = whole, 1
         positions[place, : len(whole)] = np.arange(len(whole))
         targets[place, start - 1 : len(whole) - 1] = whole[start:]
@@ -60,7 +60,7 @@ class Judge:
         arguments = DPOConfig(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False)
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
         self._trainer = DPOTrainer(
-            transformers_llama(CONFIG, weights),
+            transformers_llama(SMALL, weights),
             args=arguments,
             train_dataset=Dataset.from_list(PAIRS),
             processing_class=byte_tokenizer(),
