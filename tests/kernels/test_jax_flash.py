@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsloth.kernels.attention import jax_library_ops, pallas_flash
+from jaxsloth.kernels.attention import pallas_flash
 from jaxsloth.kernels.attention.cases import CASES
 from jaxsloth.kernels.registry import Facts, Implementation, Op
 from jaxsloth.parity.l1_ops import error
@@ -55,20 +54,3 @@ def test_it_lowers_for_cuda(head_dim, packed):
     for kernel in ("flash_forward", "flash_dq", "flash_dkv"):
         assert kernel in text
     assert "triton" in text
-
-
-@pytest.mark.parametrize(("names", "runs"), [((), 2), ((jax_library_ops.ATTENDED, jax_library_ops.STATISTICS), 1)])
-def test_a_recomputed_block_need_not_run_it_again(names, runs):
-    """Under the names that the fused blocks keep, the backward reads the output instead of forming it anew."""
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
-    x = jax.ShapeDtypeStruct((1, 32, 2, 16), jnp.float32)
-    options = {"scale": 0.25, "causal": True, "window": None, "soft_cap": 5.0, "segments": None, "documents": None}
-
-    def block(x):
-        attended = jax_library_ops.attend(x, x, x, **options, plain=True, cudnn=False, kernel=pallas_flash.attention)
-        return jnp.sin(attended).sum()
-
-    text = lowered_for_cuda(jax.value_and_grad(jax.checkpoint(block, policy=policy)), x)
-    calls = re.findall(r"(%\d+):2 = stablehlo.custom_call.*flash_forward", text)
-    # XLA drops a call whose results nobody reads.
-    assert sum(f"{call}#" in text for call in calls) == runs

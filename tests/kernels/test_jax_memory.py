@@ -48,11 +48,17 @@ def test_no_dequantized_weight_is_kept_through_a_scan(through):
     assert activations < CODE_BYTES
 
 
-def test_logits_are_never_whole():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_logits_are_never_whole(per_token):
     tokens, vocab, width, chunk = 512, 4096, 32, 32
     hidden, weight = jnp.ones((tokens, width)), jnp.ones((vocab, width))
     targets = jnp.zeros(tokens, jnp.int32)
-    taken = temporary_bytes(jax.grad(lambda h: linear_cross_entropy(h, weight, targets, chunk=chunk)), hidden)
-    assert taken < tokens * vocab * 4 / 2
-    whole = temporary_bytes(jax.grad(lambda h: linear_cross_entropy(h, weight, targets, chunk=tokens)), hidden)
-    assert whole >= tokens * vocab * 4
+
+    def taken(chunk: int) -> int:
+        def total(hidden):
+            return linear_cross_entropy(hidden, weight, targets, chunk=chunk, per_token=per_token).sum()
+
+        return temporary_bytes(jax.grad(total), hidden)
+
+    assert taken(chunk) < tokens * vocab * 4 / 2
+    assert taken(tokens) >= tokens * vocab * 4

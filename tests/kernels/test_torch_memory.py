@@ -108,13 +108,16 @@ def test_no_gradient_of_x_where_none_is_asked_for(monkeypatch):
     assert a.grad is not None and b.grad is not None
 
 
-def test_logits_never_exist_whole_and_only_the_gradient_of_hidden_is_kept():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_logits_never_exist_whole_and_only_the_gradient_of_hidden_is_kept(per_token):
     tokens, width, vocab, chunk = 40, 8, 512, 10
     hidden, weight = normal(tokens, width, grad=True), normal(vocab, width)
     targets = torch.arange(tokens)
     with LargestAllocation() as largest:
-        loss, kept = saved_by(lambda: loss_torch.linear_cross_entropy(hidden, weight, targets, chunk=chunk))
-        loss.backward()
+        loss, kept = saved_by(
+            lambda: loss_torch.linear_cross_entropy(hidden, weight, targets, chunk=chunk, per_token=per_token)
+        )
+        loss.sum().backward()
     assert kept == [(torch.float32, (tokens, width))]
     assert largest.values == chunk * vocab
     assert weight.grad is None

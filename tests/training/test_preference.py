@@ -1,0 +1,207 @@
+"""Training on pairs of answers, on both backends, against TRL's own DPOTrainer over transformers and PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jaxsloth.backend import BuildOptions, OptimizerOptions, PreferenceOptions, load_backend
+from jaxsloth.batch import Batch, Window
+from jaxsloth.models.names import trainable_shapes
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.parity.measure import max_abs, relative_frobenius
+from jaxsloth.transforms import add_lora
+from tests.support.preference_judge import ALPHA, RANK, SMALL, Judge, window_of
+from tests.support.sources import DictSource
+from tests.support.tiny import random_weights
+
+BACKENDS = ("torch", "jax")
+both = pytest.mark.parametrize("backend", BACKENDS)
+LOSSES = {
+    "sigmoid": PreferenceOptions(beta=0.3),
+    "conservative": PreferenceOptions(beta=0.3, label_smoothing=0.2),
+    "ipo": PreferenceOptions(loss="ipo", beta=0.5),
+    "hinge": PreferenceOptions(loss="hinge", beta=0.1),
+}
+# No clipping, so that the first moment after one step is the gradient; a loss scale must cancel.
+PLAIN = OptimizerOptions(max_grad_norm=None)
+SCALED = replace(PLAIN, loss_scaling=True)
+BAR = 1e-5
+# A log-prob of -160 is rounded by 1e-5, and so are a pair's weights where they come near 0 (conservative DPO).
+GRADIENT_BAR = 2e-5
+FUSED = {"train_pass": "fused"}
+HEAD = {"modules_to_save": ["lm_head"]}
+WEIGHTS = random_weights(SMALL, 1)
+
+
+def build(backend, *, mode="none", implementations=None, weights=WEIGHTS, **lora):
+    """A model with adapters that change much; what is trained whole begins near its base."""
+    options = BuildOptions(gradient_checkpointing=mode, implementations=implementations)
+    model = load_backend(backend).build(spec_from_config(SMALL), DictSource(weights), options)
+    spec = add_lora(model.spec, r=RANK, alpha=ALPHA, **lora)
+    model.add_adapters(spec, values_of(spec))
+    return model
+
+
+def values_of(spec) -> dict[str, np.ndarray]:
+    generator = np.random.Generator(np.random.Philox(5))
+    found = {}
+    for name, shape in trainable_shapes(spec).items():
+        base = 0.0 if "lora_" in name else WEIGHTS[name.removeprefix("base_model.model.")]
+        found[name] = (base + generator.normal(0, 0.15 if "lora_" in name else 0.02, shape)).astype(np.float32)
+    return found
+
+
+def make_judge(folder, **lora) -> Judge:
+    return Judge(folder, WEIGHTS, values_of(add_lora(spec_from_config(SMALL), r=RANK, alpha=ALPHA, **lora)), **lora)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> Judge:
+    return make_judge(tmp_path_factory.mktemp("trl"))
+
+
+@pytest.fixture(scope="module")
+def reference(judge) -> np.ndarray:
+    return judge.log_probs(adapters=False).astype(np.float32)
+
+
+def first_step(model, preference: PreferenceOptions, window: Window, reference: np.ndarray, options=PLAIN):
+    """(loss, log-probs ``[rows]``, gradients by PEFT name) of one step."""
+    step = model.preference_step(options, preference)
+    result = step(window, reference.reshape(window.rows.shape), learning_rate=1e-3, step=0, seed=0)
+    suffix, rise = ".exp_avg", 1.0 - options.betas[0]
+    gradients = {name.removesuffix(suffix): value / rise for name, value in step.state().items() if name.endswith(suffix)}
+    return result.floats()[0], result.host_log_probs().reshape(-1), gradients
+
+
+def check(model, judge: Judge, preference: PreferenceOptions, window: Window, reference: np.ndarray, options=PLAIN) -> None:
+    verdict = judge.judge(preference)
+    loss, _, gradients = first_step(model, preference, window, reference, options)
+    assert loss == pytest.approx(verdict.loss, abs=BAR)
+    assert gradients.keys() == verdict.gradients.keys()
+    worst = {name: relative_frobenius(gradients[name], gradient) for name, gradient in verdict.gradients.items()}
+    assert max(worst.values()) <= GRADIENT_BAR, max(worst.items(), key=lambda item: item[1])
+
+
+@both
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_are_trls(backend, name, judge, reference):
+    check(build(backend), judge, LOSSES[name], window_of(judge.examples, 2), reference)
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode"),
+    [("torch", "none"), ("torch", "full"), ("jax", "none"), pytest.param("jax", "full", marks=pytest.mark.slow)],
+)
+def test_the_fused_passes_are_trls(backend, mode, judge, reference):
+    model = build(backend, mode=mode, implementations=FUSED)
+    check(model, judge, LOSSES["ipo"], window_of(judge.examples, 2), reference)
+
+
+@pytest.mark.parametrize(("backend", "implementations"), [("torch", None), ("torch", FUSED), ("jax", None)])
+def test_pairs_of_nothing_and_layouts_change_nothing(backend, implementations, judge, reference):
+    """One micro-batch; and three of which the last holds nothing, its reference not a number."""
+    nothing = np.full(4, np.nan, np.float32)
+    for window, padded in (
+        (window_of(judge.examples, 1), reference),
+        (window_of(judge.examples, 3, filling=2), np.concatenate([reference, nothing])),
+    ):
+        check(build(backend, implementations=implementations), judge, LOSSES["sigmoid"], window, padded, SCALED)
+
+
+@pytest.mark.parametrize(("backend", "implementations"), [("torch", None), ("torch", FUSED), ("jax", None)])
+def test_log_probs_of_rows(backend, implementations, judge, reference):
+    model, window = build(backend, implementations=implementations), window_of(judge.examples, 1)
+    batch, before, expected = batch_of(window), model.trainable(), judge.log_probs(adapters=True)
+    on, off = model.row_log_probs(), model.row_log_probs(adapters=False)
+    for _ in range(2):
+        np.testing.assert_allclose(on(batch), expected, rtol=1e-6)
+        np.testing.assert_allclose(off(batch), reference, rtol=1e-6)
+    assert max_abs(expected, reference) > 1
+    assert all(np.array_equal(before[name], value) for name, value in model.trainable().items())
+    _, found, _ = first_step(model, LOSSES["sigmoid"], window, reference)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert max_abs(on(batch), expected) > 1e-3  # the step's own: after it they are others
+    bare = load_backend(backend).build(spec_from_config(SMALL), DictSource(WEIGHTS), BuildOptions())
+    np.testing.assert_allclose(bare.row_log_probs()(batch), reference, rtol=1e-6)
+
+
+def batch_of(window: Window, micro: int = 0) -> Batch:
+    return Batch(
+        *(array[micro] for array in (window.input_ids, window.targets, window.segments, window.positions, window.rows))
+    )
+
+
+def test_a_trained_head_is_trls(tmp_path, judge, reference):
+    trained = make_judge(tmp_path, **HEAD)
+    for backend in BACKENDS:
+        model = build(backend, **HEAD)
+        with pytest.raises(ValueError, match=r"lm_head\.weight is trained itself"):
+            model.row_log_probs(adapters=False)
+        check(model, trained, LOSSES["ipo"], window_of(judge.examples, 2), reference)
+
+
+def test_dropout_is_drawn_and_the_same_on_both_backends(judge, reference):
+    window, losses = window_of(judge.examples, 1), {}
+    for backend, rate in (("torch", 0.0), ("torch", 0.3), ("jax", 0.3)):
+        losses[backend, rate], *_ = first_step(build(backend, dropout=rate), LOSSES["sigmoid"], window, reference)
+    assert losses["torch", 0.3] == pytest.approx(losses["jax", 0.3], abs=BAR)
+    assert abs(losses["torch", 0.3] - losses["torch", 0.0]) > 1e-3
+
+
+@both
+def test_wrong_windows(backend, judge, reference):
+    step = build(backend).preference_step(PLAIN, PreferenceOptions())
+    window = window_of(judge.examples, 2)
+    odd = window_of(judge.examples[:3], 2)
+    for wrong, log_probs, message in (
+        (replace(window, segments=window.segments * 2), reference.reshape(2, 4), "this window is packed"),
+        (odd, reference[:6].reshape(2, 3), "multiple of 2 rows on 1 device.*it has 3"),
+        (window, reference, r"every row of the window, \(2, 4\), and it has \(8,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(wrong, log_probs, learning_rate=1e-3, step=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "robust"}, "sigmoid, ipo or hinge, not 'robust'"),
+        ({"beta": 0.0}, "beta must be positive"),
+        ({"label_smoothing": 0.5}, "below 0.5"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "set it to 0 for ipo"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceOptions(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["none", "full"])
+@both
+def test_steps_on_a_gpu(backend, mode):
+    """The fast passes, on torch replayed from graphs, against the composed ones; cross-entropy steps come between."""
+    wide = {"hidden_size": 256, "intermediate_size": 448, "head_dim": 64}
+    pairs = [
+        {"prompt_ids": [3, 4, 5], "chosen_ids": [9] * (6 + place), "rejected_ids": [7, 8] * (3 + place)} for place in range(8)
+    ]
+    window, curves = window_of(pairs, 2), {}
+    for train_pass in ("fused", "composed"):
+        options = BuildOptions(gradient_checkpointing=mode, implementations={"train_pass": train_pass})
+        config = SMALL | wide
+        model = load_backend(backend).build(spec_from_config(config), DictSource(random_weights(config, 1)), options)
+        spec = add_lora(model.spec, r=RANK, alpha=ALPHA)
+        model.add_adapters(spec, values_of(spec))
+        off = model.row_log_probs(adapters=False)
+        reference = np.stack([off(batch_of(window, micro)) for micro in range(2)])
+        step, other = model.preference_step(PLAIN, PreferenceOptions()), model.train_step(PLAIN)
+        curves[train_pass] = []
+        for place in range(5):
+            result = step(window, reference, learning_rate=1e-3, step=place, seed=0)
+            loss = other(window, learning_rate=1e-3, step=place, seed=0).floats()[0]
+            curves[train_pass] += [result.floats()[0], loss, *result.host_log_probs().reshape(-1)]
+    np.testing.assert_allclose(curves["fused"], curves["composed"], rtol=2e-4)
