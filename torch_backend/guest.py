@@ -94,7 +94,7 @@ class Guest:
         """Takes the values over; without any the adapters are nothing, and the pass is the base model's."""
         if adapters:
             rows = [row for stacks in adapters.values() for stack in stacks for row in stack.unbind()]
-            own = [pair[part].data for group in adapters for part in (0, 1) for pair in map(self.leaves.get, members(group))]
+            own = [self.leaves[module][part].data for group in adapters for part in (0, 1) for module in members(group)]
             torch._foreach_copy_(own, rows)
         else:
             self._flat.buffer.zero_()
