@@ -43,6 +43,15 @@ CONTENDERS = {
             ("false", "true"),
         ),
         Contender("unsloth", "benchmarks.peers.unsloth:build", ("unsloth",), ("false", "unsloth")),
+        Contender(
+            "module-torch", "benchmarks.peers.module:build_torch", ("torch", "transformers", "peft"), ("none", "offload")
+        ),
+        Contender(
+            "module-jax",
+            "benchmarks.peers.module:build_jax",
+            ("jax", "flax", "optax", "torch", "transformers", "peft"),
+            ("none", "full"),
+        ),
         # Not a trainer: the step's bare products, the floor that this device really has.
         Contender("floor", "benchmarks.peers.floor:build", ("torch",), ("none", "offload")),
     )

@@ -36,7 +36,15 @@ PACKAGES = (
     "xformers",
     "numpy",
 )
-COLOURS = {"jaxsloth-torch": "#1b6ca8", "jaxsloth-jax": "#2a9d5c", "hf": "#b0b0b0", "unsloth": "#d98e04", "floor": "#444444"}
+COLOURS = {
+    "jaxsloth-torch": "#1b6ca8",
+    "jaxsloth-jax": "#2a9d5c",
+    "module-torch": "#7fb2d6",
+    "module-jax": "#8fd3ac",
+    "hf": "#b0b0b0",
+    "unsloth": "#d98e04",
+    "floor": "#444444",
+}
 console = Console(width=170)
 
 

@@ -1,7 +1,8 @@
 """What a torch module over this backend calls: passes that are pure in the adapters and the batch, as on JAX.
 
 The decoder's layers hold an adapter only while a pass or its backward runs: blocks that are run again in the backward must meet
-the adapters of their own forward, whatever is active by then.
+the adapters of their own forward, whatever is active by then. A pass is the written-out one (guest.py) where a train step would
+take it, else the composed ops under autograd.
 """
 
 from __future__ import annotations
@@ -9,32 +10,45 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from jaxsloth.backend import Output, PassOptions, Pullback, Tokens
-from jaxsloth.batch import IGNORE
+from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.models.names import stacked_name
+from jaxsloth.torch_backend.guest import SEPARATOR, Guest, Stacks, guest_spec, members
 from jaxsloth.torch_backend.layers import Context
+from jaxsloth.torch_backend.passes import runs_fused
+from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
 
-Stacks = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 Adapters = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 
 class Bridge:
-    """See `jaxsloth.backend.Bridge`. Every layer's adapter is a group of its own."""
+    """See `jaxsloth.backend.Bridge`. A group is a kind of layer over all blocks that have it adapted; its name is theirs."""
 
     def __init__(self, model: TorchModel) -> None:
-        self._decoder = model.decoder
+        self._model, self._decoder = model, model.decoder
         self._layers = model.decoder.linears()
+        self._groups: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
+        self._fused: dict[Any, bool] = {}
+        self._guest: tuple[Any, Guest] | None = None  # the last one, and what it was made for
         self.device = str(model.decoder.device)
 
-    def groups(self, modules: Sequence[str]) -> dict[str, tuple[str | None, ...]]:
-        return {module: (module,) for module in modules}
+    def groups(self, modules: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        key = tuple(modules)
+        if key not in self._groups:
+            kinds: dict[str, list[str]] = {}
+            period = self._model.spec.layer_period()
+            for module in modules:
+                kinds.setdefault(stacked_name(module, period)[0], []).append(module)
+            self._groups[key] = {SEPARATOR.join(found): tuple(found) for found in kinds.values()}
+        return self._groups[key]
 
     def padded_length(self, length: int) -> int:
         return length
@@ -53,10 +67,75 @@ class Bridge:
 
     @torch.no_grad()
     def run(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> torch.Tensor:
-        with self._holding(_leaves(adapters), options):
-            return self._evaluate(output, batch, options)
+        rows = batch.as_batch()
+        guest = None if rows is None else self._guest_of(adapters, options, learns=False)
+        if guest is None or rows is None:
+            with self._holding(_leaves(adapters), options):
+                return self._evaluate(output, batch, options)
+        with self._holding(guest.leaves, PassOptions()):
+            if output == "loss":
+                return guest.loss(adapters, rows)
+            hidden, _ = guest.hidden(adapters, rows, learns=False)
+            return self._shown(output, hidden.unflatten(0, rows.input_ids.shape), options)
 
     def differentiate(
+        self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions
+    ) -> tuple[torch.Tensor, Pullback]:
+        rows = batch.as_batch()
+        guest = None if rows is None else self._guest_of(adapters, options, learns=True)
+        if guest is None or rows is None:
+            return self._differentiate_composed(output, adapters, batch, options)
+        if output != "loss":
+            return self._differentiate_hidden(output, guest, adapters, rows, options)
+        with self._holding(guest.leaves, PassOptions()):
+            loss, gradients = guest.loss_and_gradients(adapters, rows)
+
+        def scaled(cotangent: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+            return {group: (a * cotangent, b * cotangent) for group, (a, b) in gradients.items()}
+
+        return loss, scaled
+
+    def _guest_of(self, adapters: Stacks, options: PassOptions, learns: bool) -> Guest | None:
+        """The written-out pass for these adapters, or None where a train step would not take it either.
+
+        One is held, since each may hold weights. Without adapters it is the last one, so that a reference rounds as its policy.
+
+        Raises:
+            RefusedError: it was asked for by name and can't train this model.
+        """
+        if not adapters:
+            return None if self._guest is None else self._guest[1]
+        shapes = tuple((group, a.shape[1]) for group, (a, _) in adapters.items())
+        asked = (shapes, options.dropout)
+        if asked not in self._fused:
+            spec, implementations = guest_spec(self._model.spec, adapters, options.dropout), self._model.options.implementations
+            self._fused[asked] = runs_fused(spec, implementations, self._decoder.device)
+        if not self._fused[asked]:
+            return None
+        key = (shapes, options.checkpointing)
+        if self._guest is None or self._guest[0][0] != shapes or (learns and self._guest[0] != key):
+            self._guest = None  # its memory goes before the next one's comes
+            self._guest = key, Guest(self._decoder, self._model.spec, adapters, options.checkpointing)
+        return self._guest[1]
+
+    def _differentiate_hidden(
+        self, output: Output, guest: Guest, adapters: Stacks, rows: Batch, options: PassOptions
+    ) -> tuple[torch.Tensor, Pullback]:
+        with self._holding(guest.leaves, PassOptions()):
+            hidden, backward = guest.hidden(adapters, rows, learns=True)
+            leaf = hidden.unflatten(0, rows.input_ids.shape).requires_grad_()
+            with torch.enable_grad():
+                value = self._shown(output, leaf, options)
+
+        def pull(cotangent: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+            with self._holding(guest.leaves, PassOptions()):
+                (dhidden,) = torch.autograd.grad(value, leaf, cotangent)
+                gradients = backward(dhidden.flatten(0, 1).contiguous())
+            return {group: (a, b) for group, (a, b) in gradients.items()}
+
+        return value.detach(), pull
+
+    def _differentiate_composed(
         self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions
     ) -> tuple[torch.Tensor, Pullback]:
         leaves = _leaves(adapters)
@@ -67,15 +146,19 @@ class Bridge:
         def pull(cotangent: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             with self._holding(leaves, options):
                 gradients = torch.autograd.grad(value, flat, cotangent, retain_graph=True)
-            stacked = [gradient[None] for gradient in gradients]
-            return dict(zip(leaves, zip(stacked[::2], stacked[1::2], strict=True), strict=True))
+            pairs = dict(zip(leaves, zip(gradients[::2], gradients[1::2], strict=True), strict=True))
+            found = {}
+            for group in adapters:
+                own = [pairs[module] for module in members(group)]
+                found[group] = torch.stack([a for a, _ in own]), torch.stack([b for _, b in own])
+            return found
 
         return value.detach(), pull
 
     @contextmanager
     def _holding(self, adapters: Adapters, options: PassOptions) -> Iterator[None]:
         """The decoder with these adapters and no others, in its own dtypes; afterwards it has what it had."""
-        before, self._decoder._recompute = self._decoder._recompute, options.recompute
+        before, self._decoder._recompute = self._decoder._recompute, options.checkpointing not in ("none", "auto")
         swapped = []
         try:
             for layer in self._layers:
@@ -92,17 +175,28 @@ class Bridge:
         decoder, device = self._decoder, self._decoder.device
         rows = torch.arange(batch.input_ids.shape[0], dtype=torch.int32, device=device)
         words = None if batch.dropout_words is None else torch.tensor(batch.dropout_words, device=device)
-        tables = decoder.rope_tables(batch.positions, batch.longest)
-        context = Context(tables, batch.segments, batch.kv_segments, rows=rows, dropout_words=words)
+        ids, positions, segments, kv_segments = (
+            to_device(array, device) for array in (batch.input_ids, batch.positions, batch.segments, batch.kv_segments)
+        )
+        tables = decoder.rope_tables(positions, batch.longest)
+        context = Context(tables, segments, kv_segments, rows=rows, dropout_words=words)
         if output == "loss":
-            chosen = (batch.targets != IGNORE).flatten().nonzero().squeeze(1)
-            return decoder.loss(batch.input_ids, context, batch.targets, chosen)
-        hidden = decoder.hidden(batch.input_ids, context)
+            assert batch.targets is not None
+            chosen = (batch.targets != IGNORE).reshape(-1).nonzero()[0]
+            return decoder.loss(ids, context, to_device(batch.targets, device), to_device(chosen, device))
+        return self._shown(output, decoder.hidden(ids, context), options)
+
+    def _shown(self, output: Output, hidden: torch.Tensor, options: PassOptions) -> torch.Tensor:
+        """What is asked for of all hidden states."""
         if options.count is not None:
             hidden = hidden[:, options.first : options.first + options.count]
-        return decoder.logits(hidden) if output == "logits" else hidden
+        return self._decoder.logits(hidden) if output == "logits" else hidden
 
 
 def _leaves(adapters: Stacks) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Stacks of one are the layer's own A and B."""
-    return {name: (nn.Parameter(a[0]), nn.Parameter(b[0])) for name, (a, b) in adapters.items()}
+    """Every layer's own A and B, the parts of the stacks."""
+    found = {}
+    for group, (a, b) in adapters.items():
+        for module, own_a, own_b in zip(members(group), a, b, strict=True):
+            found[module] = nn.Parameter(own_a), nn.Parameter(own_b)
+    return found

@@ -98,6 +98,17 @@ class Saved:
     low_down: torch.Tensor | None = None
 
 
+@dataclass
+class Forward:
+    """What a forward pass leaves to the backward. normed: the final norm's output ``[tokens + 1, hidden]``, and later its
+    gradient; x: the stream before that norm, rstd its reciprocals; layers: what each layer keeps."""
+
+    normed: torch.Tensor
+    x: torch.Tensor
+    rstd: torch.Tensor
+    layers: list[Any]
+
+
 class LayerPass:
     """One block, both ways. `block` holds the weights; rows of wide buffers have `room` free columns behind them."""
 
@@ -306,37 +317,53 @@ class FusedPass:
     @torch.no_grad()
     def row_losses(self, batch: Batch) -> torch.Tensor:
         """The cross entropy summed by row, float32 ``[rows]``."""
-        normed = self._forward(batch, None)[0]
+        normed = self._forward(batch, None).normed
         return by_row(self._head(normed, batch, gradient=False)[0], batch.chosen, batch.shape)
 
     @torch.no_grad()
     def add_gradients(self, batch: Batch, objective: Objective, tensors: Tensors) -> torch.Tensor:
         """What the objective makes of the losses; its gradients by the adapters are added to theirs."""
-        normed, x, rstd, kept = self._forward(batch, self._mode)
-        losses, dhidden = self._head(normed, batch, gradient=True)
+        forward = self._forward(batch, self._mode)
+        losses, dhidden = self._head(forward.normed, batch, gradient=True)
         assert dhidden is not None
         result, slopes = objective.weigh(losses, batch.chosen, batch.shape, tensors)
         dhidden.mul_(slopes if slopes.dim() == 0 else slopes[:, None])
-        dnormed = normed.zero_()
-        dnormed.index_copy_(0, batch.chosen, dhidden)
+        forward.normed.zero_().index_copy_(0, batch.chosen, dhidden)
         del dhidden
-        tokens, hidden = x.shape
+        self._backward(batch, forward)
+        return result
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch, learns: bool) -> tuple[torch.Tensor, Forward | None]:
+        """(the final norm's output ``[tokens, hidden]``, what `backward` needs of it where something is learnt)."""
+        forward = self._forward(batch, self._mode if learns else None)
+        return forward.normed[:-1], forward if learns else None
+
+    @torch.no_grad()
+    def backward(self, batch: Batch, forward: Forward, dhidden: torch.Tensor) -> None:
+        """Adds the adapters' gradients, given that of `hidden`'s output, to theirs. The adapters must be those of the forward
+        (`begin`), which can be used once."""
+        self._weights.forget()
+        forward.normed = dhidden  # the output's own memory is the caller's
+        self._backward(batch, forward)
+
+    def _backward(self, batch: Batch, forward: Forward) -> None:
+        """From the gradient of the final norm's output, the first rows of `forward.normed`; uses the forward up."""
+        tokens, hidden = forward.x.shape
         room = max(layer.stream_room for layer in self._layers)
-        d = _wide(tokens, hidden, room, x)
-        norm = self._spec.norm
+        d = _wide(tokens, hidden, room, forward.x)
+        norm, weight, kept = self._spec.norm, self._decoder.model.norm.weight, forward.layers
         assert norm is not None
         self._kernels.norm.add_norm_backward(
-            dnormed[:tokens], x, self._decoder.model.norm.weight, rstd, None, d[:, :hidden], offset=norm.weight_offset
+            forward.normed[:tokens], forward.x, weight, forward.rstd, None, d[:, :hidden], offset=norm.weight_offset
         )
-        del dnormed, normed, x
+        del forward.normed, forward.x
         for index in range(len(self._layers) - 1, self._first - 1, -1):
             saved = self._fetch(kept, index)
             self._layers[index].backward(d, saved, batch, self._weights, index == self._first)
             kept[index] = None
-        return result
 
-    def _forward(self, batch: Batch, mode: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Any]]:
-        """(the final norm's output ``[tokens + 1, hidden]``, the stream before it, the reciprocals, what each layer keeps)."""
+    def _forward(self, batch: Batch, mode: str | None) -> Forward:
         decoder, kept = self._decoder, []
         self._weights.forget()
         x = torch.nn.functional.embedding(batch.input_ids.flatten(), decoder.model.embed_tokens.weight).to(decoder.dtype)
@@ -354,7 +381,7 @@ class FusedPass:
         rstd = self._kernels.norm.add_norm(
             x, delta, decoder.model.norm.weight, normed[:-1], eps=norm.eps, offset=norm.weight_offset, total=total
         )
-        return normed, total, rstd, kept
+        return Forward(normed, total, rstd, kept)
 
     def _fetch(self, kept: list[Any], index: int) -> Saved:
         if self._stash is None:

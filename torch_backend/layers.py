@@ -114,8 +114,10 @@ class Linear(nn.Module):
         else:
             self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(_dense(take(f"{linear.name}.bias")), requires_grad=False) if linear.bias else None
-        self.lora_A: nn.Parameter | None = None
-        self.lora_B: nn.Parameter | None = None
+        self.lora_A: nn.Parameter | None
+        self.lora_B: nn.Parameter | None
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
         self._scale, self._rate = 1.0, 0.0
         self._word = module_word(linear.name)
 
@@ -135,8 +137,10 @@ class Linear(nn.Module):
 
     def swap_adapter(self, adapter: Adapter) -> Adapter:
         """Takes another adapter, and hands back the one that it had."""
-        before = (self.lora_A, self.lora_B, self._scale, self._rate)
-        self.lora_A, self.lora_B, self._scale, self._rate = adapter
+        # Every pass of a torch module does this to every layer: modules' attributes are set ten times slower.
+        own, settings = self._parameters, self.__dict__
+        before = (own["lora_A"], own["lora_B"], self._scale, self._rate)
+        own["lora_A"], own["lora_B"], settings["_scale"], settings["_rate"] = adapter
         return before
 
     def base(self) -> torch.Tensor | NF4:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.memory import fitting_mode
+from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import fused
+from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.objective import Objective, Tensors
 from jaxsloth.torch_backend.placement import to_device
@@ -34,37 +38,42 @@ Arrays = dict[str, np.ndarray]
 
 
 def make_pass(model: TorchModel) -> FastPass | None:
-    """The written-out pass, or None where autograd has to do it; implementations={"train_pass": …} asks for one by name.
+    """The written-out pass, or None where autograd has to do it; see `runs_fused`."""
+    if not runs_fused(model.spec, model.options.implementations, model.decoder.device):
+        return None
+    return FastPass(model.decoder, model.spec, model.options.gradient_checkpointing)
+
+
+def runs_fused(spec: ModelSpec, implementations: Mapping[str, str] | None, device: torch.device) -> bool:
+    """Whether the written-out pass trains the model; implementations={"train_pass": …} asks for one by name.
 
     Raises:
         RefusedError: "fused" was asked for and can't train this model, or another name came.
     """
-    requested = (model.options.implementations or {}).get("train_pass")
+    requested = (implementations or {}).get("train_pass")
     if requested not in (None, "fused", "composed"):
         raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, composed")
-    reason = fused_refusal(model.spec)
+    reason = fused_refusal(spec)
     if requested == "fused" and reason is not None:
         raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
-    if reason is None and requested is None and model.decoder.device.type != "cuda":
+    if reason is None and requested is None and device.type != "cuda":
         reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
-    if reason is not None or requested == "composed":
-        if reason is not None:
-            logger.info("op train_pass on torch uses composed (fused %s)", reason)
-        return None
-    return FastPass(model)
+    if reason is not None:
+        logger.info("op train_pass on torch uses composed (fused %s)", reason)
+    return reason is None and requested != "composed"
 
 
 class FastPass:
     """`FusedPass` for batches from the host, replayed from CUDA graphs where that pays."""
 
-    def __init__(self, model: TorchModel) -> None:
-        self._model, self._device = model, model.decoder.device
+    def __init__(self, decoder: Decoder, spec: ModelSpec, checkpointing: CheckpointingName) -> None:
+        self._decoder, self._spec, self._device, self._checkpointing = decoder, spec, decoder.device, checkpointing
         self._pass: FusedPass | None = None
         self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, Tensors, torch.Tensor]] = OrderedDict()
         self._seen: set[Any] = set()
         self._refused: set[Any] = set()
         self._memory: Any = None
-        scalings = (layer.attention.rope.scaling for layer in model.spec.layers if layer.attention.rope is not None)
+        scalings = (layer.attention.rope.scaling for layer in spec.layers if layer.attention.rope is not None)
         # A rotary setting that looks at the longest position would be frozen into a graph.
         self._stretches = any(scaling is not None and scaling.kind in ("dynamic", "longrope") for scaling in scalings)
         self.mode = ""
@@ -73,15 +82,28 @@ class FastPass:
         """Takes over the adapters' values; tokens: the most that a micro-batch of this process has."""
         if self._pass is None:
             self.mode, keeps = self._choose(tokens)
-            self._pass = FusedPass(self._model.decoder, self._model.spec, self.mode, keeps)
+            self._pass = FusedPass(self._decoder, self._spec, self.mode, keeps)
         self._pass.begin()
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
         """The cross entropy summed by row, float32 ``[rows]``."""
         assert self._pass is not None
-        arrays, key = prepare(batch)
-        longest = int(batch.positions.max(initial=0)) + 1
-        return self._pass.row_losses(self._on_device(to_tensors(arrays, self._device), key, longest))
+        return self._pass.row_losses(self._sent(batch))
+
+    def hidden(self, batch: Batch, learns: bool) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
+        """As `FusedPass.hidden`, and its backward, which takes the output's gradient."""
+        assert self._pass is not None
+        sent, fused_pass = self._sent(batch), self._pass
+        hidden, forward = fused_pass.hidden(sent, learns)
+
+        def backward(dhidden: torch.Tensor) -> None:
+            nonlocal forward
+            if forward is None:
+                raise RuntimeError("a fused pass keeps what one backward needs; call the model again for another backward")
+            once, forward = forward, None
+            fused_pass.backward(sent, once, dhidden)
+
+        return hidden, backward
 
     def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
         """As `FusedPass.add_gradients`; what it returns is only good until the next call."""
@@ -127,7 +149,8 @@ class FastPass:
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._memory):
+            # thread_local: a data loader's thread may pin memory meanwhile, which would end a capture that watches all threads.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 result = self._run(static, key, longest)
         except torch.OutOfMemoryError:
             logger.warning(
@@ -140,19 +163,23 @@ class FastPass:
             self._graphs.popitem(last=False)
         return True
 
+    def _sent(self, batch: Batch) -> fused.Batch:
+        arrays, key = prepare(batch)
+        return self._on_device(to_tensors(arrays, self._device), key, int(batch.positions.max(initial=0)) + 1)
+
     def _on_device(self, tensors: Tensors, key: Any, longest: int) -> fused.Batch:
         batch, length, document, *_ = key
         layout = Layout(batch, length, tensors["segments"], tensors.get("boundaries"), document)
         found = {}
-        for rope in {layer.attention.rope for layer in self._model.spec.layers}:
+        for rope in {layer.attention.rope for layer in self._spec.layers}:
             if rope is not None:
-                frequencies, scaling = self._model.decoder.inverse_frequencies(rope, longest)
+                frequencies, scaling = self._decoder.inverse_frequencies(rope, longest)
                 found[rope] = tuple(t.flatten(0, 1) for t in tables(tensors["positions"], frequencies, scaling))
         return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"])
 
     def _choose(self, tokens: int) -> tuple[str, bool]:
         """(the checkpointing mode, whether weights are kept dequantized)."""
-        wanted, decoder = self._model.options.gradient_checkpointing, self._model.decoder
+        wanted, decoder = self._checkpointing, self._decoder
         values = sum(linear.shape[0] * linear.shape[1] for linear in decoder.linears())
         size = torch.empty(0, dtype=decoder.dtype).element_size()
         on_gpu = self._device.type == "cuda"
@@ -163,7 +190,7 @@ class FastPass:
         if not on_gpu:
             return "none", False
         room = torch.cuda.mem_get_info(self._device)[0] - (values * size if keeps else 0)
-        mode = fitting_mode(self._model.spec, AUTO_ORDER, tokens, size, room)
+        mode = fitting_mode(self._spec, AUTO_ORDER, tokens, size, room)
         logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
         return mode, keeps
 

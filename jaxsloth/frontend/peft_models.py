@@ -40,7 +40,7 @@ def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
 
 
 def set_checkpointing(model: Any, name: CheckpointingName) -> None:
-    """For the backend's own steps, and for passes of the module (whose "auto" keeps everything)."""
+    """For the backend's own steps, and for passes of the module."""
     base = base_of(model)
     if base.engine.model.options.gradient_checkpointing != name:
         base.engine.model.set_gradient_checkpointing(name)

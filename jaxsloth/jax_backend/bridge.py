@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import Output, PassOptions, Pullback, Tokens
+from jaxsloth.backend import CheckpointingName, Output, PassOptions, Pullback, Tokens
+from jaxsloth.batch import Batch
+from jaxsloth.jax_backend import fused
 from jaxsloth.jax_backend.layers import Context
-from jaxsloth.jax_backend.plan import Plan
+from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
 from jaxsloth.jax_backend.train_step import rates_of
-from jaxsloth.jax_backend.weights import stacked_name
 from jaxsloth.kernels.jax_platform import platform
-from jaxsloth.models.spec import Lora
+from jaxsloth.models.names import stacked_name
+from jaxsloth.models.spec import Lora, ModelSpec
 
 if TYPE_CHECKING:
     from jaxsloth.jax_backend.model import JaxModel
 
+Stacks = Mapping[str, tuple[Any, Any]]
 SHORTEST = 64  # rows are padded to at least this many tokens
 
 
@@ -36,17 +39,20 @@ class Bridge:
 
     def __init__(self, model: JaxModel) -> None:
         self._model = model
-        self._programs: dict[Any, tuple[Any, Any, Any]] = {}
+        self._programs: dict[Any, _Program] = {}
+        self._groups: dict[tuple[str, ...], dict[str, tuple[str | None, ...]]] = {}
         self.device = platform()
 
-    def groups(self, modules: Sequence[str]) -> dict[str, tuple[str | None, ...]]:
-        spec = self._model.spec
-        period = spec.layer_period()
-        found: dict[str, list[str | None]] = {}
-        for module in modules:
-            key, place = stacked_name(module, period)
-            found.setdefault(key, [None] * (len(spec.layers) // period))[place] = module
-        return {key: tuple(members) for key, members in found.items()}
+    def groups(self, modules: Sequence[str]) -> Mapping[str, tuple[str | None, ...]]:
+        asked = tuple(modules)
+        if asked not in self._groups:
+            spec, found = self._model.spec, {}
+            period = spec.layer_period()
+            for module in modules:
+                key, place = stacked_name(module, period)
+                found.setdefault(key, [None] * (len(spec.layers) // period))[place] = module
+            self._groups[asked] = {key: tuple(members) for key, members in found.items()}
+        return self._groups[asked]
 
     def padded_length(self, length: int) -> int:
         """Steps of a sixteenth to an eighth of the length, at least 32: few programs, little padding."""
@@ -64,81 +70,115 @@ class Bridge:
         sums = [np.asarray(_checksum(leaf)).tobytes() for leaf in leaves]
         return hashlib.sha256(b"".join(sums)).digest()
 
-    def run(self, output: Output, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions) -> Any:
-        return _forward(*self._arguments(adapters, batch, options), **self._choices(output, adapters, batch, options))
+    def run(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> Any:
+        arguments, choices = self._prepare(output, adapters, batch, options, learns=False)
+        return _forward(*arguments, **choices)
 
-    def differentiate(
-        self, output: Output, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions
-    ) -> tuple[Any, Pullback]:
-        arguments, choices = self._arguments(adapters, batch, options), self._choices(output, adapters, batch, options)
+    def differentiate(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> tuple[Any, Pullback]:
+        arguments, choices = self._prepare(output, adapters, batch, options, learns=True)
         if output == "loss":
             loss, gradients = _loss_and_gradients(*arguments, **choices)
             return loss, lambda cotangent: _by_group(_scaled(gradients, _take(cotangent)))
         value, residuals = _with_residuals(*arguments, **choices)
         return value, lambda cotangent: _by_group(_pull(residuals, arguments[1], _take(cotangent)))
 
-    def _program(self, adapters: Mapping[str, tuple[Any, Any]], options: PassOptions) -> tuple[Any, Any, Any]:
-        """(structure, state with hollow adapters, frozen state) of the decoder that has exactly these adapters."""
+    def _program(self, adapters: Stacks, options: PassOptions) -> _Program:
+        """The decoder that has exactly these adapters."""
         if jax.device_count() > 1:
             raise ValueError(
                 f"a torch module over JAX runs on one device, and JAX sees {jax.device_count()}; show it one "
                 "(CUDA_VISIBLE_DEVICES=0), or train with jaxsloth's own trainers, which use them all"
             )
-        key = (tuple(sorted(adapters)), options.dropout, options.recompute)
+        recompute = options.checkpointing not in ("none", "auto")
+        rank = max((a.shape[1] for a, _ in adapters.values()), default=0)
+        key = (tuple(sorted(adapters)), rank, options.dropout, recompute)
         if key not in self._programs:
-            spec, modules = self._model.spec, tuple(adapters)
-            # The rank is that of the arrays, and the scaling is folded into B.
-            lora = Lora(0, 1.0, 1.0, options.dropout, modules) if modules else None
-            hollow = {f"{module}.{part}": jnp.zeros(()) for module in modules for part in ("lora_A", "lora_B")}
-            self._programs[key] = self._model.split(replace(spec, lora=lora), hollow, options.recompute)
+            # The scaling is folded into B.
+            spec = replace(self._model.spec, lora=Lora(rank, 1.0, 1.0, options.dropout, tuple(adapters)))
+            hollow = {f"{module}.{part}": jnp.zeros(()) for module in adapters for part in ("lora_A", "lora_B")}
+            self._programs[key] = _Program(spec, *self._model.split(spec, hollow, recompute))
         return self._programs[key]
 
-    def _arguments(self, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions) -> tuple[Any, ...]:
-        _, hollow, frozen = self._program(adapters, options)
+    def _prepare(
+        self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions, learns: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(what is traced, what is compiled in)."""
+        program = self._program(adapters, options)
         flat = []
-        for path, leaf in nnx.to_flat_state(hollow):
+        for path, leaf in nnx.to_flat_state(program.hollow):
             module, _, part = ".".join(map(str, path)).rpartition(".")
             flat.append((path, leaf.replace(_take(adapters[module][part == "lora_B"]))))
+        plan, documents, rows = self._plan(output, program, batch, options.checkpointing if learns else "none")
         arrays = {
-            "input_ids": _take(batch.input_ids),
-            "segments": _take(batch.segments),
-            "kv_segments": _take(batch.kv_segments),
-            "positions": _take(batch.positions),
+            "input_ids": batch.input_ids,
+            "segments": batch.segments if rows is None else rows.segments,
+            "kv_segments": batch.kv_segments if rows is None else rows.segments,
+            "positions": batch.positions,
             "rows": np.arange(batch.input_ids.shape[0], dtype=np.int32),
-            "targets": None if batch.targets is None else _take(batch.targets),
+            "targets": batch.targets if output == "loss" else None,
             "words": None if batch.dropout_words is None else np.array(batch.dropout_words, np.uint32),
             "first": np.int32(options.first),
+            "documents": documents,
         }
-        frequencies, _ = self._model.frequencies(batch.longest)
-        return nnx.from_flat_state(flat), frozen, frequencies, arrays
+        frequencies, ropes = self._model.frequencies(batch.longest)
+        shapes = tuple(array.shape for array in documents)
+        self._model.count_compilation(f"{output} of {len(adapters)} groups", (*batch.input_ids.shape, plan, *shapes))
+        choices = {"structure": program.structure, "ropes": ropes, "output": output, "count": options.count, "plan": plan}
+        return (nnx.from_flat_state(flat), program.frozen, frequencies, arrays), choices
 
-    def _choices(
-        self, output: Output, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions
-    ) -> dict[str, Any]:
-        """What is compiled in."""
-        self._model.count_compilation(f"{output} of {len(adapters)} groups", tuple(batch.input_ids.shape))
-        _, ropes = self._model.frequencies(batch.longest)
-        return {
-            "structure": self._program(adapters, options)[0],
-            "ropes": ropes,
-            "output": output,
-            "count": options.count,
-        }
+    def _plan(
+        self, output: Output, program: _Program, batch: Tokens, checkpointing: CheckpointingName
+    ) -> tuple[Plan, tuple[np.ndarray, ...], Batch | None]:
+        """(the plan, the arrays of a packed batch's documents, the batch as the fused blocks see it, None for the others)."""
+        rows, tokens = batch.as_batch(), batch.input_ids.size
+        if (checkpointing, tokens) not in program.modes:
+            program.modes[checkpointing, tokens] = self._model.choose_mode(program.spec, checkpointing, tokens)
+        mode = program.modes[checkpointing, tokens]
+        if mode == "offload" and output != "loss":
+            mode = "full"  # what one program leaves to another lies on the device
+        if rows is None or mode is None:
+            return Plan(None, tokens, plain=False), (), None
+        plan, documents = make_plan(lambda _: mode, self._model.unrolled, rows.targets[None], rows.segments[None], 1)
+        return plan, tuple(array[0] for array in documents), rows
 
 
-_COMPILED_IN = ("structure", "ropes", "output", "count")
+@dataclass(frozen=True)
+class _Program:
+    """A decoder with adapters taken apart: structure, the adapters' state without values, the frozen state. modes: `Plan.mode`
+    by the checkpointing asked for and the tokens of a batch."""
+
+    spec: ModelSpec
+    structure: Any
+    hollow: Any
+    frozen: Any
+    modes: dict[tuple[CheckpointingName, int], str | None] = field(default_factory=dict)
+
+
+_COMPILED_IN = ("structure", "ropes", "output", "count", "plan")
 
 
 def _evaluate(
-    trained: Any, frozen: Any, frequencies: Any, batch: Any, *, structure: Any, ropes: Any, output: Output, count: int | None
+    trained: Any,
+    frozen: Any,
+    frequencies: Any,
+    batch: Any,
+    *,
+    structure: Any,
+    ropes: Any,
+    output: Output,
+    count: int | None,
+    plan: Plan,
 ) -> Any:
     decoder = nnx.merge(structure, trained, frozen)
     tables = decoder.rope_tables(batch["positions"], rates_of(ropes, frequencies))
     context = Context(tables, batch["segments"], batch["kv_segments"], rows=batch["rows"], dropout_words=batch["words"])
+    ids, documents = batch["input_ids"], documents_from(batch["documents"])
     if output == "loss":
-        # The composed blocks: the fused ones are planned from arrays on the host.
-        return decoder.loss(batch["input_ids"], context, batch["targets"], Plan(None, batch["input_ids"].size, plain=False))
-    hidden, _ = decoder.hidden(batch["input_ids"], context)
+        return decoder.loss(ids, context, batch["targets"], plan, documents)
+    if plan.mode is None:
+        hidden, _ = decoder.hidden(ids, context)
+    else:
+        hidden = fused.hidden(decoder, ids, context, plan.mode, documents, plan.plain, plan.unrolled).reshape(*ids.shape, -1)
     if count is not None:
         hidden = jax.lax.dynamic_slice_in_dim(hidden, batch["first"], count, axis=1)
     return decoder.logits(hidden) if output == "logits" else hidden

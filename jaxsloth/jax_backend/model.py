@@ -23,13 +23,13 @@ from jaxsloth.jax_backend.layers import TRAINED, Context, Ops, Trained
 from jaxsloth.jax_backend.plan import Plan, make_plan
 from jaxsloth.jax_backend.preference import PreferenceStep, make_row_log_probs
 from jaxsloth.jax_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step, rates_of, summed_loss
-from jaxsloth.jax_backend.weights import load_weights, stacked_name
+from jaxsloth.jax_backend.weights import load_weights
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
 from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, resolve
 from jaxsloth.models.memory import fitting_mode
-from jaxsloth.models.names import own_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.models.spec import ModelSpec, Rope
 
@@ -188,22 +188,23 @@ class JaxModel:
             RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
         """
         if self._mode is None or self._mode[0] is not self.spec:
-            self._mode = self.spec, self._choose_mode(tokens)
+            self._mode = self.spec, self.choose_mode(self.spec, self.options.gradient_checkpointing, tokens)
         return self._mode[1]
 
-    def _choose_mode(self, tokens: int) -> str | None:
+    def choose_mode(self, spec: ModelSpec, checkpointing: CheckpointingName, tokens: int) -> str | None:
+        """As `mode`, for this model with the adapters of `spec`."""
         requested = (self.options.implementations or {}).get("train_pass")
         if requested not in (None, "fused", "composed"):
             raise RefusedError(f"op train_pass has no implementation {requested!r} for jax; it has: fused, composed")
-        reason = fused.refusal(self.spec)
+        reason = fused.refusal(spec)
         if requested == "fused" and reason is not None:
             raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
         if requested == "composed" or reason is not None or (requested is None and platform() != "cuda"):
             return None
-        if self.options.gradient_checkpointing != "auto":
-            return self.options.gradient_checkpointing
+        if checkpointing != "auto":
+            return checkpointing
         free = placement.free_memory()
-        return fitting_mode(self.spec, AUTO_ORDER, tokens, self._dtype.itemsize, free, attends_once=True)
+        return fitting_mode(spec, AUTO_ORDER, tokens, self._dtype.itemsize, free, attends_once=True)
 
     def unrolled(self, mode: str | None) -> bool:
         """Whether the fused layers run one after the other instead of in a scan; implementations={"layer_loop": …} decides.

@@ -15,22 +15,13 @@ from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import QUANTIZE, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
 from jaxsloth.kernels.registry import Facts, resolve
-from jaxsloth.models.names import tensor_shapes
+from jaxsloth.models.names import stacked_name, tensor_shapes
 from jaxsloth.models.spec import ModelSpec
 
 
 @partial(jax.jit, donate_argnums=(0,))
 def _put(buffer: Any, value: Any, index: Any) -> Any:
     return jax.lax.dynamic_update_index_in_dim(buffer, value, index, 0)
-
-
-def stacked_name(name: str, period: int) -> tuple[str, int]:
-    """(the name under which a tensor's stack goes: the first block's, its place in the stack); others keep their own."""
-    parts = name.split(".")
-    if parts[:2] != ["model", "layers"]:
-        return name, 0
-    place, first = divmod(int(parts[2]), period)
-    return ".".join(["model", "layers", str(first), *parts[3:]]), place
 
 
 def load_weights(spec: ModelSpec, source: TensorSource, dtype: Any) -> dict[str, Any]:

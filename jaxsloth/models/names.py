@@ -18,6 +18,15 @@ def layer_prefix(index: int) -> str:
     return f"model.layers.{index}"
 
 
+def stacked_name(name: str, period: int) -> tuple[str, int]:
+    """(the name under which a tensor's stack goes: the first block's, its place in the stack); others keep their own."""
+    parts = name.split(".")
+    if parts[:2] != ["model", "layers"]:
+        return name, 0
+    place, first = divmod(int(parts[2]), period)
+    return ".".join(["model", "layers", str(first), *parts[3:]]), place
+
+
 def layer_linears(spec: ModelSpec, index: int) -> tuple[Linear, ...]:
     """The linear layers of block `index`, in the order in which the forward pass meets them."""
     layer, prefix = spec.layers[index], layer_prefix(index)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import context, decode, ops, packing, step
+from benchmarks import context, decode, facade, ops, packing, step
 from benchmarks.agreement import difference
 from benchmarks.contenders import parse_entries
 from benchmarks.peers.own import build_options
@@ -143,3 +143,16 @@ def test_packed_and_padded_epochs_have_the_same_loss(scratch):
     assert (padded["tokens"], padded["steps"]) == (packed["tokens"], 3)
     assert packed["loss_difference"] < 1e-5
     assert packed["gain"] > 0
+
+
+def test_module_and_native_steps_do_the_same_work(scratch, tmp_path):
+    output = tmp_path / "facade.json"
+    facade.main(shape="tiny", layers=2, length=32, dtype="float32", steps=2, warmup=1, scratch=scratch, output=output)
+    (row,) = json.loads(output.read_text(encoding="utf-8"))["rows"].values()
+    results = {result["contender"]: result for result in row["results"]}
+    for module, native in facade.PAIRS.items():
+        assert "error" not in results[module], results[module]
+        np.testing.assert_allclose(results[module]["losses"], results[native]["losses"], rtol=1e-5)
+        assert results[module]["of_native"] == results[module]["median_s"] / results[native]["median_s"]
+        assert all(found < 1e-4 for found, _ in results[module]["differences"].values())
+    assert "of_native" not in results["jaxsloth-jax"]

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from jaxsloth.backend import BuildOptions
 from tests.support.modules import BACKENDS, adapted, lora, our_base, their_base
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer
 
@@ -142,6 +143,18 @@ def test_losses_are_those_of_transformers_and_peft(case, backend, tmp_path, judg
     ours = losses_of(case, our_base(backend), tmp_path)
     assert len(ours) == len(judge) >= STEPS
     assert np.ptp(judge) > 0.3  # there is something to be wrong about
+    assert np.abs(ours - judge).max() < BAR
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [("trainer, accumulation 2", "jax"), ("trainer, accumulation 2", "torch"), ("sft", "torch"), ("dpo", "torch")],
+)
+def test_the_fused_passes_train_as_transformers_and_peft(case, backend, tmp_path, judges_folder):
+    judge = judged(case, judges_folder)
+    options = BuildOptions(gradient_checkpointing="selective", implementations={"train_pass": "fused"})
+    ours = losses_of(case, our_base(backend, options=options), tmp_path)
     assert np.abs(ours - judge).max() < BAR
 
 

@@ -100,6 +100,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/sft_run.py", NUMBERS | {"torch", "transformers", "safetensors"}, ("*",), set()),
     ("jaxsloth/frontend/trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
+    ("jaxsloth/frontend/module/inputs.py", NUMBERS | {"torch"}, ("frontend.module", "backend", "batch", "models"), set()),
     ("jaxsloth/frontend/module/*.py", {"torch", "transformers"}, ("frontend.module", "backend", "batch", "models"), {"peft"}),
     ("jaxsloth/*.py", NUMBERS | {"typer", "rich"}, ("*",), set()),
 ]

@@ -11,16 +11,21 @@ import torch
 from jaxsloth.backend import BuildOptions, load_backend
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.transforms import quantize
 from tests.support.sources import DictSource, transformers_llama
 from tests.support.tiny import CONFIG, random_weights
 
 BACKENDS = ("torch", "jax")
 
 
-def our_base(backend: str, seed: int = 0, **changes: Any) -> JaxslothForCausalLM:
+def our_base(
+    backend: str, seed: int = 0, options: BuildOptions | None = None, nested: bool | None = None, **changes: Any
+) -> JaxslothForCausalLM:
+    """nested: of an NF4 base; None leaves it dense."""
     fields = CONFIG | changes
-    weights = random_weights(fields, seed)
-    model = load_backend(backend).build(spec_from_config(fields), DictSource(weights), BuildOptions())
+    spec, weights = spec_from_config(fields), random_weights(fields, seed)
+    spec = spec if nested is None else quantize(spec, nested=nested)
+    model = load_backend(backend).build(spec, DictSource(weights), options or BuildOptions())
     return JaxslothForCausalLM.over(model, fields, "tiny")
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from jaxsloth.backend import Bridge, Model, PassOptions
+from jaxsloth.backend import Bridge, CheckpointingName, Model, PassOptions
 from jaxsloth.batch import IGNORE
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
 from jaxsloth.frontend.module.passes import Prepared, to_torch
@@ -143,8 +143,10 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
                 total = functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=IGNORE, reduction="sum")
             else:
                 total = prepared.run("loss")
-            valid = (targets != IGNORE).sum() if items is None else items
-            loss = total / (valid.to(total.device) if isinstance(valid, torch.Tensor) else valid)
+            if items is None:
+                assert prepared.tokens.targets is not None
+                items = int((prepared.tokens.targets != IGNORE).sum())
+            loss = total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
         if return_tuple:
             return tuple(part for part in (loss, logits) if part is not None)
         output = CausalOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
@@ -167,8 +169,16 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"all adapters must have one dropout rate, and these came: {sorted(rates)}")
         rate = rates.pop()
         tokens = make_tokens(bridge, input_ids, attention_mask, position_ids, targets, drops=rate > 0)
-        options = PassOptions(rate, self.model.gradient_checkpointing and self.training)
+        options = PassOptions(rate, self._checkpointing())
         return Prepared(bridge, adapters, tokens, options, input_ids.shape[1])
+
+    def _checkpointing(self) -> CheckpointingName:
+        """The model's own way of keeping activations where it is switched on, as transformers' flag is: in training. Where
+        that is none, who switched it on asked for transformers' way: blocks are run again."""
+        name = self.engine.model.options.gradient_checkpointing
+        if not (self.model.gradient_checkpointing and self.training):
+            return "auto" if name == "auto" else "none"
+        return "full" if name == "none" else name
 
     def generate(self, *inputs: Any, **settings: Any) -> Any:
         """As transformers'. Nothing is cached yet: every token runs the whole row."""

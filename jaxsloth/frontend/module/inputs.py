@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -47,41 +48,48 @@ def make_tokens(
     targets: torch.Tensor | None,
     drops: bool,
 ) -> Tokens:
-    """Padded on the right to the bridge's length.
+    """On the host, padded on the right to the bridge's length.
 
     A mask says which keys are seen, by every query, as in transformers. Without one, positions tell packed documents apart:
     each begins where they do not go on by one.
     """
-    batch, length = input_ids.shape
-    longest = length
-    if position_ids is None:
-        position_ids = torch.arange(length, device=input_ids.device).expand(batch, length)
+    shape = tuple(input_ids.shape)
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must be {shape} like input_ids, not {tuple(attention_mask.shape)}")
+    if targets is not None and targets.shape != shape:
+        raise ValueError(f"labels must be {shape} like input_ids, and they are {tuple(targets.shape)}")
+    mask = None if attention_mask is None else attention_mask != 0
+    ids, mask, positions, labels = _on_host(shape, input_ids, mask, position_ids, targets)
+    assert ids is not None
+    if positions is None:
+        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    if mask is None:
+        jumps = np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1
+        segments = kv_segments = 1 + jumps.cumsum(axis=1, dtype=np.int32)
     else:
-        position_ids = position_ids.expand(batch, length)
-        longest = int(position_ids.max()) + 1
-    if attention_mask is None:
-        jumps = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
-        segments = kv_segments = 1 + jumps.cumsum(-1)
-    elif attention_mask.shape == input_ids.shape:
-        segments, kv_segments = torch.ones_like(input_ids), attention_mask != 0
-    else:
-        raise ValueError(f"attention_mask must be {tuple(input_ids.shape)} like input_ids, not {tuple(attention_mask.shape)}")
-    if targets is not None and targets.shape != input_ids.shape:
-        raise ValueError(f"labels must be {tuple(input_ids.shape)} like input_ids, and they are {tuple(targets.shape)}")
-    extra = bridge.padded_length(length) - length
+        segments, kv_segments = np.ones(shape, np.int32), mask
+    length = bridge.padded_length(shape[1])
 
-    def padded(tensor: torch.Tensor, value: int = 0) -> torch.Tensor:
-        # A copy in any case: the caller may write its tensor while the backend still reads.
-        whole = functional.pad(tensor.to(torch.int32), (0, extra), value=value)
-        return (whole.clone() if whole.data_ptr() == tensor.data_ptr() else whole.contiguous()).to(bridge.device)
+    def padded(array: np.ndarray, value: int = 0) -> np.ndarray:
+        whole = np.full((shape[0], length), value, np.int32)
+        whole[:, : shape[1]] = array
+        return whole
 
     words = tuple(torch.randint(0, 2**32, (2,)).tolist()) if drops else None
     return Tokens(
-        padded(input_ids),
-        None if targets is None else padded(targets, IGNORE),
+        padded(ids),
+        None if labels is None else padded(labels, IGNORE),
         padded(segments),
         padded(kv_segments),
-        padded(position_ids),
-        longest,
+        padded(positions),
         words,  # type: ignore[arg-type]
     )
+
+
+def _on_host(shape: tuple[int, ...], *tensors: torch.Tensor | None) -> list[np.ndarray | None]:
+    """int32 arrays; what lies on a GPU comes in one copy, since each waits for the device."""
+    present = [tensor.expand(shape).to(torch.int32) for tensor in tensors if tensor is not None]
+    if len({tensor.device for tensor in present}) == 1 and present[0].device.type != "cpu":
+        present = list(torch.stack(present).cpu())
+    found = iter(present)
+    return [None if tensor is None else next(found).cpu().numpy() for tensor in tensors]

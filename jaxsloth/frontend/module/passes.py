@@ -27,16 +27,16 @@ class Prepared:
     def run(self, output: Output, keep: int = 0) -> torch.Tensor:
         """One pass. keep: hidden states or logits of only so many last positions; 0: of all."""
         if output == "loss":
-            return self._run(output, self.tokens, self.options)
-        options, tokens = self.options, replace(self.tokens, targets=None)
+            return self._run(output, self.options)
+        options = self.options
         if keep:
             count = min(keep, self.length)
             options = replace(options, first=self.length - count, count=count)
-        return self._run(output, tokens, options)[:, : self.length]
+        return self._run(output, options)[:, : self.length]
 
-    def _run(self, output: Output, tokens: Tokens, options: PassOptions) -> torch.Tensor:
+    def _run(self, output: Output, options: PassOptions) -> torch.Tensor:
         groups = self.bridge.groups(list(self.adapters))
-        run: Any = torch.compiler.disable(Pass(self.bridge, output, groups, self.adapters, tokens, options))
+        run: Any = torch.compiler.disable(Pass(self.bridge, output, groups, self.adapters, self.tokens, options))
         return run()
 
 
@@ -73,12 +73,15 @@ class Pass:
         nothing = torch.zeros_like(next(iter(present.values()))) if len(present) < len(members) else None
         whole = torch.stack([nothing if name is None else present[name] for name in members]).float()  # type: ignore[misc]
         if part == "b":
-            whole *= self._scalings(members, whole)
+            whole *= self._scaling(members, whole)
         return whole.to(self.bridge.device)
 
-    def _scalings(self, members: Sequence[str | None], like: torch.Tensor) -> torch.Tensor:
-        """``[n, 1, 1]``"""
+    def _scaling(self, members: Sequence[str | None], like: torch.Tensor) -> float | torch.Tensor:
+        """One number, or ``[n, 1, 1]`` where they differ, which takes a copy to the device."""
         values = [0.0 if name is None else self.adapters[name].scaling for name in members]
+        used = {self.adapters[name].scaling for name in members if name is not None}
+        if len(used) == 1:
+            return used.pop()
         return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
 
     def by_parameter(self, gradients: Mapping[str, tuple[Any, Any]]) -> list[torch.Tensor]:
@@ -87,11 +90,11 @@ class Pass:
         for key, members in self.groups.items():
             a, b = (to_torch(gradient) for gradient in gradients[key])
             # New memory: clipping writes gradients in place, and what JAX made may not be written.
-            a, b = a.clone(), b * self._scalings(members, b)
+            a, b = a.clone(), b * self._scaling(members, b)
             for name, of_a, of_b in zip(members, a, b, strict=True):
                 if name is not None:
                     rank = self.adapters[name].a.shape[0]
-                    found[name] = of_a[:rank], of_b[:, :rank]
+                    found[name] = (of_a, of_b) if rank == len(of_a) else (of_a[:rank], of_b[:, :rank])
         ordered = [(found[name], adapter) for name, adapter in self.adapters.items()]
         return [g.to(p) for (of_a, of_b), adapter in ordered for g, p in ((of_a, adapter.a), (of_b, adapter.b))]
 

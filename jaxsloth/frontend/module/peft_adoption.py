@@ -41,20 +41,35 @@ def active_adapters(root: nn.Module, spec: ModelSpec) -> dict[str, Adapter]:
             was written or has hooks, which would never be called.
     """
     norms = [name for index in range(len(spec.layers)) for name in norm_names(spec, index)]
+    find = _Finder(root)
     for name in (EMBEDDING, FINAL_NORM, LM_HEAD, *norms):
-        _check_leaf(name, root.get_submodule(name))
+        _check_leaf(name, find(name))
     found = {}
     for linear in linears(spec):
-        layer = root.get_submodule(linear.name)
+        layer = find(linear.name)
         if isinstance(layer, HollowLinear):
             _check_leaf(linear.name, layer)
             continue
         lora = _plain_lora(linear.name, layer)
-        _check_leaf(linear.name, lora.base_layer)
+        _check_leaf(linear.name, lora._modules["base_layer"])
         adapter = _active(linear.name, lora)
         if adapter is not None:
             found[linear.name] = adapter
     return found
+
+
+class _Finder:
+    """Finds modules by name, each owner once. What this file reads of hundreds of layers at every pass it reads from the dicts
+    that torch keeps them in: attributes of modules are slow, and would take some percent of a step."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._owners: dict[str, Any] = {"": root._modules}
+
+    def __call__(self, name: str) -> Any:
+        owner, _, own = name.rpartition(".")
+        if owner not in self._owners:
+            self._owners[owner] = self(owner)._modules
+        return self._owners[owner][own]
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
@@ -68,11 +83,13 @@ def _check_leaf(name: str, leaf: Any) -> None:
             continue
         if parameter.requires_grad:
             raise PeftFeatureError(f"{name}.{part} requires a gradient (bias, full fine-tuning, an unfrozen base); {_ONLY}")
-        if not leaf.shared and parameter.untyped_storage().nbytes() != parameter.element_size():
+        if not leaf.shared and any(parameter.stride()):  # a placeholder's elements are one
             raise PeftFeatureError(
                 f"{name}.{part} was written (a merge, a cast, an init that changes the base such as PiSSA), but the base "
                 "weights are not in torch; load the model again and leave that out"
             )
+    if not leaf._forward_hooks and not leaf._forward_pre_hooks:
+        return
     hooks = [*leaf._forward_hooks.values(), *leaf._forward_pre_hooks.values()]
     foreign = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
     if foreign:
@@ -87,7 +104,9 @@ def _active(name: str, lora: Any) -> Adapter | None:
         raise PeftFeatureError(f"{name}: its adapter is merged, but the base weights are not in torch; call unmerge_adapter()")
     if lora.disable_adapters:
         return None
-    active = [adapter for adapter in lora.active_adapters if adapter in lora.lora_A]
+    parts = lora._modules
+    of_a, of_b = parts["lora_A"]._modules, parts["lora_B"]._modules
+    active = [adapter for adapter in lora.active_adapters if adapter in of_a]
     if not active:
         return None
     if len(active) > 1:
@@ -98,15 +117,17 @@ def _active(name: str, lora: Any) -> Adapter | None:
         raise PeftFeatureError(f"{name}: the LoRA variant {variant} (use_dora and the like) is not supported; use plain LoRA")
     if lora.lora_bias.get(chosen):
         raise PeftFeatureError(f"{name}: lora_bias=True is not supported; use lora_bias=False")
-    dropout = lora.lora_dropout[chosen]
+    dropout = parts["lora_dropout"]._modules[chosen]
     rate = dropout.p if lora.training and isinstance(dropout, nn.Dropout) else 0.0
-    return Adapter(lora.lora_A[chosen].weight, lora.lora_B[chosen].weight, lora.scaling[chosen], rate)
+    a, b = of_a[chosen]._parameters["weight"], of_b[chosen]._parameters["weight"]
+    return Adapter(a, b, lora.scaling[chosen], rate)
 
 
 def _plain_lora(name: str, layer: nn.Module) -> Any:
     from peft.tuners.lora import Linear
 
-    if type(layer) is not Linear or not isinstance(layer.base_layer, HollowLinear) or layer.fan_in_fan_out:
+    plain = type(layer) is Linear and isinstance(layer._modules["base_layer"], HollowLinear)
+    if not plain or layer.fan_in_fan_out:
         raise PeftFeatureError(
             f"{name} was replaced by a {type(layer).__module__}.{type(layer).__name__}; {_ONLY} (peft.LoraConfig)"
         )
