@@ -25,7 +25,7 @@ from jaxsloth.kernels.linear_cross_entropy import torch_ops as loss_ops
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend import groups
 from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.groups import Group, Weights
+from jaxsloth.torch_backend.groups import ExactWeights, Group, Weights
 from jaxsloth.torch_backend.layers import Block, Linear
 from jaxsloth.torch_backend.offload import Stash
 
@@ -286,7 +286,7 @@ class FusedPass:
             LayerPass(block, layer, self._kernels) for block, layer in zip(decoder.model.layers, spec.layers, strict=True)
         ]
         every = [group for layer in self._layers for group in layer.groups]
-        self._weights = Weights(every, decoder.dtype, decoder.device, keeps_weights, self._kernels.weights)
+        self._weights = ExactWeights(every, decoder.dtype, decoder.device, keeps_weights, self._kernels.weights)
         self._stash = Stash(decoder.device) if mode == "offload" and decoder.device.type == "cuda" else None
         trained = [index for index, layer in enumerate(self._layers) if any(group.rank for group in layer.groups)]
         self._first = trained[0] if trained else len(self._layers)
