@@ -70,8 +70,8 @@ class Matrix(Protocol):
     low_b: torch.Tensor
 
     def forward(self, x: torch.Tensor, low: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-        """``y = x·Wᵀ + low·(sB)ᵀ + bias``. x ``[tokens, in or more]``; low ``[tokens, room]`` (None where room is 0) lies behind
-        the rows of x if those are longer than `in`."""
+        """``y = x·Wᵀ + low·(sB)ᵀ + bias``. x ``[tokens, in or more]``; low ``[tokens, room]`` (None where room is 0) lies
+        behind the rows of x if those are longer than `in`."""
         ...
 
     def backward(self, dy: torch.Tensor, dx: torch.Tensor) -> None:

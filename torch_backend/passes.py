@@ -15,7 +15,7 @@ from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.memory import fitting_mode
-from jaxsloth.torch_backend import fused
+from jaxsloth.torch_backend import fp8, fused
 from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.placement import to_device
 
@@ -37,12 +37,16 @@ def make_pass(model: TorchModel) -> FastPass | None:
     """The written-out pass, or None where autograd has to do it; implementations={"train_pass": …} asks for one by name.
 
     Raises:
-        RefusedError: "fused" was asked for and can't train this model, or another name came.
+        RefusedError: "fused", or compute fp8, was asked for and can't train this model, or another name came.
     """
     requested = (model.options.implementations or {}).get("train_pass")
     if requested not in (None, "fused", "composed"):
         raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, composed")
     reason = fused_refusal(model.spec)
+    if model.options.compute == "fp8":
+        reason = reason or fp8.layer_refusal(list(model.decoder.linears()))
+        if reason is not None:
+            raise RefusedError(f"compute fp8 can't train this model: it {reason}; set compute: exact")
     if requested == "fused" and reason is not None:
         raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
     if reason is None and requested is None and model.decoder.device.type != "cuda":
@@ -73,7 +77,8 @@ class FastPass:
         """Takes over the adapters' values; tokens: the most that a micro-batch of this process has."""
         if self._pass is None:
             self.mode, keeps = self._choose(tokens)
-            self._pass = FusedPass(self._model.decoder, self._model.spec, self.mode, keeps)
+            compute = self._model.options.compute
+            self._pass = FusedPass(self._model.decoder, self._model.spec, self.mode, keeps, compute)
         self._pass.begin()
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -150,7 +155,7 @@ class FastPass:
         return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"])
 
     def _choose(self, tokens: int) -> tuple[str, bool]:
-        """(the checkpointing mode, whether weights are kept dequantized)."""
+        """(the checkpointing mode, whether quantized weights are kept as products take them)."""
         wanted, decoder = self._model.options.gradient_checkpointing, self._model.decoder
         values = sum(linear.shape[0] * linear.shape[1] for linear in decoder.linears())
         size = torch.empty(0, dtype=decoder.dtype).element_size()
