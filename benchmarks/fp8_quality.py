@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,20 +31,20 @@ from jaxsloth.training.schedule import learning_rate
 RUNS = {"exact": ("exact", False), "exact, one ulp away": ("exact", True), "fp8": ("fp8", False)}
 
 
-def plan_of(compute: str, steps: int, batch: int, quantization: str, folder: str) -> Plan:
-    """The run's plan; nothing is written to `folder`."""
+def plan_of(steps: int, batch: int, length: int, quantization: str, folder: str) -> Plan:
+    """The exact run's plan; nothing is written to `folder`."""
     values = {
         "model": SMOLLM2,
         "backend": "torch",
         "dtype": "bfloat16",
-        "compute": compute,
         "quantization": quantization,
         "implementations": {"train_pass": "fused"},
         "lora": {"r": 16, "alpha": 16},
         "data": {
             "path": GSM8K,
             "columns": {"prompt": "question", "completion": "answer"},
-            "max_length": 384,
+            "response_only": False,
+            "max_length": length,
             "truncation": True,
             "validation_fraction": 0.1,
         },
@@ -51,6 +52,7 @@ def plan_of(compute: str, steps: int, batch: int, quantization: str, folder: str
         "schedule": {"kind": "cosine", "warmup_steps": 10},
         "steps": steps,
         "batch_size": batch,
+        "evaluation": {"batch_size": batch},
         "checkpoints": {"output": f"{folder}/run"},
         "seed": 7,
     }
@@ -107,20 +109,22 @@ def show(runs: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> None:
 def main(
     steps: int = 200,
     batch: int = 8,
+    length: Annotated[int, typer.Option(help="tokens at which a row is cut")] = 384,
     quantization: Annotated[str, typer.Option(help="nf4-nested, nf4 or none")] = "nf4-nested",
-    held_out: Annotated[int | None, typer.Option(help="held-out batches of 8 rows; default: all")] = None,
+    held_out: Annotated[int | None, typer.Option(help="held-out batches; default: all")] = None,
     output: Annotated[Path | None, typer.Option(help="where the runs and the verdict go, as JSON")] = None,
 ) -> None:
     """Trains three times and compares what was learnt."""
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        plans = {compute: plan_of(compute, steps, batch, quantization, folder) for compute in ("exact", "fp8")}
+        plan = plan_of(steps, batch, length, quantization, folder)
+        plans = {name: replace(plan, recipe=plan.recipe.model_copy(update={"compute": name})) for name in ("exact", "fp8")}
         for name, (compute, moved) in RUNS.items():
             runs[name] = train(plans[compute], moved, held_out)
-        exact = build_model(plans["exact"], open_checkpoint(resolve_path(SMOLLM2)))
+        exact = build_model(plan, open_checkpoint(resolve_path(SMOLLM2)))
         for run in runs.values():
             exact.load_trainable(run.pop("adapter"))
-            run["judged"] = held_out_loss(exact, plans["exact"], held_out)
+            run["judged"] = held_out_loss(exact, plan, held_out)
     verdict = judge(runs, runs["exact"]["before"])
     show(runs, verdict)
     if output is not None:
