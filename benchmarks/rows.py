@@ -45,6 +45,7 @@ ROWS = {
     for row in (
         _row("8b-recompute", "8b", 4, 2048, True),
         _row("8b-fast", "8b", 4, 2048, False),
+        Row("8b-fp8", Work(shape="8b", batch=4, length=2048), False, "jaxsloth-torch:none:compute=fp8,jaxsloth-torch,unsloth"),
         _row("8b-bf16", "8b", 4, 2048, True, "none", floor=False),
         _row("1b", "1b", 2, 512, False, floor=False),
         _row("8b-32k", "8b", 1, 32768, True, floor=False),

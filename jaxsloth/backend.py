@@ -16,6 +16,7 @@ from jaxsloth.models.spec import ModelSpec
 BackendName = Literal["torch", "jax"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 CheckpointingName = Literal["none", "selective", "full", "offload", "auto"]
+ComputeName = Literal["exact", "fp8"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "jax")
 
 
@@ -33,11 +34,16 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a model is built. dtype is the compute dtype and that of dense frozen weights."""
+    """How a model is built. dtype is the compute dtype and that of dense frozen weights.
+
+    compute: "fp8" forms the layers' products with frozen weights in 8 bits, in training and in `EvalStep`; logits and
+    generation stay exact.
+    """
 
     dtype: DtypeName = "float32"
     gradient_checkpointing: CheckpointingName = "none"
     implementations: Mapping[str, str] | None = None  # op name -> implementation asked for by name
+    compute: ComputeName = "exact"
 
 
 @dataclass(frozen=True)

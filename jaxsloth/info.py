@@ -32,7 +32,7 @@ def collect() -> dict[str, Any]:
         devices = load_backend(name).devices()
         backends[name] = {"platform": devices.platform, "device": devices.name, "count": devices.count}
         dtype: DtypeName = "float32" if devices.platform == "cpu" else "bfloat16"
-        for op in all_ops():
+        for op in (one for one in all_ops() if one.of(name)):
             choice = select(op, name, Facts(devices.platform, dtype))
             refused = [{"name": other, "reason": reason} for other, reason in choice.refused]
             ops.setdefault(op.name, {})[name] = {"uses": choice.implementation.name, "refused": refused}

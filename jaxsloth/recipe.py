@@ -142,6 +142,10 @@ class Recipe(Section):
     )
     quantization: Literal["none", "nf4", "nf4-nested"] = "none"
     gradient_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
+    compute: Literal["exact", "fp8"] = Field(
+        "exact",
+        description="fp8: products with frozen weights in 8 bits while training (torch, bfloat16, a GPU of 8.9 or later)",
+    )
     lora: LoraRecipe = LoraRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
@@ -164,6 +168,12 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.compute == "fp8" and self.backend == "jax":
+            raise ValueError("compute: fp8 runs on the torch backend so far; set backend: torch, or compute: exact")
+        if self.compute == "fp8" and self.dtype not in ("auto", "bfloat16"):
+            raise ValueError(
+                f"compute: fp8 needs dtype bfloat16, and {self.dtype} came; set dtype: bfloat16, or compute: exact"
+            )
         held_out = self.data.validation_path is not None or self.data.validation_fraction > 0
         if self.checkpoints.best and not held_out:
             raise ValueError("checkpoints.best needs held-out rows: set data.validation_fraction or data.validation_path")

@@ -153,4 +153,5 @@ OP_FOLDERS = (
     "linear_cross_entropy",
     "dropout",
     "adamw_8bit",
+    "fp8",
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,14 +109,15 @@ class Bridge:
         shapes = tuple((group, a.shape[1]) for group, (a, _) in adapters.items())
         asked = (shapes, options.dropout)
         if asked not in self._fused:
-            spec, implementations = guest_spec(self._model.spec, adapters, options.dropout), self._model.options.implementations
-            self._fused[asked] = runs_fused(spec, implementations, self._decoder.device)
+            spec = guest_spec(self._model.spec, adapters, options.dropout)
+            self._fused[asked] = runs_fused(self._decoder, spec, self._model.options)
         if not self._fused[asked]:
             return None
         key = (shapes, options.checkpointing)
         if self._guest is None or self._guest[0][0] != shapes or (learns and self._guest[0] != key):
             self._guest = None  # its memory goes before the next one's comes
-            self._guest = key, Guest(self._decoder, self._model.spec, adapters, options.checkpointing)
+            own = replace(self._model.options, gradient_checkpointing=options.checkpointing)
+            self._guest = key, Guest(self._decoder, self._model.spec, adapters, own)
         return self._guest[1]
 
     def _differentiate_hidden(

@@ -26,7 +26,8 @@ from jaxsloth.kernels.linear_cross_entropy import torch_ops as loss_ops
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend import groups
 from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.groups import Group, Weights
+from jaxsloth.torch_backend.fp8 import Fp8Weights
+from jaxsloth.torch_backend.groups import ExactWeights, Group, Weights
 from jaxsloth.torch_backend.layers import Block, Linear
 from jaxsloth.torch_backend.objective import Objective, Tensors, by_row
 from jaxsloth.torch_backend.offload import Stash
@@ -295,17 +296,19 @@ class LayerPass:
 class FusedPass:
     """Loss and gradients of a whole model.
 
-    mode: a `gradient_checkpointing`. keeps_weights: hold every weight dequantized, instead of rebuilding it for each use.
+    mode: a `gradient_checkpointing`. keeps_weights: hold every weight as products take it, instead of rebuilding it for each
+    use. compute: a `ComputeName`.
     """
 
-    def __init__(self, decoder: Decoder, spec: specs.ModelSpec, mode: str, keeps_weights: bool) -> None:
+    def __init__(self, decoder: Decoder, spec: specs.ModelSpec, mode: str, keeps_weights: bool, compute: str = "exact") -> None:
         self._decoder, self._spec, self._mode = decoder, spec, mode
         self._kernels = Kernels.of(decoder.device)
         self._layers = [
             LayerPass(block, layer, self._kernels) for block, layer in zip(decoder.model.layers, spec.layers, strict=True)
         ]
         every = [group for layer in self._layers for group in layer.groups]
-        self._weights = Weights(every, decoder.dtype, decoder.device, keeps_weights, self._kernels.weights)
+        make = Fp8Weights if compute == "fp8" else ExactWeights
+        self._weights: Weights = make(every, decoder.dtype, decoder.device, keeps_weights, self._kernels.weights)
         self._stash = Stash(decoder.device) if mode == "offload" and decoder.device.type == "cuda" else None
         trained = [index for index, layer in enumerate(self._layers) if any(group.rank for group in layer.groups)]
         self._first = trained[0] if trained else len(self._layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -15,7 +16,7 @@ from jaxsloth.torch_backend.layers import Linear
 
 
 class Group:
-    """Linear layers with one input. `extended`: their matrix ``[out + room, in + room]`` where it is kept, else None."""
+    """Linear layers with one input, and the layout of their extended matrix ``[out + room, in + room]``."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self.linears = tuple(linears)
@@ -26,7 +27,6 @@ class Group:
         ranks = [0 if linear.lora_A is None else linear.lora_A.shape[0] for linear in linears]
         self.ranks, self.places = tuple(ranks), tuple(sum(ranks[:place]) for place in range(len(ranks)))
         self.rank, self.room = sum(ranks), room_for(sum(ranks))
-        self.extended: torch.Tensor | None = None
         self.bias = None
         if any(linear.bias is not None for linear in linears):
             biases = [one.bias for one in linears if one.bias is not None]
@@ -37,6 +37,10 @@ class Group:
     def values(self) -> int:
         """Elements of the extended matrix."""
         return (self.out_features + self.room) * (self.in_features + self.room)
+
+    @property
+    def quantized(self) -> bool:
+        return any(isinstance(linear.base(), NF4) for linear in self.linears)
 
     def adapted(self) -> list[tuple[int, Linear]]:
         return [(place, linear) for place, linear in enumerate(self.linears) if linear.lora_A is not None]
@@ -59,8 +63,63 @@ class Group:
         return found
 
 
-class Weights:
-    """The extended matrices of a model: kept for every group, or rebuilt for each use in one shared buffer.
+class Matrix(Protocol):
+    """A group's frozen weights W and adapters. low_a ``[room, in]`` holds A and low_b ``[out, room]`` the scaled B."""
+
+    low_a: torch.Tensor
+    low_b: torch.Tensor
+
+    def forward(self, x: torch.Tensor, low: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        """``y = x·Wᵀ + low·(sB)ᵀ + bias``. x ``[tokens, in or more]``; low ``[tokens, room]`` (None where room is 0) lies
+        behind the rows of x if those are longer than `in`."""
+        ...
+
+    def backward(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
+        """``dx = dy·W + (dy·sB)·A``. dy ``[tokens, out + room or more]`` with ``dy·sB`` behind its rows."""
+        ...
+
+
+class Weights(Protocol):
+    """The matrices of a model."""
+
+    def begin(self) -> None:
+        """Takes over the adapters' values of this step."""
+        ...
+
+    def forget(self) -> None:
+        """What a shared buffer holds is no longer counted on: adapters may have changed, or a graph is captured."""
+        ...
+
+    def of(self, group: Group) -> Matrix:
+        """The group's matrix; what `of` gave before may be overwritten."""
+        ...
+
+
+class ExactMatrix:
+    """A `Matrix` in the compute dtype. matrix: the extended one, ``[out + room, in + room]``."""
+
+    def __init__(self, group: Group, matrix: torch.Tensor) -> None:
+        self._in, self._out, self._room = group.in_features, group.out_features, group.room
+        self.low_a, self.low_b = matrix[self._out :, : self._in], matrix[: self._out, self._in :]
+        self._matrix = matrix
+
+    def forward(self, x: torch.Tensor, low: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        beside = low is None or x.shape[1] > self._in
+        width = self._in + self._room if beside else self._in
+        x, weight = x[:, :width], self._matrix[: self._out, :width]
+        if bias is None:
+            torch.mm(x, weight.T, out=y)
+        else:
+            torch.addmm(bias, x, weight.T, out=y)
+        if low is not None and not beside:
+            y.addmm_(low, self.low_b.T)
+
+    def backward(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
+        torch.mm(dy[:, : self._out + self._room], self._matrix[:, : self._in], out=dx)
+
+
+class ExactWeights:
+    """`Weights` in the compute dtype: extended matrices, kept for every group or rebuilt for each use in one shared buffer.
 
     kernels: the module with `Placement` and `dequantize_into` for this device.
     """
@@ -69,26 +128,25 @@ class Weights:
         self, groups: Sequence[Group], dtype: torch.dtype, device: torch.device, keeps: bool, kernels: ModuleType
     ) -> None:
         self._kernels = kernels
-        quantized = [group for group in groups if self._is_quantized(group)]
+        quantized = [group for group in groups if group.quantized]
         self._shared = None
+        self._matrices: dict[Group, ExactMatrix] = {}
         if quantized and not keeps:
             self._shared = torch.empty(max(group.values for group in quantized), dtype=dtype, device=device)
         pieces = []
         self._placements: dict[Group, extended.Placement] = {}
         like = torch.empty(0, dtype=dtype, device=device)
         for group in groups:
-            if self._is_quantized(group) and not keeps:
+            if group.quantized and not keeps:
                 assert self._shared is not None
-                self._placements[group] = kernels.Placement(group.pieces(self._view(group)), like)
-                continue
-            group.extended = self._extend(group, dtype, device)
-            pieces.extend(group.pieces(group.extended))
+                matrix = self._view(group)
+                self._placements[group] = kernels.Placement(group.pieces(matrix), like)
+            else:
+                matrix = self._extend(group, dtype, device)
+                pieces.extend(group.pieces(matrix))
+            self._matrices[group] = ExactMatrix(group, matrix)
         self._kept = kernels.Placement(pieces, like)
         self._last: Group | None = None
-
-    @staticmethod
-    def _is_quantized(group: Group) -> bool:
-        return any(isinstance(linear.base(), NF4) for linear in group.linears)
 
     def _view(self, group: Group) -> torch.Tensor:
         assert self._shared is not None
@@ -114,61 +172,46 @@ class Weights:
                 part.copy_(base)
 
     def begin(self) -> None:
-        """Takes over the adapters' values of this step."""
         self._kept.run()
 
     def forget(self) -> None:
-        """What the shared buffer holds is no longer counted on: adapters may have changed, or a graph is captured."""
         self._last = None
 
-    def of(self, group: Group) -> torch.Tensor:
-        """The group's matrix; what `of` gave before may be overwritten."""
-        if group.extended is not None:
-            return group.extended
-        matrix = self._view(group)
-        if self._last is not group:
-            self._fill(group, matrix)
+    def of(self, group: Group) -> Matrix:
+        if group in self._placements and self._last is not group:
+            self._fill(group, self._view(group))
             self._placements[group].run()
             self._last = group
-        return matrix
+        return self._matrices[group]
 
 
-def forward(group: Group, matrix: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
+def forward(group: Group, matrix: Matrix, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor | None:
     """``y = x·Wᵀ + bias`` and the adapters; returns ``x·Aᵀ [tokens, room]``, or None where nothing is adapted.
 
-    x ``[tokens, in]``, or ``[tokens, in + room or more]`` whose columns past `in` are free to write: then the adapters take
-    part in the one product. y ``[tokens, out]`` of any row stride.
+    x ``[tokens, in]``, or ``[tokens, in + room or more]`` whose columns past `in` are free to write. y ``[tokens, out]`` of any
+    row stride.
     """
-    in_, out, room = group.in_features, group.out_features, group.room
-    weight, bias, own = matrix[:out], group.bias, x[:, :in_]
-    if room == 0:
-        _product(own, weight, bias, y)
-        return None
-    low_a = matrix[out:, :in_]
-    if x.shape[1] == in_:
-        low = own @ low_a.T
-        _product(own, weight[:, :in_], bias, y)
-        y.addmm_(low, weight[:, in_:].T)
-        return low
-    low = x[:, in_ : in_ + room]
-    torch.mm(own, low_a.T, out=low)
-    _product(x[:, : in_ + room], weight, bias, y)
+    in_, room, low = group.in_features, group.room, None
+    if room > 0:
+        low = x[:, in_ : in_ + room] if x.shape[1] > in_ else x.new_empty(x.shape[0], room)
+        torch.mm(x[:, :in_], matrix.low_a.T, out=low)
+    matrix.forward(x, low, group.bias, y)
     return low
 
 
-def backward_input(group: Group, matrix: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor | None) -> None:
+def backward_input(group: Group, matrix: Matrix, dy: torch.Tensor, dx: torch.Tensor | None) -> None:
     """Forms ``dy·sB`` behind dy's rows and writes dx where it is given.
 
     dy ``[tokens, out + room or more]``, its columns past `out` free to write; dx ``[tokens, in]``.
     """
-    in_, out, room = group.in_features, group.out_features, group.room
+    out, room = group.out_features, group.room
     if room > 0:
-        torch.mm(dy[:, :out], matrix[:out, in_:], out=dy[:, out : out + room])
+        torch.mm(dy[:, :out], matrix.low_b, out=dy[:, out : out + room])
     if dx is not None:
-        torch.mm(dy[:, : out + room], matrix[:, :in_], out=dx)
+        matrix.backward(dy, dx)
 
 
-def backward_adapters(group: Group, matrix: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor | None) -> None:
+def backward_adapters(group: Group, matrix: Matrix, dy: torch.Tensor, x: torch.Tensor, low: torch.Tensor | None) -> None:
     """Adds the adapters' gradients to theirs, after `backward_input`.
 
     x ``[tokens, in or more]``; low is what `forward` returned, or None to form it again.
@@ -178,7 +221,7 @@ def backward_adapters(group: Group, matrix: torch.Tensor, dy: torch.Tensor, x: t
         return
     x, g = x[:, :in_], dy[:, out : out + room]
     if low is None:
-        low = x @ matrix[out:, :in_].T
+        low = x @ matrix.low_a.T
     for place, linear in group.adapted():
         part = dy[:, group.starts[place] : group.starts[place] + group.outs[place]]
         mine = low[:, group.places[place] : group.places[place] + group.ranks[place]]
@@ -188,7 +231,7 @@ def backward_adapters(group: Group, matrix: torch.Tensor, dy: torch.Tensor, x: t
 
 def backward(
     group: Group,
-    matrix: torch.Tensor,
+    matrix: Matrix,
     dy: torch.Tensor,
     x: torch.Tensor,
     low: torch.Tensor | None,
@@ -219,10 +262,3 @@ def _add_gradients_of_a(group: Group, g: torch.Tensor, x: torch.Tensor) -> None:
 def _gradient(parameter: torch.nn.Parameter | None) -> torch.Tensor:
     assert parameter is not None and parameter.grad is not None
     return parameter.grad
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.T, out=y)
-    else:
-        torch.addmm(bias, x, weight.T, out=y)

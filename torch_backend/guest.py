@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from jaxsloth.backend import CheckpointingName
+from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
 from jaxsloth.models.names import lora_names
 from jaxsloth.models.spec import Lora, ModelSpec
@@ -44,7 +44,7 @@ class Guest:
     While it runs, the decoder's layers must hold `leaves`.
     """
 
-    def __init__(self, decoder: Decoder, spec: ModelSpec, adapters: Stacks, checkpointing: CheckpointingName) -> None:
+    def __init__(self, decoder: Decoder, spec: ModelSpec, adapters: Stacks, options: BuildOptions) -> None:
         values: dict[str, np.ndarray] = {}
         for group, pair in adapters.items():
             for module in members(group):
@@ -60,7 +60,7 @@ class Guest:
             self.leaves |= {m: (parameters[a], parameters[b]) for m, (a, b) in zip(members(group), pairs, strict=True)}
             views = [(flat.view(flat.gradient, a), flat.view(flat.gradient, b)) for a, b in pairs]
             self._gradients[group] = [a for a, _ in views], [b for _, b in views]
-        self._fast = FastPass(decoder, guest_spec(spec, adapters, 0.0), checkpointing)
+        self._fast = FastPass(decoder, guest_spec(spec, adapters, 0.0), options.gradient_checkpointing, options.compute)
         self._one = torch.ones((), dtype=torch.float32, device=decoder.device)
 
     def loss(self, adapters: Stacks, batch: Batch) -> torch.Tensor:

@@ -17,7 +17,7 @@ from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
 from jaxsloth.kernels.registry import Facts, check_requested, resolve
 from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.torch_backend import placement
+from jaxsloth.torch_backend import fp8, placement
 from jaxsloth.torch_backend.bridge import Bridge
 from jaxsloth.torch_backend.decode_step import Step
 from jaxsloth.torch_backend.decoder import Decoder
@@ -41,6 +41,7 @@ class TorchModel:
         facts = Facts(device.type, options.dtype, {"hidden": spec.hidden})  # type: ignore[arg-type]
         take = _loader(spec, source, device, DTYPES[options.dtype])
         check_requested(options.implementations or {})
+        fp8.check_options(options, device)
         ops = Ops(facts, options.implementations or {})
         self.decoder = Decoder(spec, take, ops, DTYPES[options.dtype], options.gradient_checkpointing not in ("none", "auto"))
         self._flat: Flat | None = None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from jaxsloth.backend import CheckpointingName
+from jaxsloth.backend import BuildOptions, CheckpointingName, ComputeName
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
 from jaxsloth.kernels.registry import RefusedError
@@ -18,7 +18,7 @@ from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.memory import fitting_mode
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.torch_backend import fused
+from jaxsloth.torch_backend import fp8, fused
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.objective import Objective, Tensors
@@ -39,24 +39,29 @@ Arrays = dict[str, np.ndarray]
 
 def make_pass(model: TorchModel) -> FastPass | None:
     """The written-out pass, or None where autograd has to do it; see `runs_fused`."""
-    if not runs_fused(model.spec, model.options.implementations, model.decoder.device):
+    options = model.options
+    if not runs_fused(model.decoder, model.spec, options):
         return None
-    return FastPass(model.decoder, model.spec, model.options.gradient_checkpointing)
+    return FastPass(model.decoder, model.spec, options.gradient_checkpointing, options.compute)
 
 
-def runs_fused(spec: ModelSpec, implementations: Mapping[str, str] | None, device: torch.device) -> bool:
-    """Whether the written-out pass trains the model; implementations={"train_pass": …} asks for one by name.
+def runs_fused(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bool:
+    """Whether the written-out pass trains the adapters of `spec`; implementations={"train_pass": …} asks for one by name.
 
     Raises:
-        RefusedError: "fused" was asked for and can't train this model, or another name came.
+        RefusedError: "fused", or compute fp8, was asked for and can't train this model, or another name came.
     """
-    requested = (implementations or {}).get("train_pass")
+    requested = (options.implementations or {}).get("train_pass")
     if requested not in (None, "fused", "composed"):
         raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, composed")
     reason = fused_refusal(spec)
+    if options.compute == "fp8":
+        reason = reason or fp8.layer_refusal(list(decoder.linears()))
+        if reason is not None:
+            raise RefusedError(f"compute fp8 can't train this model: it {reason}; set compute: exact")
     if requested == "fused" and reason is not None:
         raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
-    if reason is None and requested is None and device.type != "cuda":
+    if reason is None and requested is None and decoder.device.type != "cuda":
         reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
     if reason is not None:
         logger.info("op train_pass on torch uses composed (fused %s)", reason)
@@ -66,8 +71,9 @@ def runs_fused(spec: ModelSpec, implementations: Mapping[str, str] | None, devic
 class FastPass:
     """`FusedPass` for batches from the host, replayed from CUDA graphs where that pays."""
 
-    def __init__(self, decoder: Decoder, spec: ModelSpec, checkpointing: CheckpointingName) -> None:
-        self._decoder, self._spec, self._device, self._checkpointing = decoder, spec, decoder.device, checkpointing
+    def __init__(self, decoder: Decoder, spec: ModelSpec, checkpointing: CheckpointingName, compute: ComputeName) -> None:
+        self._decoder, self._spec, self._device = decoder, spec, decoder.device
+        self._checkpointing, self._compute = checkpointing, compute
         self._pass: FusedPass | None = None
         self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, Tensors, torch.Tensor]] = OrderedDict()
         self._seen: set[Any] = set()
@@ -82,7 +88,7 @@ class FastPass:
         """Takes over the adapters' values; tokens: the most that a micro-batch of this process has."""
         if self._pass is None:
             self.mode, keeps = self._choose(tokens)
-            self._pass = FusedPass(self._decoder, self._spec, self.mode, keeps)
+            self._pass = FusedPass(self._decoder, self._spec, self.mode, keeps, self._compute)
         self._pass.begin()
 
     def row_losses(self, batch: Batch) -> torch.Tensor:
@@ -178,7 +184,7 @@ class FastPass:
         return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"])
 
     def _choose(self, tokens: int) -> tuple[str, bool]:
-        """(the checkpointing mode, whether weights are kept dequantized)."""
+        """(the checkpointing mode, whether quantized weights are kept as products take them)."""
         wanted, decoder = self._checkpointing, self._decoder
         values = sum(linear.shape[0] * linear.shape[1] for linear in decoder.linears())
         size = torch.empty(0, dtype=decoder.dtype).element_size()

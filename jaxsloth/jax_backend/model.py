@@ -43,6 +43,8 @@ class JaxModel:
 
     def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
         self.spec, self.options = spec, options
+        if options.compute != "exact":
+            raise RefusedError(f"compute {options.compute} runs on the torch backend so far; take it, or compute exact")
         self._dtype = jnp.dtype(options.dtype)
         facts = Facts(platform(), options.dtype, {"hidden": spec.hidden})
         check_requested(options.implementations or {})

@@ -170,7 +170,7 @@ def check_output(recipe: Recipe, resume: bool) -> SavedRun | None:
 def build_model(plan: Plan, opened: Checkpoint) -> Model:
     """Builds the base on the backend and adds the adapters: the saved ones, or fresh ones from the seed."""
     recipe = plan.recipe
-    options = BuildOptions(plan.dtype, recipe.gradient_checkpointing, recipe.implementations or None)
+    options = BuildOptions(plan.dtype, recipe.gradient_checkpointing, recipe.implementations or None, recipe.compute)
     model = plan.backend.build(replace(plan.spec, lora=None), opened.source, options)
     if plan.resume is not None:
         values = plan.resume.adapter

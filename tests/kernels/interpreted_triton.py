@@ -7,9 +7,11 @@ import torch
 
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.attention import flash_triton, library_ops
+from jaxsloth.kernels.fp8 import triton_kernel as fp8_triton
 from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
 from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes, torch_step
+from tests.kernels.fp8_checks import NF4_CASES, check_margins, check_nf4, check_values_before_the_cast
 from tests.kernels.torch_checks import (
     DTYPES,
     check_cached_attention,
@@ -105,3 +107,22 @@ def test_adamw_8bit(case):
 
 def test_adamw_8bit_is_bitsandbytes():
     check_each_step_against_bitsandbytes(torch_step(adamw_8bit_triton.adamw_8bit, "cpu"))
+
+
+# The interpreter's own cast to e4m3 neither rounds up across a power of two nor saturates. Casts are left to the gpu tests, and
+# what the kernels are about to cast is looked at here.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", part("fp8", "cases").CASES, ids=lambda case: case.name)
+def test_fp8_quantize_rows(case, dtype):
+    check_values_before_the_cast(fp8_triton.quantize_rows_into, case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("case", NF4_CASES, ids=lambda case: case.name)
+def test_fp8_nf4(case, nested, transposed):
+    check_nf4(fp8_triton.nf4_into, case, nested, transposed, torch.float32, "cpu")
+
+
+def test_fp8_margins():
+    check_margins(fp8_triton, torch.float32, "cpu")

@@ -17,6 +17,8 @@ from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.adamw_8bit.contract import BLOCK as MOMENT_BLOCK
 from jaxsloth.kernels.attention import flash_kernels, flash_triton
 from jaxsloth.kernels.attention import triton_kernel as attention_triton
+from jaxsloth.kernels.fp8 import triton_kernel as fp8_triton
+from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST
 from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
@@ -263,3 +265,34 @@ def test_flash_attention_compiles(dtype, head_dim, special):
         assert "wgmma" in ptx or dtype == "float32"
     extents = {**dict.fromkeys(("own", "others", "extents"), "*i32"), **numbers("own_length", "length")}
     compile_ptx(flash_kernels.extent_kernel, extents, {"SIZE": 128, "STEP": flash_triton.LOOKED_AT_ONCE}, {"num_warps": 4})
+
+
+@pytest.mark.parametrize(("width", "extra"), [(576, 64), (8192, 0), (28672, 64)])
+def test_fp8_rows_compile(width, extra):
+    arguments = {**pointers("bfloat16", "x", "behind"), "factor": "*fp32", "values": "*fp8e4nv", "scales": "*fp32"}
+    arguments |= numbers("width", "extra", "x_stride", "behind_stride")
+    once = width <= fp8_triton.WHOLE
+    constants = {"EXTENDS": extra > 0, "ONCE": once, "PEAK": LARGEST, "LEAST": SMALLEST}
+    constants |= {"SIZE": triton.next_power_of_2(width) if once else fp8_triton.PART, "EXTRA": max(extra, 1)}
+    ptx = compile_ptx(fp8_triton.quantize_kernel, arguments, constants, fp8_triton.ROW_LAUNCH)
+    assert "cvt.rn.satfinite.e4m3x2" in ptx
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_fp8_weights_compile(nested, transposed):
+    arguments = {"codes": "*u8", "absmax": "*u8" if nested else "*fp32"}
+    arguments |= dict.fromkeys(("table", "nested_absmax", "nested_code", "nested_offset", "inverse"), "*fp32")
+    arguments |= {"target": "*fp8e4nv", **numbers("rows", "row_blocks", "stride")}
+    tile_rows, tile_blocks = fp8_triton.TILES[transposed]
+    constants = {"NESTED": nested, "NESTED_SIZE": NESTED_BLOCK, "TRANSPOSED": transposed, "BLOCK_SIZE": BLOCK}
+    constants |= {"TILE_ROWS": tile_rows, "TILE_BLOCKS": tile_blocks}
+    compile_ptx(fp8_triton.nf4_kernel, arguments, constants, fp8_triton.LAUNCH)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_fp8_margins_compile(writes):
+    arguments = {"table": "*i64", "scales": "*fp32", "like": "*fp8e4nv"}
+    constants = {"WRITES": writes, "PEAK": LARGEST, "TABLE_FIELDS": fp8_triton.FIELDS}
+    constants |= {"HEIGHT": fp8_triton.ROWS, "WIDTH": fp8_triton.COLUMNS}
+    compile_ptx(fp8_triton.margins_kernel, arguments, constants, fp8_triton.LAUNCH)
