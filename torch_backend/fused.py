@@ -7,7 +7,7 @@ adapters added up in their flat buffer.
 Kept a layer, by `gradient_checkpointing` (x1 and x2 are the residual stream before attention and MLP):
     none       everything but the activation's product: x1, x2, both norms' outputs, q k v, the attention's output, gate and up
     selective  x1, x2, q k v, the attention's output; norms, gate and up are formed again
-    offload    the same four, in pinned host memory, fetched a layer ahead
+    offload    the same four, in pinned host memory, fetched a layer ahead; x1 alone where that memory is short
     full       x1
 """
 
@@ -297,11 +297,20 @@ class FusedPass:
     """Loss and gradients of a whole model.
 
     mode: a `gradient_checkpointing`. keeps_weights: hold every weight as products take it, instead of rebuilding it for each
-    use. compute: a `ComputeName`.
+    use. compute: a `ComputeName`. inputs_only: mode "offload" keeps what "full" does, and sends that to the host.
     """
 
-    def __init__(self, decoder: Decoder, spec: specs.ModelSpec, mode: str, keeps_weights: bool, compute: str = "exact") -> None:
-        self._decoder, self._spec, self._mode = decoder, spec, mode
+    def __init__(
+        self,
+        decoder: Decoder,
+        spec: specs.ModelSpec,
+        mode: str,
+        keeps_weights: bool,
+        compute: str = "exact",
+        *,
+        inputs_only: bool = False,
+    ) -> None:
+        self._decoder, self._spec, self._mode = decoder, spec, "full" if inputs_only else mode
         self._kernels = Kernels.of(decoder.device)
         self._layers = [
             LayerPass(block, layer, self._kernels) for block, layer in zip(decoder.model.layers, spec.layers, strict=True)

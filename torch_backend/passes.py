@@ -16,13 +16,13 @@ from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
-from jaxsloth.models.memory import fitting_mode
+from jaxsloth.models.memory import fitting_mode, offloaded_bytes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import fp8, fused
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.objective import Objective, Tensors
-from jaxsloth.torch_backend.placement import to_device
+from jaxsloth.torch_backend.placement import host_memory, to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -32,6 +32,8 @@ logger = logging.getLogger("jaxsloth.torch_backend")
 GRAPHS_KEPT = 8
 # The bfloat16 copies of NF4 weights are kept where they take at most this part of the device's memory.
 KEPT_WEIGHTS = 1 / 16
+# Of the free host memory, what offloaded activations may take; torch rounds pinned memory up to powers of two.
+HOST_PART = 0.4
 AUTO_ORDER = ("none", "selective", "offload", "full")
 
 Arrays = dict[str, np.ndarray]
@@ -88,7 +90,17 @@ class FastPass:
         """Takes over the adapters' values; tokens: the most that a micro-batch of this process has."""
         if self._pass is None:
             self.mode, keeps = self._choose(tokens)
-            self._pass = FusedPass(self._decoder, self._spec, self.mode, keeps, self._compute)
+            spec, size = self._spec, torch.empty(0, dtype=self._decoder.dtype).element_size()
+            need, free = offloaded_bytes(spec, tokens, size), host_memory()
+            inputs_only = self.mode == "offload" and need > free * HOST_PART
+            if inputs_only:
+                logger.warning(
+                    "gradient_checkpointing offload would pin %.0f GiB of host memory, and %.0f GiB are free: only the layers' "
+                    "inputs go there, the rest is formed again",
+                    need / 2**30,
+                    free / 2**30,
+                )
+            self._pass = FusedPass(self._decoder, spec, self.mode, keeps, self._compute, inputs_only=inputs_only)
         self._pass.begin()
 
     def row_losses(self, batch: Batch) -> torch.Tensor:

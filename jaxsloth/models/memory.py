@@ -35,3 +35,9 @@ def activation_bytes(spec: ModelSpec, mode: str, tokens: int, size: int, *, atte
         total += kept[mode]
         working = max(working, 3 * mlp.width + 2 * few + 4 * spec.hidden)
     return tokens * size * (total + working)
+
+
+def offloaded_bytes(spec: ModelSpec, tokens: int, size: int) -> int:
+    """What mode "offload" sends to the host: both residual streams, q k v and attention's output of every layer."""
+    widths = ((layer.attention.heads, layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers)
+    return tokens * size * sum(2 * spec.hidden + 2 * (heads + kv_heads) * dim for heads, kv_heads, dim in widths)

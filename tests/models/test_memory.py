@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxsloth.models.memory import activation_bytes, fitting_mode
+from jaxsloth.models.memory import activation_bytes, fitting_mode, offloaded_bytes
 from jaxsloth.models.registry import spec_from_config
 from tests.support.tiny import CONFIG
 
@@ -17,6 +17,7 @@ def test_bytes_count_what_is_kept():
     for mode, numbers in kept.items():
         assert activation_bytes(SPEC, mode, 10, 2) == 10 * 2 * (numbers + working)
     assert activation_bytes(SPEC, "full", 10, 2, attends_once=True) == 10 * 2 * (4 * (2 * 64 + 64) + working)
+    assert offloaded_bytes(SPEC, 10, 2) == activation_bytes(SPEC, "selective", 10, 2) - 10 * 2 * working
 
 
 def test_the_fastest_that_fits_is_taken():
