@@ -136,7 +136,7 @@ def test_everything_lowers_for_cuda():
         assert kernel in text
 
     def attention(merged, tables):
-        q, k, v = split_heads(Heads(32, 8, 128), ROOM, merged, tables, tables)
+        q, k, v = cast("tuple[jax.Array, ...]", split_heads(Heads(32, 8, 128), ROOM, merged, tables, tables))
         return (q.astype(jnp.float32) ** 2).sum() + (k * v).astype(jnp.float32).sum()
 
     text = lowered_for_cuda(jax.grad(attention), half((64, 48 * 128 + ROOM)), normal(64, 64))
