@@ -16,7 +16,12 @@ from jaxsloth.models.names import layer_linears
 from jaxsloth.parity.op_runners import ARGUMENTS, options_of, part, prepare
 
 # By what a training step differentiates an op, where that is less than what it could be: the base's own weights are frozen.
-TRAINED = {"rms_norm": ("x",), "linear_cross_entropy": ("hidden",), "lora_matmul": ("x", "lora_a", "lora_b")}
+TRAINED = {
+    "rms_norm": ("x",),
+    "layer_norm": ("x",),
+    "linear_cross_entropy": ("hidden",),
+    "lora_matmul": ("x", "lora_a", "lora_b"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def real_cases(op: str, shape: str, batch: int, length: int) -> Iterator[Any]:
             yield case(n, (batch, length), linear.in_features, linear.out_features, rank=16, base="nf4_nested", scale=1.0)
         linear = linears["q_proj"]
         yield case("decode", (1, 1), linear.in_features, linear.out_features, rank=0, base="nf4_nested")
-    elif op == "rms_norm":
+    elif op in ("rms_norm", "layer_norm"):
         yield part(op, "cases").Case("hidden", (batch, length), spec.hidden)
     elif op == "rope":
         yield part(op, "cases").Case("queries", batch, length, heads, size, size, theta=500000.0)

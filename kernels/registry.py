@@ -147,6 +147,7 @@ OP_FOLDERS = (
     "nf4",
     "lora_matmul",
     "rms_norm",
+    "layer_norm",
     "rope",
     "gated_activation",
     "attention",

@@ -17,6 +17,7 @@ from jaxsloth.kernels.registry import Facts, Op, resolve
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora_matmul": (("x", "lora_a", "lora_b", "bias"), ("x", "lora_a", "lora_b", "bias")),
     "rms_norm": (("x", "weight"), ("x", "weight")),
+    "layer_norm": (("x", "weight", "bias"), ("x", "weight", "bias")),
     "rope": (("x", "cos", "sin"), ("x",)),
     "gated_activation": (("gate", "up"), ("gate", "up")),
     "attention": (("q", "k", "v", "q_segments", "kv_segments"), ("q", "k", "v")),

@@ -34,7 +34,7 @@ class Tiles:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# (forward, dq, dk and dv) by the power of two that holds a head; `benchmarks.flash` measures others.
+# (forward, dq, dk and dv) by the power of two that holds a head; `benchmarks.tiles` measures others.
 HALF = {
     64: (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3)),
     128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 3)),

@@ -36,7 +36,7 @@ class Tiles:
     stages: int
 
 
-# (forward, dq, dk and dv) by the power of two that holds a head; `benchmarks.flash` measures others.
+# (forward, dq, dk and dv) by the power of two that holds a head; `benchmarks.tiles` measures others.
 HALF = {
     64: (Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3)),
     128: (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 3)),

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32, Int
 
-SIZE, WARPS = 4096, 8  # columns at once; `benchmarks.softmax_tiles` measures others
+SIZE, WARPS = 4096, 8  # columns at once; `benchmarks.tiles` measures others
 
 
 def _bend(z: Any, soft_cap: float | None) -> tuple[Any, Any]:

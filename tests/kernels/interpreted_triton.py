@@ -24,7 +24,7 @@ from tests.kernels.torch_checks import (
     relative_error,
 )
 
-WITH_KERNELS = ("rms_norm", "rope", "gated_activation", "linear_cross_entropy")
+WITH_KERNELS = ("rms_norm", "layer_norm", "rope", "gated_activation", "linear_cross_entropy")
 
 
 def as_the_interpreter_rounds(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -14,23 +14,25 @@ from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask as torch_keep_mask
 from jaxsloth.kernels.dropout.xla_ops import keep_mask, threefry_2x32
+from jaxsloth.kernels.layer_norm import pallas_kernel as layer_norm_pallas
 from jaxsloth.kernels.linear_cross_entropy.xla_ops import linear_cross_entropy
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.lora_matmul.xla_ops import lora_matmul
 from jaxsloth.kernels.registry import Facts, Implementation, Op, all_ops
-from jaxsloth.kernels.rms_norm import pallas_kernel
 from jaxsloth.parity.l1_ops import error
 from jaxsloth.parity.op_runners import ARGUMENTS, part, prepare, run_jax, run_reference
+from tests.kernels.test_jax_nf4 import lowered_for_cuda
 
 DTYPES = ("float32", "bfloat16", "float16")
+PALLAS_NORMS = ("rms_norm", "layer_norm")
 OPS = {op.name: op for op in all_ops() if op.name in ARGUMENTS}
 
 
 class Interpreted(Implementation):
-    """The Pallas RMSNorm as JAX's interpreter runs it."""
+    """A Pallas kernel as JAX's interpreter runs it."""
 
     def load(self):
-        return partial(pallas_kernel.rms_norm, interpret=True)
+        return partial(super().load(), interpret=True)
 
 
 def check(op: Op, case, dtype: str, requested: str, platform: str = "cpu") -> None:
@@ -53,14 +55,24 @@ def test_xla_against_the_reference(name, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("case", part("rms_norm", "cases").CASES, ids=lambda case: case.name)
-def test_pallas_rms_norm_interpreted(case, dtype):
-    inputs = prepare("rms_norm", case, dtype)
-    tolerance = part("rms_norm", "contract").TOLERANCES[dtype]
-    interpreted = Interpreted("interpreted", "jax", "")
-    got = run_jax(Op("rms_norm", (interpreted,)), case, inputs, Facts("cpu", dtype))
-    for name, expected in run_reference("rms_norm", case, inputs).items():
-        assert error(got[name], expected) <= (tolerance.output if name == "output" else tolerance.gradient), name
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param(name, case, id=f"{name}-{case.name}") for name in PALLAS_NORMS for case in part(name, "cases").CASES],
+)
+def test_pallas_norms_interpreted(name, case, dtype):
+    path = f"jaxsloth.kernels.{name}.pallas_kernel:{name}"
+    check(Op(name, (Interpreted("interpreted", "jax", path),)), case, dtype, "interpreted")
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm_lowers_for_cuda(biased):
+    x, weight = jax.ShapeDtypeStruct((600, 384), jnp.bfloat16), jax.ShapeDtypeStruct((384,), jnp.float32)
+
+    def loss(x, weight, bias):
+        return layer_norm_pallas.layer_norm(x, weight, bias, eps=1e-12).astype(jnp.float32).sum()
+
+    text = lowered_for_cuda(jax.grad(loss, argnums=(0, 1, 2) if biased else (0, 1)), x, weight, weight if biased else None)
+    assert "layer_norm_forward" in text and "layer_norm_backward" in text and "triton" in text
 
 
 @pytest.mark.parametrize("case", DROPOUT_CASES, ids=lambda case: case.name)

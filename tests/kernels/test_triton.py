@@ -21,6 +21,7 @@ from jaxsloth.kernels.fp8 import triton_kernel as fp8_triton
 from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST
 from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
+from jaxsloth.kernels.layer_norm import triton_kernel as layer_norm_triton
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
 from jaxsloth.kernels.lora_matmul import triton_kernel as margins_triton
 from jaxsloth.kernels.nf4 import matvec_triton
@@ -117,6 +118,19 @@ def test_rms_norm_backward_compiles(dtype, needs):
     }
     constants = {"NEEDS_DX": needs[0], "NEEDS_DWEIGHT": needs[1], "ADDS": needs[2], "WIDTH": 1024}
     compile_ptx(rms_norm_triton.backward_kernel, arguments, constants, rms_norm_triton._launch(1024))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm_compiles(dtype, biased):
+    arrays = {**pointers(dtype, "x", "weight", "bias", "y"), "mean": "*fp32", "rstd": "*fp32"}
+    constants = {"BIASED": biased, "WIDTH": 1024}
+    forward = {**arrays, "hidden": "i32", "eps": "fp32"}
+    compile_ptx(layer_norm_triton.forward_kernel, forward, constants, layer_norm_triton.launch(1024))
+    backward = {**pointers(dtype, "x", "weight"), "mean": "*fp32", "rstd": "*fp32", **pointers(dtype, "dy", "dx")}
+    backward |= {"dweight": "*fp32", "dbias": "*fp32", **numbers("rows", "hidden", "rows_each")}
+    constants = {"NEEDS_DX": True, "NEEDS_DWEIGHT": True, "NEEDS_DBIAS": biased, "WIDTH": 1024}
+    compile_ptx(layer_norm_triton.backward_kernel, backward, constants, layer_norm_triton.launch(1024))
 
 
 def test_adamw_8bit_compiles_and_contracts_nothing():

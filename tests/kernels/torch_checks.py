@@ -17,7 +17,7 @@ from jaxsloth.kernels.nf4.reference import dequantize as reference_dequantize
 from jaxsloth.kernels.tolerance import Tolerance
 
 DTYPES = ("float32", "bfloat16", "float16")
-OPS = ("lora_matmul", "rms_norm", "rope", "gated_activation", "attention", "linear_cross_entropy")
+OPS = ("lora_matmul", "rms_norm", "layer_norm", "rope", "gated_activation", "attention", "linear_cross_entropy")
 # Tensors by name; an optional one that a case leaves out is None.
 Arrays = Mapping[str, Any]
 
@@ -121,6 +121,7 @@ def check_op(op: str, function: Callable[..., torch.Tensor], case: Any, dtype: s
         return
     arguments, wrt = {
         "rms_norm": (("x", "weight"), ("x", "weight")),
+        "layer_norm": (("x", "weight", "bias"), ("x", "weight", "bias")),
         "rope": (("x", "cos", "sin"), ("x",)),
         "gated_activation": (("gate", "up"), ("gate", "up")),
         "attention": (("q", "k", "v", "q_segments", "kv_segments"), ("q", "k", "v")),

@@ -184,6 +184,6 @@ def test_every_op_folder_has_the_same_files(folder):
     names = {"contract", "cases", "reference", "torch_ops"}
     if folder != "fp8":  # runs on torch so far
         names.add("xla_ops")
-    if folder in ("nf4", "rms_norm", "adamw_8bit"):
+    if folder in ("nf4", "rms_norm", "layer_norm", "adamw_8bit"):
         names |= {"triton_kernel", "pallas_kernel"}
     assert names <= {file.stem for file in (ROOT / "kernels" / folder).glob("*.py")}
