@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.peers.own import build_options
 from benchmarks.peers.torch_loop import PeftRunner, limit_memory
 from benchmarks.shapes import shape_config
-from benchmarks.work import Runner, Work, specs
+from benchmarks.work import Work, specs
 from jaxsloth.backend import Backend, BackendName, load_backend
 from jaxsloth.convert.checkpoint import open_checkpoint
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
@@ -39,10 +39,10 @@ class ModuleRunner(PeftRunner):
         return self._engine.peak_memory()
 
 
-def build_torch(folder: Path, work: Work) -> Runner:
+def build_torch(folder: Path, work: Work) -> ModuleRunner:
     limit_memory(work)
     return ModuleRunner("torch", folder, work)
 
 
-def build_jax(folder: Path, work: Work) -> Runner:
+def build_jax(folder: Path, work: Work) -> ModuleRunner:
     return ModuleRunner("jax", folder, work)

@@ -89,9 +89,10 @@ def test_loss_hidden_and_logits_are_those_of_the_composed_ops(backend, kind, nes
     def several(of: Any) -> torch.Tensor:
         first, second = of(**given).loss, of(**others).loss
         states = of.get_base_model().model(**inputs).last_hidden_state[real]
-        with of.disable_adapter(), torch.no_grad():  # as DPO's reference comes between
+        policy = of(**inputs).logits[real]
+        with of.disable_adapter(), torch.no_grad():  # as DPO's reference comes between forward and backward
             base = of(**inputs).logits[real]
-        scored = (of(**inputs).logits[real] - base).square().mean()
+        scored = (policy - base).square().mean()
         (3 * second).backward()
         states.square().mean().backward()
         first.backward()
