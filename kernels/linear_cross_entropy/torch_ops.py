@@ -152,7 +152,7 @@ class _TokenLosses(torch.autograd.Function):
             dhidden = (dhidden * grads[0][:, None]).to(dhidden.dtype)
         if again:
             hidden, weight, targets = again
-            _, _, total = losses_and_gradients(hidden, weight, targets, *ctx.settings, grads[0])
+            _, _, total = losses_and_gradients(hidden, weight, targets, *ctx.settings, factors=grads[0])
             assert total is not None
             dweight = total.to(weight.dtype)
         return dhidden, dweight, None, None, None, None, None, None

@@ -39,8 +39,8 @@ def window_of(examples: list[dict[str, Any]], micros: int, filling: int = 0, len
         targets[place, start - 1 : len(whole) - 1] = whole[start:]
     numbers = np.where(segments.any(axis=1), np.arange(count), -1).astype(np.int32)
     shape = (micros, count // micros)
-    arrays = [array.reshape(*shape, length) for array in (ids, targets, segments, positions)]
-    return Window(*arrays, numbers.reshape(shape), int((targets != IGNORE).sum()))
+    ids, targets, segments, positions = (array.reshape(*shape, length) for array in (ids, targets, segments, positions))
+    return Window(ids, targets, segments, positions, numbers.reshape(shape), int((targets != IGNORE).sum()))
 
 
 @dataclass(frozen=True)
