@@ -11,6 +11,7 @@ import torch
 
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
+from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
@@ -166,7 +167,9 @@ class FastPass:
             return wanted, keeps
         if not on_gpu:
             return "none", False
-        room = torch.cuda.mem_get_info(self._device)[0] - (values * size if keeps else 0)
+        dense = sum(one.shape[0] * one.shape[1] for one in decoder.linears() if not isinstance(one.base(), NF4))
+        copies = 2 * dense if self._model.options.compute == "fp8" else 0  # in 8 bits, both ways
+        room = torch.cuda.mem_get_info(self._device)[0] - (values * size if keeps else 0) - copies
         mode = fitting_mode(self._model.spec, AUTO_ORDER, tokens, size, room)
         logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
         return mode, keeps
