@@ -107,7 +107,7 @@ def show(runs: dict[str, dict[str, Any]], verdict: dict[str, Any]) -> None:
 
 
 def main(
-    steps: int = 200,
+    steps: Annotated[int, typer.Option(min=2, help="the first one's learning rate is 0")] = 200,
     batch: int = 8,
     length: Annotated[int, typer.Option(help="tokens at which a row is cut")] = 384,
     quantization: Annotated[str, typer.Option(help="nf4-nested, nf4 or none")] = "nf4-nested",

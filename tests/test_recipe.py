@@ -38,6 +38,8 @@ def test_scientific_notation_is_a_number(text, value):
         ({"evaluation": {"every": 5}}, "evaluation.every needs held-out rows"),
         ({"schedule": {"warmup_steps": 3, "warmup_ratio": 0.1}}, "give warmup_steps or warmup_ratio, not both"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: Input should be a finite number"),
+        ({"compute": "fp8", "backend": "jax"}, "compute: fp8 runs on the torch backend so far"),
+        ({"compute": "fp8", "dtype": "fp32"}, "compute: fp8 needs dtype bfloat16, and float32 came"),
         ({"lora": {"dropout": 1.0}}, "lora.dropout: Input should be less than 1, and 1.0 came"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from jaxsloth.backend import BuildOptions, CheckpointingName, ComputeName
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
+from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
@@ -207,7 +208,12 @@ class FastPass:
             return wanted, keeps
         if not on_gpu:
             return "none", False
-        room = torch.cuda.mem_get_info(self._device)[0] - (values * size if keeps else 0)
+        # Copies of quantized weights in the compute dtype, where they are kept, and of dense ones in 8 bits, both ways.
+        quantized = sum(one.shape[0] * one.shape[1] for one in decoder.linears() if isinstance(one.base(), NF4))
+        copies = quantized * size if keeps else 0
+        if self._compute == "fp8":
+            copies += 2 * (values - quantized)
+        room = torch.cuda.mem_get_info(self._device)[0] - copies
         mode = fitting_mode(self._spec, AUTO_ORDER, tokens, size, room)
         logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
         return mode, keeps
