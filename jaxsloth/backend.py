@@ -57,6 +57,17 @@ class OptimizerOptions:
     loss_scaling: bool = False
 
 
+@dataclass(frozen=True)
+class Regularization:
+    """What a train step adds to the plain loss. embedding_noise: NEFTune's alpha (`kernels/embedding_noise`), keyed by the
+    step's seed and number; 0 adds none."""
+
+    embedding_noise: float = 0.0
+
+
+PLAIN = Regularization()
+
+
 class TensorSource(Protocol):
     """A checkpoint's tensors under Hugging Face names, read one at a time.
 
@@ -95,7 +106,7 @@ class TrainStep(Protocol):
     """One optimizer step over a whole accumulation window, on all devices."""
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
-        """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks."""
+        """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks and the noise."""
         ...
 
     def state(self) -> dict[str, np.ndarray]:
@@ -235,7 +246,7 @@ class Model(Protocol):
         """Takes effect for the train steps and gradients that are asked for from now on."""
         ...
 
-    def train_step(self, options: OptimizerOptions) -> TrainStep: ...
+    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep: ...
 
     def eval_step(self) -> EvalStep: ...
 

@@ -152,5 +152,6 @@ OP_FOLDERS = (
     "attention",
     "linear_cross_entropy",
     "dropout",
+    "embedding_noise",
     "adamw_8bit",
 )

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, TensorSource
+from jaxsloth.backend import PLAIN, BuildOptions, CheckpointingName, OptimizerOptions, Regularization, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
@@ -123,9 +123,9 @@ class TorchModel:
         self.options, self._fast = replace(self.options, gradient_checkpointing=name), None
         self.decoder._recompute = name not in ("none", "auto")
 
-    def train_step(self, options: OptimizerOptions) -> TrainStep:
+    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep:
         self.idle_step = None  # its caches' memory is for training now
-        return make_train_step(self, options)
+        return make_train_step(self, options, regularization)
 
     def eval_step(self) -> EvalStep:
         return make_eval_step(self)

@@ -82,12 +82,14 @@ class FastPass:
         arrays, key = prepare(batch)
         return self._pass.loss(self._on_device(to_tensors(arrays, self._device), key, int(batch.positions.max(initial=0)) + 1))
 
-    def add_gradients(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
-        """As `FusedPass.add_gradients`; the loss is only good until the next call."""
+    def add_gradients(self, batch: Batch, factor: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """As `FusedPass.add_gradients`; the loss is only good until the next call. noise: see `fused.Batch`."""
         assert self._pass is not None
         arrays, key = prepare(batch)
         tensors = to_tensors(arrays, self._device)
         tensors["factor"] = factor
+        if noise is not None:
+            tensors["noise"], key = noise, (*key, "noise")
         longest = int(batch.positions.max(initial=0)) + 1
         if not self._captures or key in self._refused:
             return self._run(tensors, key, longest)
@@ -147,7 +149,7 @@ class FastPass:
             if rope is not None:
                 frequencies, scaling = self._model.decoder.inverse_frequencies(rope, longest)
                 found[rope] = tuple(t.flatten(0, 1) for t in tables(tensors["positions"], frequencies, scaling))
-        return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"])
+        return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"], tensors.get("noise"))
 
     def _choose(self, tokens: int) -> tuple[str, bool]:
         """(the checkpointing mode, whether weights are kept dequantized)."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from jaxsloth.backend import OptimizerOptions, StepResult
+from jaxsloth.backend import OptimizerOptions, Regularization, StepResult
 from jaxsloth.batch import IGNORE, Batch, Window
-from jaxsloth.kernels.dropout.contract import step_words
+from jaxsloth.kernels.dropout.contract import key_words, step_words
+from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
+from jaxsloth.models.names import EMBEDDING
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.layers import Context
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 class TrainStep:
     """One optimizer step: every micro-batch's gradients are summed in the flat buffer, then reduced and applied once."""
 
-    def __init__(self, model: TorchModel, options: OptimizerOptions) -> None:
-        self._model = model
+    def __init__(self, model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> None:
+        self._model, self._alpha = model, regularization.embedding_noise
         self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._fast = model.fast_pass()
@@ -47,15 +50,22 @@ class TrainStep:
                 window.positions[micro, mine],
                 window.rows[micro, mine],
             )
+            noise = self._noise(batch, seed, step) if self._alpha else None
             if self._fast is not None:
-                total += self._fast.add_gradients(batch, factor) / count
+                total += self._fast.add_gradients(batch, factor, noise) / count
                 continue
-            loss = summed_loss(model, batch, words) / count
+            loss = summed_loss(model, batch, words, noise) / count
             (loss * optimizer.loss_scale).backward()
             total += loss.detach()
         grad_norm, skipped = optimizer.step(learning_rate, total)
         together = torch.stack([total, grad_norm, torch.full_like(total, float(skipped))])
         return StepResult(total, grad_norm, skipped, together)
+
+    def _noise(self, batch: Batch, seed: int, step: int) -> torch.Tensor:
+        device = self._model.decoder.device
+        key = torch.tensor(key_words(seed, step, EMBEDDING), device=device)
+        rows, segments = to_device(batch.rows, device), to_device(batch.segments, device)
+        return embedding_noise(key, rows, segments, self._model.spec.hidden, alpha=self._alpha)
 
     def state(self) -> dict[str, np.ndarray]:
         return self._optimizer.state()
@@ -82,19 +92,21 @@ class EvalStep:
         return total, batch.valid_tokens()
 
 
-def make_train_step(model: TorchModel, options: OptimizerOptions) -> TrainStep:
-    return TrainStep(model, options)
+def make_train_step(model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
+    return TrainStep(model, options, regularization)
 
 
 def make_eval_step(model: TorchModel) -> EvalStep:
     return EvalStep(model)
 
 
-def summed_loss(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> torch.Tensor:
+def summed_loss(
+    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, noise: torch.Tensor | None = None
+) -> torch.Tensor:
     """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained."""
     device = model.decoder.device
     chosen = np.flatnonzero(batch.targets != IGNORE)  # found on the host: asking the device would wait for it
-    context = make_context(model, batch, dropout_words)
+    context = replace(make_context(model, batch, dropout_words), noise=noise)
     return model.decoder.loss(
         to_device(batch.input_ids, device), context, to_device(batch.targets, device), to_device(chosen, device)
     )

@@ -21,12 +21,12 @@ USED = {
     *("metric_for_best_model", "greater_is_better", "seed", "data_seed", "train_sampling_strategy"),
     *("include_num_input_tokens_seen", "use_cpu", "dataset_text_field", "dataset_num_proc", "max_length", "packing"),
     *("completion_only_loss", "assistant_only_loss", "pad_to_multiple_of", "chat_template_path", "eos_token"),
+    "neftune_noise_alpha",
 }
 REFUSED: dict[str, tuple[Any, str]] = {
     "optim_target_modules": (None, "it belongs to optimizers that are not here"),
     "optim_args": (None, "it belongs to optimizers that are not here"),
     "label_smoothing_factor": (0.0, "the loss is plain cross-entropy; use TRL's trainer"),
-    "neftune_noise_alpha": (None, "the backends add no noise to embeddings"),
     "router_aux_loss_coef": (None, "there are no mixtures of experts"),
     "loss_type": ("nll", "the loss is plain cross-entropy; use TRL's trainer"),
     "deepspeed": (None, "data parallel training runs by torchrun, or on all devices that JAX sees"),

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_callback import CallbackHandler
 
-from jaxsloth.backend import Backend, Model, OptimizerOptions, StepResult, TrainStep
+from jaxsloth.backend import Backend, Model, OptimizerOptions, Regularization, StepResult, TrainStep
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.peft_adapter import read_adapter, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
@@ -114,7 +114,8 @@ class SFTRun:
         state.num_train_epochs = math.ceil(state.max_steps / per_epoch)
         state.compute_steps(args, state.max_steps)
         rate_of = learning_rates(args, state.max_steps)
-        step_function = self.model.train_step(optimizer_options(args, self.model.options.dtype))
+        options = optimizer_options(args, self.model.options.dtype)
+        step_function = self.model.train_step(options, Regularization(args.neftune_noise_alpha or 0.0))
         if resume is not None:
             self._resume(resume, step_function)
         first, start = state.global_step, time.perf_counter()

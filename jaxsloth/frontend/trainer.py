@@ -30,14 +30,13 @@ __all__ = ["SFTConfig", "SFTTrainer"]
 
 _PAD = 64  # few lengths, so that a compiling backend compiles few programs
 # Arguments of today's that older notebooks gave to the trainer: taken over into args.
-_ONCE_HERE = ("dataset_text_field", "packing", "dataset_num_proc")
+_ONCE_HERE = ("dataset_text_field", "packing", "dataset_num_proc", "neftune_noise_alpha")
 _REFUSED: dict[str, tuple[Any, str]] = {
     "compute_loss_func": (None, "the loss is plain cross-entropy, formed inside the backend's step; use TRL's trainer"),
     "optimizers": ((None, None), "the optimizer is the backend's; choose it by args.optim"),
     "optimizer_cls_and_kwargs": (None, "the optimizer is the backend's; choose it by args.optim"),
     "quantization_config": (None, "load the model with load_in_4bit=True"),
     "model_init": (None, "give the model itself"),
-    "neftune_noise_alpha": (None, "the backends add no noise to embeddings"),
 }
 _UNUSED: dict[str, tuple[Any, str]] = {
     "dataset_batch_size": (None, "rows are tokenized one by one"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, TensorSource
+from jaxsloth.backend import PLAIN, BuildOptions, CheckpointingName, OptimizerOptions, Regularization, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.jax_backend import fused, placement
@@ -249,10 +249,10 @@ class JaxModel:
         else:
             self.add_adapters(self.spec, self.trainable())
 
-    def train_step(self, options: OptimizerOptions) -> TrainStep:
+    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep:
         if self.spec.lora is None:
             raise ValueError("the model has no adapters to train; call add_adapters first")
-        return make_train_step(self, options)
+        return make_train_step(self, options, regularization)
 
     def eval_step(self) -> EvalStep:
         return make_eval_step(self)

@@ -10,27 +10,37 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import OptimizerOptions, StepResult
+from jaxsloth.backend import OptimizerOptions, Regularization, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.layers import Context
 from jaxsloth.jax_backend.optimizer import OptimizerState
 from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
-from jaxsloth.kernels.dropout.contract import step_words
+from jaxsloth.kernels.dropout.contract import module_word, step_words
+from jaxsloth.kernels.embedding_noise.xla_ops import embedding_noise
+from jaxsloth.models.names import EMBEDDING
 
 if TYPE_CHECKING:
     from jaxsloth.jax_backend.model import JaxModel
 
 
-def summed_loss(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan) -> Any:
+def summed_loss(
+    structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan, noise: float = 0.0
+) -> Any:
     """The cross-entropy summed over a batch's targets.
 
-    batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed).
+    batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed). words: the
+    step's key. noise: NEFTune's alpha.
     """
     input_ids, targets, segments, positions, rows, *documents = batch
     decoder = nnx.merge(structure, trained, frozen)
-    context = Context(decoder.rope_tables(positions, frequencies), segments, rows=rows, dropout_words=words)
+    added = None
+    if noise:
+        key = jnp.stack([words[0] ^ jnp.uint32(module_word(EMBEDDING)), words[1]])
+        added = embedding_noise(key, rows, segments, decoder.spec.hidden, alpha=noise)
+    tables = decoder.rope_tables(positions, frequencies)
+    context = Context(tables, segments, rows=rows, dropout_words=words, noise=added)
     return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)))
 
 
@@ -42,10 +52,10 @@ def rates_of(ropes: Any, frequencies: Any) -> Any:
 class TrainStep:
     """One optimizer step, compiled once a shape: a scan over micro-batches, one sum over devices, one update."""
 
-    def __init__(self, model: JaxModel, options: OptimizerOptions) -> None:
+    def __init__(self, model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> None:
         self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
+        self._noise = regularization.embedding_noise
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
-        self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
 
     def _step(
@@ -63,11 +73,11 @@ class TrainStep:
 
         def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *window: Any) -> Any:
             rates = rates_of(ropes, frequencies)
-            words = scalars["words"] if self._drops else None
 
             def micro(total: Any, batch: Any) -> tuple[Any, None]:
                 def scaled(trained: Any) -> Any:
-                    loss = summed_loss(structure, trained, frozen, rates, batch, words, plan) / scalars["count"]
+                    summed = summed_loss(structure, trained, frozen, rates, batch, scalars["words"], plan, self._noise)
+                    loss = summed / scalars["count"]
                     return loss * scale, loss
 
                 (_, loss), gradients = jax.value_and_grad(scaled, has_aux=True)(trained)
@@ -150,8 +160,8 @@ class EvalStep:
         return self._run(model.trained, model.frozen, frequencies, put, ropes=ropes, plan=plan), batch.valid_tokens()
 
 
-def make_train_step(model: JaxModel, options: OptimizerOptions) -> TrainStep:
-    return TrainStep(model, options)
+def make_train_step(model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
+    return TrainStep(model, options, regularization)
 
 
 def make_eval_step(model: JaxModel) -> EvalStep:
