@@ -68,6 +68,34 @@ class Regularization:
 PLAIN = Regularization()
 
 
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """The loss of a pair, of ``d = (policy - reference)`` of the chosen answer's log-prob minus the same of the rejected one's.
+
+    sigmoid: ``-(1 - e)·log sigmoid(beta·d) - e·log sigmoid(-beta·d)``, e the label_smoothing (DPO, Rafailov et al. 2023,
+    arXiv:2305.18290; e > 0: conservative DPO, which "sigmoid" of TRL 1.16 leaves out). ipo: ``(d - 1/(2·beta))²`` of log-probs
+    that are means over the answer's tokens, as TRL has them (Azar et al. 2023, arXiv:2310.12036). hinge: ``max(0, 1 - beta·d)``
+    (Zhao et al. 2023, arXiv:2305.10425).
+
+    Raises:
+        ValueError: no such loss; beta not positive; label_smoothing outside [0, 0.5), or with a loss that does not know it.
+    """
+
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("sigmoid", "ipo", "hinge"):
+            raise ValueError(f"loss must be sigmoid, ipo or hinge, not {self.loss!r}")
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta must be positive and finite, not {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to the sigmoid loss; set it to 0 for {self.loss}")
+
+
 class TensorSource(Protocol):
     """A checkpoint's tensors under Hugging Face names, read one at a time.
 
@@ -102,6 +130,21 @@ class StepResult:
         return loss, grad_norm, bool(skipped)
 
 
+@dataclass(frozen=True)
+class PreferenceResult(StepResult):
+    """What a preference step returns: loss is the mean over the window's pairs, on all devices.
+
+    log_probs ``[micro, rows]`` float32, on the device: the policy's summed log-probs of every row's targets, before the update;
+    0 for rows without any.
+    """
+
+    log_probs: Any = None
+
+    def host_log_probs(self) -> np.ndarray:
+        """Waits for the device: float32 ``[micro, rows]``."""
+        return np.array(self.log_probs.tolist(), np.float32)
+
+
 class TrainStep(Protocol):
     """One optimizer step over a whole accumulation window, on all devices."""
 
@@ -113,6 +156,27 @@ class TrainStep(Protocol):
         """The optimizer's state: ``{peft_name}.exp_avg`` and ``.exp_avg_sq`` float32, ``count`` int64 (updates applied), and
         with loss scaling ``loss_scale`` float32 and ``good_steps`` int64. In 8 bits the moments are uint8 codes, and
         ``.exp_avg_absmax`` and ``.exp_avg_sq_absmax`` float32 ``[blocks]``. The same keys on every backend."""
+        ...
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+
+class PreferenceStep(Protocol):
+    """One optimizer step over a window whose rows 2i and 2i + 1 of every micro-batch are the chosen and the rejected answer of
+    pair i. A pair without a target in either row only fills the shape and does not count."""
+
+    def __call__(
+        self, window: Window, reference: np.ndarray, *, learning_rate: float, step: int, seed: int
+    ) -> PreferenceResult:
+        """As `TrainStep`'s. reference ``[micro, rows]`` float32: the summed log-probs of the reference model.
+
+        Raises:
+            ValueError: the window is packed; a device's share of the rows is odd; reference has another shape.
+        """
+        ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        """As `TrainStep.state`."""
         ...
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
@@ -248,7 +312,18 @@ class Model(Protocol):
 
     def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep: ...
 
+    def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep: ...
+
     def eval_step(self) -> EvalStep: ...
+
+    def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
+        """A function from a batch (all devices' rows) to float32 ``[rows]``: the sum over a row's targets of log p(target).
+        Dropout is off. adapters=False: the base model's, the reference of training an adapter.
+
+        Raises:
+            ValueError: adapters=False, and modules or biases are trained whole, so that the base is not what it was.
+        """
+        ...
 
     def bridge(self) -> Bridge:
         """This model's passes for a torch module; of its own adapters they know nothing."""

@@ -23,7 +23,7 @@ from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.data.errors import DataError
 from jaxsloth.frontend import arguments, sft_config
 from jaxsloth.frontend.adapters import base_of
-from jaxsloth.frontend.sft_run import learning_rates
+from jaxsloth.frontend.trainer_run import learning_rates
 from jaxsloth.kernels.dropout.contract import key_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from tests.support.modules import BACKENDS, their_base
@@ -381,7 +381,7 @@ def test_refused_fields(name, tmp_path):
 @pytest.mark.parametrize("name", sft_config.UNUSED)
 def test_fields_that_change_nothing_are_named(name):
     with pytest.warns(UserWarning, match=rf"{name}=.*\("):
-        sft_config.check_fields("SFTConfig", {name: "something"})
+        sft_config.RULES.check({name: "something"})
 
 
 def test_transformers_arguments_and_former_names(checkpoint, tmp_path):
