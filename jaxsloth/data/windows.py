@@ -76,8 +76,8 @@ class WindowStream:
         self._visit = order or partial(epoch_order, seed=seed, shuffle=shuffle)
         self._multiple = pad_to_multiple_of
         self.together = together
-        self._batch_axis = _round_up(batch_size, devices)
-        self._fixed_length = _round_up(max_length, pad_to_multiple_of) if packing else None
+        self._batch_axis = round_up(batch_size, devices)
+        self._fixed_length = round_up(max_length, pad_to_multiple_of) if packing else None
         self._rows = (
             [[i] for i in range(len(examples))]
             if self._fixed_length is None
@@ -91,9 +91,9 @@ class WindowStream:
     def window(self, step: int) -> Window:
         """The window of a step, counted from 0 over all epochs."""
         rows = [[self._examples[i] for i in self._rows[row]] for row in self.rows_of(step)]
-        length = self._fixed_length or _round_up(max(_tokens(row) for row in rows), self._multiple)
+        length = self._fixed_length or round_up(max(_tokens(row) for row in rows), self._multiple)
         shape = (self.accumulation, self._batch_axis)
-        arrays = _empty(shape, length)
+        arrays = empty_batch(shape, length)
         for index, row in enumerate(rows):
             micro, place = divmod(index, self.batch_size)
             _fill(arrays, (micro, place), row, index)
@@ -126,8 +126,8 @@ def eval_batches(
     batches = []
     for start in range(0, len(examples), batch_size):
         rows = examples[start : start + batch_size]
-        length = _round_up(max(len(row.tokens) for row in rows), pad_to_multiple_of)
-        batch = _empty((_round_up(batch_size, devices),), length)
+        length = round_up(max(len(row.tokens) for row in rows), pad_to_multiple_of)
+        batch = empty_batch((round_up(batch_size, devices),), length)
         for index, row in enumerate(rows):
             _fill(batch, (index,), [row], index)
         batches.append(batch)
@@ -151,11 +151,12 @@ def _tokens(row: Sequence[Example]) -> int:
     return sum(len(example.tokens) for example in row)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The multiple at or above the value."""
     return -(-value // multiple) * multiple
 
 
-def _empty(shape: tuple[int, ...], length: int) -> Batch:
+def empty_batch(shape: tuple[int, ...], length: int) -> Batch:
     """Filler rows only; shape is all axes before the length."""
     return Batch(
         input_ids=np.zeros((*shape, length), np.int32),

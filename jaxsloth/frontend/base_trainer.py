@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -192,9 +192,9 @@ class BaseTrainer:
             self.base.behind()
             self.base.behind = None
 
-    def _windows(self) -> WindowStream:
+    def _windows(self, stream: Callable[..., WindowStream] = WindowStream) -> WindowStream:
         args = self.args
-        return WindowStream(
+        return stream(
             self.examples,
             batch_size=args.per_device_train_batch_size * self._devices.count * self.together,
             accumulation=args.gradient_accumulation_steps,
@@ -216,8 +216,7 @@ class BaseTrainer:
         if self.base.behind is None:
             show_backend(self.base)
         start = time.perf_counter()
-        size = self.args.per_device_eval_batch_size * self._devices.count * self.together
-        batches = eval_batches(held_out, size, PAD, longest(held_out), self._devices.count)
+        batches = self._eval_batches(held_out, self.args.per_device_eval_batch_size * self._devices.count * self.together)
         found = self._evaluate(held_out, batches)
         prefix = metric_key_prefix
         metrics = {name if name.startswith(prefix) else f"{prefix}_{name}": value for name, value in found.items()}
@@ -230,6 +229,9 @@ class BaseTrainer:
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return logs
+
+    def _eval_batches(self, held_out: list[Example], size: int) -> list[Batch]:
+        return eval_batches(held_out, size, PAD, longest(held_out), self._devices.count)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """The adapter as PEFT saves it, and the tokenizer."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
-import numpy as np
-
 from jaxsloth.backend import OptimizerOptions, Regularization
-from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
-from jaxsloth.frontend.base_trainer import BaseTrainer, Rows, check_collator, real_rows
+from jaxsloth.data.windows import WindowStream
+from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, real_rows
+from jaxsloth.frontend.collated import CollatedStream, Collator, has_masked, shown
 from jaxsloth.frontend.metrics import predictions
 from jaxsloth.frontend.sft_config import RULES, SFTConfig
 from jaxsloth.frontend.sft_data import encode
@@ -27,7 +28,8 @@ class SFTTrainer(BaseTrainer):
     """Supervised fine-tuning of a model's adapters. Rows are what `sft_data.encode` takes; args are an SFTConfig, TRL's, or
     transformers' TrainingArguments.
 
-    Evaluation losses are transformers': each batch's mean, weighted by its rows.
+    Evaluation losses are transformers': each batch's mean, weighted by its rows. A data_collator of one's own makes the batches
+    (`collated.Collator`); of transformers' usual ones this trainer makes them itself.
     """
 
     rules = RULES
@@ -59,18 +61,34 @@ class SFTTrainer(BaseTrainer):
         **others: Any,
     ) -> None:
         super().__init__(model, args, processing_class or tokenizer, peft_config, others)
-        mask = "Mask labels in the rows (input_ids with labels), by completion_only_loss, or by train_on_responses_only"
-        check_collator(data_collator, _COLLATORS, mask)
         if getattr(data_collator, "mlm", False):
             raise ValueError("data_collator has mlm=True, and a causal model learns the next token; set mlm=False")
         self.max_length = max_seq_length or self.max_length
         self.compute_metrics, self._preprocess = compute_metrics, preprocess_logits_for_metrics
-        self._formatting = formatting_func
+        self._formatting, self._collator = formatting_func, self._own_collator(data_collator)
         self._begin(train_dataset, eval_dataset, callbacks)
 
     def _encode(self, rows: Rows, name: str) -> list[Example]:
         vocab = self.base.engine.model.spec.embedding.vocab
         return encode(rows, self.processing_class, self.args, self.max_length, self._formatting, vocab, name)
+
+    def _own_collator(self, collator: Any) -> Collator | None:
+        """None where this trainer makes the collator's batches by itself."""
+        if collator is None or type(collator).__name__ in _COLLATORS:
+            return None
+        if self.args.packing:
+            raise ValueError("packing=True packs rows by itself; set packing=False, and let the data_collator pack")
+        vocab, multiple = self.base.engine.model.spec.embedding.vocab, self.args.pad_to_multiple_of
+        return Collator(collator, vocab, multiple if isinstance(multiple, int) else PAD, self._devices.count)
+
+    def _windows(self, stream: Callable[..., WindowStream] = WindowStream) -> WindowStream:
+        return super()._windows(stream if self._collator is None else partial(CollatedStream, self._collator))
+
+    def _eval_batches(self, held_out: list[Example], size: int) -> list[Batch]:
+        if self._collator is None:
+            return super()._eval_batches(held_out, size)
+        labelled, groups = has_masked(held_out), [held_out[start : start + size] for start in range(0, len(held_out), size)]
+        return [self._collator.batches([group], labelled)[0] for group in groups]
 
     def _make_step(self, options: OptimizerOptions) -> Step:
         return self.base.engine.model.train_step(options, Regularization(self.args.neftune_noise_alpha or 0.0))
@@ -86,9 +104,4 @@ class SFTTrainer(BaseTrainer):
         return found
 
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
-        return [_shown(example) for example in examples]
-
-
-def _shown(example: Example) -> dict[str, list[int]]:
-    labels = np.where(example.learn, example.tokens, IGNORE).tolist()
-    return {"input_ids": example.tokens.tolist(), "attention_mask": [1] * len(labels), "labels": labels}
+        return [shown(example) for example in examples]
