@@ -64,6 +64,17 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
+class Regularization:
+    """What a train step adds to the plain loss. embedding_noise: NEFTune's alpha (`kernels/embedding_noise`), keyed by the
+    step's seed and number; 0 adds none."""
+
+    embedding_noise: float = 0.0
+
+
+PLAIN = Regularization()
+
+
+@dataclass(frozen=True)
 class PreferenceOptions:
     """The loss of a pair, of ``d = (policy - reference)`` of the chosen answer's log-prob minus the same of the rejected one's.
 
@@ -144,7 +155,7 @@ class TrainStep(Protocol):
     """One optimizer step over a whole accumulation window, on all devices."""
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
-        """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks."""
+        """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks and the noise."""
         ...
 
     def state(self) -> dict[str, np.ndarray]:
@@ -328,7 +339,7 @@ class Model(Protocol):
         """Takes effect for the train steps and gradients that are asked for from now on."""
         ...
 
-    def train_step(self, options: OptimizerOptions) -> TrainStep: ...
+    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep: ...
 
     def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep: ...
 

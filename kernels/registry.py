@@ -153,6 +153,7 @@ OP_FOLDERS = (
     "attention",
     "linear_cross_entropy",
     "dropout",
+    "embedding_noise",
     "adamw_8bit",
     "fp8",
 )

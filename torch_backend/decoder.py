@@ -77,6 +77,8 @@ class Decoder(nn.Module):
         x = nn.functional.embedding(input_ids, self.model.embed_tokens.weight).to(self.dtype)
         if self.spec.embedding.scale != 1.0:
             x = x * torch.tensor(self.spec.embedding.scale, dtype=self.dtype, device=x.device)
+        if context.noise is not None:
+            x = x + context.noise.to(self.dtype)
         for block in self.model.layers:
             if self._recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False)

@@ -67,13 +67,15 @@ class Kernels:
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch on the device. chosen: indices into the flat batch of the tokens that have a target, filled up with
-    `tokens`; targets: theirs, filled up with the ignore index. tables: (cos, sin) ``[tokens, half]`` a rotary setting."""
+    `tokens`; targets: theirs, filled up with the ignore index. tables: (cos, sin) ``[tokens, half]`` a rotary setting. noise:
+    what is added to the embeddings, ``[batch, length, hidden]``."""
 
     input_ids: torch.Tensor
     layout: Layout
     tables: dict[specs.Rope, tuple[torch.Tensor, torch.Tensor]]
     chosen: torch.Tensor
     targets: torch.Tensor
+    noise: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -381,6 +383,8 @@ class FusedPass:
         x = torch.nn.functional.embedding(batch.input_ids.flatten(), decoder.model.embed_tokens.weight).to(decoder.dtype)
         if self._spec.embedding.scale != 1.0:
             x = x * torch.tensor(self._spec.embedding.scale, dtype=x.dtype, device=x.device)
+        if batch.noise is not None:
+            x = x + batch.noise.flatten(0, 1).to(x.dtype)
         delta = None
         for index, layer in enumerate(self._layers):
             x, delta, saved = layer.forward(x, delta, batch, self._weights, mode if index >= self._first else None)

@@ -70,7 +70,8 @@ class Context:
 
     tables: (cos, sin) a rotary setting. segments: int32 ``[batch, length]``, kv_segments likewise for the keys where
     they differ (the cache's slots).
-    dropout_words: int64 ``[2]``, the step's key, or None outside training; rows: int32 ``[batch]``.
+    dropout_words: int64 ``[2]``, the step's key, or None outside training; rows: int32 ``[batch]``. noise: what is added to the
+    embeddings, float32 ``[batch, length, hidden]``.
     """
 
     tables: Mapping[specs.Rope, tuple[torch.Tensor, torch.Tensor]]
@@ -78,6 +79,7 @@ class Context:
     kv_segments: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     dropout_words: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
     caches: tuple[Cache, ...] | None = None
 
 

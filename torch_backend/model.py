@@ -10,7 +10,15 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, PreferenceOptions, TensorSource
+from jaxsloth.backend import (
+    PLAIN,
+    BuildOptions,
+    CheckpointingName,
+    OptimizerOptions,
+    PreferenceOptions,
+    Regularization,
+    TensorSource,
+)
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
@@ -126,9 +134,9 @@ class TorchModel:
         self.options, self._fast = replace(self.options, gradient_checkpointing=name), None
         self.decoder._recompute = name not in ("none", "auto")
 
-    def train_step(self, options: OptimizerOptions) -> TrainStep:
+    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep:
         self.idle_step = None  # its caches' memory is for training now
-        return make_train_step(self, options)
+        return make_train_step(self, options, regularization)
 
     def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep:
         self.idle_step = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -47,7 +48,7 @@ class SummedLoss:
         return losses.sum(), tensors["factor"]
 
     def add_gradients(self, model: TorchModel, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
-        loss = summed_loss(model, batch, words)
+        loss = summed_loss(model, batch, words, tensors.get("noise"))
         (loss * tensors["factor"]).backward()
         return loss.detach()
 
@@ -62,9 +63,12 @@ def by_row(losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int]) -
     return whole[:-1].view(shape).sum(dim=1)
 
 
-def summed_loss(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> torch.Tensor:
-    """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained."""
-    return _loss(model, batch, dropout_words, per_token=False)[0]
+def summed_loss(
+    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained. noise: what is
+    added to the embeddings, ``[batch, length, hidden]``."""
+    return _loss(model, batch, dropout_words, per_token=False, noise=noise)[0]
 
 
 def target_losses(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,12 +77,12 @@ def target_losses(model: TorchModel, batch: Batch, dropout_words: torch.Tensor |
 
 
 def _loss(
-    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, per_token: bool
+    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, per_token: bool, noise: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device = model.decoder.device
     # Found on the host: asking the device would wait for it.
     chosen = to_device(np.flatnonzero(batch.targets != IGNORE), device)
-    context = make_context(model, batch, dropout_words)
+    context = replace(make_context(model, batch, dropout_words), noise=noise)
     ids, targets = to_device(batch.input_ids, device), to_device(batch.targets, device)
     return model.decoder.loss(ids, context, targets, chosen, per_token=per_token), chosen
 

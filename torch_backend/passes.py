@@ -125,10 +125,11 @@ class FastPass:
         return hidden, backward
 
     def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
-        """As `FusedPass.add_gradients`; what it returns is only good until the next call."""
+        """As `FusedPass.add_gradients`; what it returns is only good until the next call. Among the inputs may be "noise", see
+        `fused.Batch`."""
         assert self._pass is not None
         arrays, key = prepare(batch)
-        key = (*key, objective)
+        key = (*key, tuple(inputs), objective)
         tensors = to_tensors(arrays, self._device) | inputs
         longest = int(batch.positions.max(initial=0)) + 1
         if not self._captures or key in self._refused:
@@ -194,7 +195,7 @@ class FastPass:
             if rope is not None:
                 frequencies, scaling = self._decoder.inverse_frequencies(rope, longest)
                 found[rope] = tuple(t.flatten(0, 1) for t in tables(tensors["positions"], frequencies, scaling))
-        return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"])
+        return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"], tensors.get("noise"))
 
     def _choose(self, tokens: int) -> tuple[str, bool]:
         """(the checkpointing mode, whether quantized weights are kept as products take them)."""

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from jaxsloth.backend import OptimizerOptions, StepResult
+from jaxsloth.backend import OptimizerOptions, Regularization, StepResult
 from jaxsloth.batch import Batch, Window
-from jaxsloth.kernels.dropout.contract import step_words
+from jaxsloth.kernels.dropout.contract import key_words, step_words
+from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
+from jaxsloth.models.names import EMBEDDING
 from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.objective import SUMMED, Objective, Tensors, by_row, target_losses
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
+from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -70,16 +73,28 @@ class WindowStep:
 class TrainStep(WindowStep):
     """See `jaxsloth.backend.TrainStep`."""
 
-    def __init__(self, model: TorchModel, options: OptimizerOptions) -> None:
+    def __init__(self, model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> None:
         super().__init__(model, options, SUMMED)
+        self._alpha = regularization.embedding_noise
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
         count = max(window.valid_tokens, 1)
         tensors = {"factor": self._factor(count)}
         total = torch.zeros_like(tensors["factor"])
-        for _, loss in self._passes(window, lambda micro: tensors, step, seed):
+
+        def tensors_of(micro: int) -> Tensors:
+            return tensors | {"noise": self._noise(window, micro, seed, step)} if self._alpha else tensors
+
+        for _, loss in self._passes(window, tensors_of, step, seed):
             total += loss / count
         return StepResult(*self._update(learning_rate, total))
+
+    def _noise(self, window: Window, micro: int, seed: int, step: int) -> torch.Tensor:
+        """What is added to the embeddings of this process' rows."""
+        device, mine = self._model.decoder.device, placement.share(window.input_ids.shape[1])
+        rows, segments = to_device(window.rows[micro, mine], device), to_device(window.segments[micro, mine], device)
+        key = torch.tensor(key_words(seed, step, EMBEDDING), device=device)
+        return embedding_noise(key, rows, segments, self._model.spec.hidden, alpha=self._alpha)
 
 
 class EvalStep:
@@ -109,8 +124,8 @@ class RowLosses:
         return self._fast.row_losses(own), mine
 
 
-def make_train_step(model: TorchModel, options: OptimizerOptions) -> TrainStep:
-    return TrainStep(model, options)
+def make_train_step(model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
+    return TrainStep(model, options, regularization)
 
 
 def make_eval_step(model: TorchModel) -> EvalStep:

@@ -40,9 +40,12 @@ class WindowStream:
         accumulation: micro-batches of a step.
         devices: the batch axis is padded with filler rows to a multiple of it.
         order: (number of rows, epoch) -> the order in which the epoch visits them, in place of the seed's.
+        together: this many examples in a row (a pair of answers: 2) are visited as one, and stand in consecutive rows of one
+            micro-batch; order then counts them. Rows stay rows: batch_size and len(examples) are multiples of it.
 
     Raises:
         DataError: no examples, or one is longer than max_length.
+        ValueError: batch_size, or the number of examples, is no multiple of together; or they would be packed.
     """
 
     def __init__(
@@ -58,16 +61,23 @@ class WindowStream:
         pad_to_multiple_of: int,
         devices: int = 1,
         order: Order | None = None,
+        together: int = 1,
     ) -> None:
         _check_examples(examples, max_length)
+        if together > 1 and (packing or batch_size % together or len(examples) % together):
+            raise ValueError(
+                f"batch_size and the number of examples must be multiples of together={together}, without packing; batch_size="
+                f"{batch_size}, {len(examples)} examples and packing={packing} came"
+            )
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.global_rows = batch_size * accumulation
         self._examples = examples
         self._visit = order or partial(epoch_order, seed=seed, shuffle=shuffle)
         self._multiple = pad_to_multiple_of
-        self._batch_axis = _round_up(batch_size, devices)
-        self._fixed_length = _round_up(max_length, pad_to_multiple_of) if packing else None
+        self.together = together
+        self._batch_axis = round_up(batch_size, devices)
+        self._fixed_length = round_up(max_length, pad_to_multiple_of) if packing else None
         self._rows = (
             [[i] for i in range(len(examples))]
             if self._fixed_length is None
@@ -80,21 +90,26 @@ class WindowStream:
 
     def window(self, step: int) -> Window:
         """The window of a step, counted from 0 over all epochs."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)[position * self.global_rows : (position + 1) * self.global_rows]
-        rows = [[self._examples[i] for i in self._rows[row]] for row in order]
-        length = self._fixed_length or _round_up(max(_tokens(row) for row in rows), self._multiple)
+        rows = [[self._examples[i] for i in self._rows[row]] for row in self.rows_of(step)]
+        length = self._fixed_length or round_up(max(_tokens(row) for row in rows), self._multiple)
         shape = (self.accumulation, self._batch_axis)
-        arrays = _empty(shape, length)
+        arrays = empty_batch(shape, length)
         for index, row in enumerate(rows):
             micro, place = divmod(index, self.batch_size)
             _fill(arrays, (micro, place), row, index)
         valid = int(np.count_nonzero(arrays.targets != IGNORE))
         return Window(arrays.input_ids, arrays.targets, arrays.segments, arrays.positions, arrays.rows, valid)
 
+    def rows_of(self, step: int) -> np.ndarray:
+        """int64 ``[rows]``: which rows (examples, where nothing is packed) a step takes, in its order; a window's `rows` count
+        along it."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[position * self.global_rows : (position + 1) * self.global_rows]
+
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._cached_epoch:
-            self._cached_order = self._visit(len(self._rows), epoch=epoch)
+            visited = self._visit(len(self._rows) // self.together, epoch=epoch)
+            self._cached_order = (visited[:, None] * self.together + np.arange(self.together)).ravel()
             self._cached_epoch = epoch
         return self._cached_order
 
@@ -111,8 +126,8 @@ def eval_batches(
     batches = []
     for start in range(0, len(examples), batch_size):
         rows = examples[start : start + batch_size]
-        length = _round_up(max(len(row.tokens) for row in rows), pad_to_multiple_of)
-        batch = _empty((_round_up(batch_size, devices),), length)
+        length = round_up(max(len(row.tokens) for row in rows), pad_to_multiple_of)
+        batch = empty_batch((round_up(batch_size, devices),), length)
         for index, row in enumerate(rows):
             _fill(batch, (index,), [row], index)
         batches.append(batch)
@@ -136,11 +151,12 @@ def _tokens(row: Sequence[Example]) -> int:
     return sum(len(example.tokens) for example in row)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The multiple at or above the value."""
     return -(-value // multiple) * multiple
 
 
-def _empty(shape: tuple[int, ...], length: int) -> Batch:
+def empty_batch(shape: tuple[int, ...], length: int) -> Batch:
     """Filler rows only; shape is all axes before the length."""
     return Batch(
         input_ids=np.zeros((*shape, length), np.int32),

@@ -26,7 +26,10 @@ def predictions(model: Any, batches: Sequence[Batch], preprocess: Callable[[Any,
         own = np.full(ids.shape, IGNORE, np.int64)
         own[:, 1:] = batch.targets[real][:, :-1]  # targets are shifted already
         with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask).logits
+            where: dict[str, Any] = {"attention_mask": mask}
+            if batch.segments.max() > 1:  # packed by a collator: positions tell the documents apart
+                where = {"position_ids": torch.from_numpy(batch.positions[real].astype(np.int64))}
+            logits = model(input_ids=ids, **where).logits
             if preprocess is not None:
                 logits = preprocess(logits, torch.from_numpy(own).to(logits.device))
         made.append(logits.cpu().numpy())

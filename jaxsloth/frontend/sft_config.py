@@ -5,101 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import TrainingArguments
+from jaxsloth.frontend import trainer_config
+from jaxsloth.frontend.trainer_config import NativeArguments, Reasons, Rules
 
-from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
-
-# Every field of transformers' TrainingArguments and TRL's SFTConfig stands in one of these three; a test walks them.
-USED = {
-    *("output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16"),
-    *("activation_checkpointing", "gradient_checkpointing", "logging_strategy", "logging_steps", "logging_first_step"),
-    *("disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "prediction_loss_only"),
-    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end"),
-    *("metric_for_best_model", "greater_is_better", "seed", "data_seed", "train_sampling_strategy"),
-    *("include_num_input_tokens_seen", "use_cpu", "dataset_text_field", "dataset_num_proc", "max_length", "packing"),
-    *("completion_only_loss", "assistant_only_loss", "pad_to_multiple_of", "chat_template_path", "eos_token"),
+USED = trainer_config.USED | {
+    *("dataset_text_field", "dataset_num_proc", "max_length", "packing", "completion_only_loss", "assistant_only_loss"),
+    *("pad_to_multiple_of", "chat_template_path", "eos_token", "neftune_noise_alpha"),
 }
-REFUSED: dict[str, tuple[Any, str]] = {
-    "optim_target_modules": (None, "it belongs to optimizers that are not here"),
-    "optim_args": (None, "it belongs to optimizers that are not here"),
-    "label_smoothing_factor": (0.0, "the loss is plain cross-entropy; use TRL's trainer"),
-    "neftune_noise_alpha": (None, "the backends add no noise to embeddings"),
+REFUSED: Reasons = trainer_config.REFUSED | {
     "router_aux_loss_coef": (None, "there are no mixtures of experts"),
     "loss_type": ("nll", "the loss is plain cross-entropy; use TRL's trainer"),
-    "deepspeed": (None, "data parallel training runs by torchrun, or on all devices that JAX sees"),
-    "fsdp": (None, "data parallel training runs by torchrun, or on all devices that JAX sees"),
-    "parallelism_config": (None, "data parallel training runs by torchrun, or on all devices that JAX sees"),
-    "auto_find_batch_size": (False, "a batch that does not fit fails; give a smaller one and more accumulation"),
-    "batch_eval_metrics": (False, "compute_metrics gets all rows at once"),
-    "include_for_metrics": ([], "compute_metrics gets predictions and labels"),
-    "dataloader_drop_last": (False, "the last step of an epoch takes the rows that are left"),
-    "push_to_hub": (False, "call push_to_hub or push_to_hub_merged when the training is done"),
     "padding_free": (False, "packing=True packs rows without padding"),
     "truncation_mode": ("keep_start", "rows are cut at their end"),
     "packing_strategy": ("bfd", "no row is split"),
     "shuffle_dataset": (False, "every epoch has its own order already"),
     "activation_offloading": (False, "ask for it by from_pretrained(use_gradient_checkpointing='offload')"),
-    "group_by_length": (False, "rows are visited at random, or in order (train_sampling_strategy='sequential')"),
+    "label_smoothing_factor": (0.0, "the loss is plain cross-entropy; use TRL's trainer"),
 }
-UNUSED: dict[str, tuple[Any, str]] = {
-    "average_tokens_across_devices": (True, "the loss is always the mean over all tokens of all devices"),
-    "bf16_full_eval": (False, "evaluation is in the model's dtype"),
-    "fp16_full_eval": (False, "evaluation is in the model's dtype"),
-    "tf32": (None, "float32 is true float32"),
-    "activation_checkpointing_kwargs": (None, "backends recompute in their own way"),
-    "gradient_checkpointing_kwargs": (None, "backends recompute in their own way"),
-    "torch_compile": (False, "each backend compiles what it compiles"),
-    "torch_compile_backend": (None, "each backend compiles what it compiles"),
-    "torch_compile_mode": (None, "each backend compiles what it compiles"),
-    "use_liger_kernel": (False, "the backends have kernels of their own"),
-    "liger_kernel_config": (None, "the backends have kernels of their own"),
-    "use_cache": (False, "training caches no keys"),
-    "torch_empty_cache_steps": (None, "memory is not handed back while training"),
-    "log_on_each_node": (True, "the first process logs"),
-    "logging_nan_inf_filter": (True, "a loss that is not finite ends the run"),
-    "log_level": ("passive", "use Python's logging"),
-    "log_level_replica": ("warning", "use Python's logging"),
-    "eval_do_concat_batches": (True, "batches are joined"),
-    "eval_use_gather_object": (False, "losses are summed"),
-    "eval_accumulation_steps": (None, "only sums stay on the device"),
-    "save_on_each_node": (False, "the first process saves"),
-    "enable_jit_checkpoint": (False, "checkpoints are written at their steps"),
-    "hub_token": (None, "nothing is pushed while training"),
-    "hub_private_repo": (None, "nothing is pushed while training"),
-    "hub_model_id": (None, "nothing is pushed while training"),
-    "hub_strategy": ("every_save", "nothing is pushed while training"),
-    "hub_always_push": (False, "nothing is pushed while training"),
-    "hub_revision": (None, "nothing is pushed while training"),
-    "ignore_data_skip": (False, "a resumed run goes on at its step at once"),
-    "restore_callback_states_from_checkpoint": (False, "callbacks begin anew"),
-    "full_determinism": (False, "runs are deterministic as far as their kernels are"),
-    "accelerator_config": (None, "accelerate takes no part"),
-    "dataloader_num_workers": (0, "rows are tokens in memory"),
-    "dataloader_pin_memory": (True, "rows are tokens in memory"),
-    "dataloader_persistent_workers": (False, "rows are tokens in memory"),
-    "dataloader_prefetch_factor": (None, "rows are tokens in memory"),
-    "dataloader_multiprocessing_context": (None, "rows are tokens in memory"),
-    "dataloader_in_order": (True, "rows are tokens in memory"),
-    "remove_unused_columns": (True, "only the columns that are read count"),
-    "label_names": (None, "labels are the column labels"),
-    "length_column_name": ("length", "lengths are counted"),
-    "ddp_find_unused_parameters": (None, "one buffer of all gradients is reduced"),
-    "ddp_bucket_cap_mb": (None, "one buffer of all gradients is reduced"),
-    "ddp_broadcast_buffers": (None, "one buffer of all gradients is reduced"),
-    "ddp_static_graph": (None, "one buffer of all gradients is reduced"),
-    "ddp_backend": (None, "NCCL on GPUs, gloo on CPUs"),
-    "ddp_timeout": (1800, "torchrun's counts"),
-    "fsdp_config": (None, "it belongs to fsdp"),
-    "debug": ([], "nothing is instrumented"),
-    "skip_memory_metrics": (True, "ask jaxsloth.memory_stats()"),
-    "do_train": (False, "call train()"),
-    "do_eval": (False, "call evaluate(), or set eval_strategy"),
-    "do_predict": (False, "call evaluate()"),
-    "resume_from_checkpoint": (None, "give it to train()"),
-    "local_rank": (-1, "torchrun's environment counts"),
+UNUSED: Reasons = trainer_config.UNUSED | {
     "model_init_kwargs": (None, "the model is loaded already"),
     "trust_remote_code": (False, "no code of a repository is run"),
     "dataset_kwargs": (None, "rows are prepared by what they hold"),
@@ -108,21 +31,11 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "dataset_batch_size": (None, "rows are tokenized one by one"),
     "num_of_sequences": (None, "packing takes all rows"),
     "chars_per_token": (None, "packing counts tokens"),
-    "overwrite_output_dir": (False, "checkpoints of the same step are replaced in any case"),
-    "logging_dir": (None, "set TENSORBOARD_LOGGING_DIR"),
-    "save_safetensors": (True, "only safetensors are written"),
-    "no_cuda": (False, "the backend runs on the device that it sees"),
 }
-# Names that transformers and TRL had once -> today's.
-_RENAMED = {"max_seq_length": "max_length", "evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
-_FORMER = ("group_by_length", "dataset_batch_size", "num_of_sequences", "chars_per_token", "overwrite_output_dir")
-_FORMER = (*_FORMER, "logging_dir", "save_safetensors", "no_cuda")
-# bf16 and fp16 say what the model was loaded in; transformers would check torch's device, which JAX may not share.
-_PRECISION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
 
 
 @dataclass
-class _Fields(TrainingArguments):
+class _Fields(NativeArguments):
     """TRL's fields and defaults (trl.SFTConfig), where they are not transformers'. gradient_checkpointing: None leaves it as
     the model was loaded."""
 
@@ -152,6 +65,17 @@ class _Fields(TrainingArguments):
     router_aux_loss_coef: float | None = None
 
 
+_FORMER = ("dataset_batch_size", "num_of_sequences", "chars_per_token")
+RULES = Rules(
+    name="SFTConfig",
+    known=frozenset(field.name for field in fields(_Fields)),
+    refused=REFUSED,
+    unused=UNUSED,
+    renamed=trainer_config.RENAMED | {"max_seq_length": "max_length"},
+    former=(*trainer_config.FORMER, *_FORMER),
+)
+
+
 class SFTConfig(_Fields):
     """What a supervised run is: transformers' and TRL's fields of today, and the former names of some.
 
@@ -163,70 +87,4 @@ class SFTConfig(_Fields):
     """
 
     def __init__(self, output_dir: str | None = None, **settings: Any) -> None:
-        known = {field.name for field in fields(_Fields)}
-        for former, today in _RENAMED.items():
-            value = settings.pop(former, None)
-            if value:  # warmup_ratio=0.0 and None say nothing
-                if settings.get(today):
-                    raise ValueError(f"SFTConfig: give {today} or {former} (its former name), not both")
-                settings[today] = value
-        former = {name: settings.pop(name) for name in _FORMER if name in settings}
-        unknown = {name: value for name, value in settings.items() if name not in known}
-        refuse_unknown("SFTConfig", {*known, *_RENAMED, *_FORMER}, unknown)
-        check_fields("SFTConfig", former | settings)
-        super().__init__(output_dir=output_dir, **settings)
-
-    def __post_init__(self) -> None:
-        if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 are both set; set at most one, and load the model in that dtype")
-        wanted = {name: getattr(self, name) for name in _PRECISION}
-        for name in _PRECISION:
-            setattr(self, name, False)
-        super().__post_init__()
-        for name, value in wanted.items():
-            setattr(self, name, value)
-
-
-def check_fields(name: str, given: dict[str, Any]) -> None:
-    """That no given field is one of `REFUSED`; what is in `UNUSED` is named in one warning."""
-    refuse_where_set(name, given, REFUSED)
-    warn_where_set(name, given, UNUSED)
-
-
-def accept(args: TrainingArguments | None) -> Any:
-    """Arguments as the trainer reads them: an SFTConfig as it is; TRL's or transformers' with every field looked at.
-
-    Raises:
-        TypeError: something else came.
-        ValueError: a field is refused.
-    """
-    if args is None:
-        return SFTConfig()
-    if isinstance(args, SFTConfig):
-        return args
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"args must be an SFTConfig or transformers' TrainingArguments, and {type(args).__name__} came")
-    derived = {"accelerator_config", "do_eval", "label_names", "dataloader_pin_memory"}  # filled in by transformers itself
-    given = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in derived}
-    check_fields(type(args).__name__, {key: value for key, value in given.items() if value not in ("", [], {})})
-    for field in fields(_Fields):  # TRL's own that plain TrainingArguments lack
-        if not hasattr(args, field.name):
-            setattr(args, field.name, field.default)
-    return args
-
-
-def check_precision(args: Any, dtype: str) -> None:
-    """That bf16 or fp16 says what the model computes in."""
-    asked = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    if asked is None or asked == dtype:
-        return
-    if dtype == "float32":
-        warn_once(
-            f"{'bf16' if args.bf16 else 'fp16'}=True changes nothing: the model was loaded in float32 and computes in it "
-            f"(from_pretrained(dtype=torch.{asked}) loads it in {asked})"
-        )
-        return
-    raise ValueError(
-        f"{'bf16' if args.bf16 else 'fp16'}=True asks for {asked}, and the model was loaded in {dtype}; load it with "
-        f"dtype=torch.{asked}, or set {'bf16' if dtype == 'bfloat16' else 'fp16'}=True instead"
-    )
+        super().__init__(output_dir=output_dir, **RULES.settle(settings))

@@ -64,6 +64,8 @@ class Decoder(nnx.Module):
         x = self.model.embed_tokens.weight[...][input_ids].astype(self.dtype)
         if self.spec.embedding.scale != 1.0:
             x = x * jnp.asarray(self.spec.embedding.scale, self.dtype)
+        if context.noise is not None:
+            x = x + context.noise.astype(self.dtype)
         structure, trained, frozen = nnx.split(self.model.layers, TRAINED, ...)
 
         def period(x: Any, scanned: Any) -> tuple[Any, Any]:

@@ -108,6 +108,8 @@ def hidden(decoder: Decoder, input_ids: Any, context: Context, mode: str, docume
     x = decoder.model.embed_tokens.weight[...][input_ids.reshape(-1)].astype(decoder.dtype)
     if decoder.spec.embedding.scale != 1.0:
         x = x * jnp.asarray(decoder.spec.embedding.scale, decoder.dtype)
+    if context.noise is not None:
+        x = x + context.noise.reshape(x.shape).astype(decoder.dtype)
     blocks = tuple(decoder.model.layers)
     kinds = tuple(_kind(block, plain, decoder.dtype) for block in blocks)
     count = len(decoder.spec.layers) // len(blocks)

@@ -100,7 +100,8 @@ class Context:
 
     tables: (cos, sin) a rotary setting. segments: int32 ``[batch, length]``, kv_segments likewise for the keys where they
     differ (the cache's slots, of which `used` are written). dropout_words: uint32 ``[2]``, the step's key, or None outside
-    training; rows: int32 ``[batch]``. decoding: one token a row, and no gradient is wanted.
+    training; rows: int32 ``[batch]``. noise: what is added to the embeddings, float32 ``[batch, length, hidden]``. decoding:
+    one token a row, and no gradient is wanted.
     """
 
     tables: Mapping[specs.Rope, tuple[Any, Any]]
@@ -109,6 +110,7 @@ class Context:
     used: Any = 0
     rows: Any = None
     dropout_words: Any = None
+    noise: Any = None
     decoding: bool = False
 
 

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, PreferenceOptions, TensorSource
+from jaxsloth.backend import (
+    PLAIN,
+    BuildOptions,
+    CheckpointingName,
+    OptimizerOptions,
+    PreferenceOptions,
+    Regularization,
+    TensorSource,
+)
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.jax_backend import fused, placement
@@ -253,9 +261,9 @@ class JaxModel:
         else:
             self.add_adapters(self.spec, self.trainable())
 
-    def train_step(self, options: OptimizerOptions) -> TrainStep:
+    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep:
         self._check_trained()
-        return make_train_step(self, options)
+        return make_train_step(self, options, regularization)
 
     def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep:
         self._check_trained()

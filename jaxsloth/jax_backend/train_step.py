@@ -11,25 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import OptimizerOptions, StepResult
+from jaxsloth.backend import OptimizerOptions, Regularization, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.layers import Context
 from jaxsloth.jax_backend.optimizer import OptimizerState
 from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
-from jaxsloth.kernels.dropout.contract import step_words
+from jaxsloth.kernels.dropout.contract import module_word, step_words
+from jaxsloth.kernels.embedding_noise.xla_ops import embedding_noise
+from jaxsloth.models.names import EMBEDDING
 
 if TYPE_CHECKING:
     from jaxsloth.jax_backend.model import JaxModel
 
 
-def summed_loss(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan) -> Any:
+def summed_loss(
+    structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan, noise: float = 0.0
+) -> Any:
     """The cross-entropy summed over a batch's targets.
 
-    batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed).
+    batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed). words: the
+    step's key. noise: NEFTune's alpha.
     """
-    return _loss(structure, trained, frozen, frequencies, batch, words, plan, per_token=False)
+    return _loss(structure, trained, frozen, frequencies, batch, words, plan, per_token=False, noise=noise)
 
 
 def row_losses(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan) -> Any:
@@ -38,11 +43,24 @@ def row_losses(structure: Any, trained: Any, frozen: Any, frequencies: Any, batc
 
 
 def _loss(
-    structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan, per_token: bool
+    structure: Any,
+    trained: Any,
+    frozen: Any,
+    frequencies: Any,
+    batch: Any,
+    words: Any,
+    plan: Plan,
+    per_token: bool,
+    noise: float = 0.0,
 ) -> Any:
     input_ids, targets, segments, positions, rows, *documents = batch
     decoder = nnx.merge(structure, trained, frozen)
-    context = Context(decoder.rope_tables(positions, frequencies), segments, rows=rows, dropout_words=words)
+    added = None
+    if noise:
+        key = jnp.stack([words[0] ^ jnp.uint32(module_word(EMBEDDING)), words[1]])
+        added = embedding_noise(key, rows, segments, decoder.spec.hidden, alpha=noise)
+    tables = decoder.rope_tables(positions, frequencies)
+    context = Context(tables, segments, rows=rows, dropout_words=words, noise=added)
     return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)), per_token)
 
 
@@ -59,7 +77,6 @@ class WindowStep(ABC):
     def __init__(self, model: JaxModel, options: OptimizerOptions) -> None:
         self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
-        self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
 
     @abstractmethod
@@ -79,11 +96,10 @@ class WindowStep(ABC):
     ) -> tuple[Any, OptimizerState, tuple[Any, Any, Any, Any], Any]:
         def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *window: Any) -> Any:
             rates = rates_of(ropes, frequencies)
-            words = scalars["words"] if self._drops else None
 
             def micro(total: Any, batch: Any) -> tuple[Any, Any]:
                 def scaled(trained: Any) -> Any:
-                    loss, known = self._total(trained, frozen, rates, batch, words, plan)
+                    loss, known = self._total(trained, frozen, rates, batch, scalars["words"], plan)
                     loss = loss / scalars["count"]
                     return loss * scale, (loss, known)
 
@@ -157,8 +173,12 @@ class TrainStep(WindowStep):
 
     kind = "train"
 
+    def __init__(self, model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> None:
+        super().__init__(model, options)
+        self._noise = regularization.embedding_noise
+
     def _total(self, trained: Any, frozen: Any, rates: Any, batch: Any, words: Any, plan: Plan) -> tuple[Any, Any]:
-        return summed_loss(self._model.structure, trained, frozen, rates, batch, words, plan), None
+        return summed_loss(self._model.structure, trained, frozen, rates, batch, words, plan, self._noise), None
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
         return StepResult(*self._advance(window, window.valid_tokens, (), learning_rate, step, seed)[0])
@@ -199,8 +219,8 @@ class EvalStep:
         return self._rows(self._model.trained, batch).sum(), batch.valid_tokens()
 
 
-def make_train_step(model: JaxModel, options: OptimizerOptions) -> TrainStep:
-    return TrainStep(model, options)
+def make_train_step(model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
+    return TrainStep(model, options, regularization)
 
 
 def make_eval_step(model: JaxModel) -> EvalStep:

@@ -1,12 +1,16 @@
-"""The 8-bit AdamW step in plain torch, a tensor at a time: on a CPU every bit is bitsandbytes'."""
+"""The 8-bit AdamW step in plain torch, some whole blocks at a time: on a CPU every bit is bitsandbytes'."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float32
 
 from jaxsloth.kernels.adamw_8bit.contract import BLOCK, Moments, blocks_of, check_sizes
 from jaxsloth.kernels.nf4.torch_ops import dynamic_code_on, quantize_dynamic
+
+SLICE = 2**20  # values stepped at once: few calls, and temporaries that stay small
 
 
 @torch.no_grad()
@@ -26,15 +30,27 @@ def adamw_8bit(
         ValueError: sizes do not make up the parameter.
     """
     check_sizes(sizes, parameter.numel(), moments.exp_avg_absmax.numel())
-    value, block = 0, 0
-    for size in sizes:
-        own, scales = slice(value, value + size), slice(block, block + blocks_of(size))
+    for own, scales in _slices(sizes):
         one = Moments(
             moments.exp_avg[own], moments.exp_avg_absmax[scales], moments.exp_avg_sq[own], moments.exp_avg_sq_absmax[scales]
         )
         _update(parameter[own], gradient[own], one, factors, betas, eps)
-        value, block = value + size, block + blocks_of(size)
     return parameter, moments
+
+
+def _slices(sizes: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """(values, their blocks), in order. Tensors of whole blocks are stepped with what follows them: no block is shared."""
+    begin = value = block = 0
+    for index, size in enumerate(sizes):
+        value += size
+        if (value - begin) % BLOCK == 0 and index + 1 < len(sizes):
+            continue
+        for start in range(begin, value, SLICE):
+            stop = min(start + SLICE, value)
+            count = blocks_of(stop - start)
+            yield slice(start, stop), slice(block, block + count)
+            block += count
+        begin = value
 
 
 def _update(

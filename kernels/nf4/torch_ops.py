@@ -108,7 +108,8 @@ def quantize_dynamic(
     scaled = (padded * torch.where(absmax > 0, 1.0 / absmax, 0.0)[:, None]).clamp_(-1.0, 1.0)
     # The second clamp is for what is not a number: it must not become an index out of bounds.
     steps = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32).clamp_(0, 65535)
-    codes = step_lookup_on(values.device, signed)[steps.long()]
+    # index_select and 32-bit indices: on a CPU advanced indexing takes several times as long.
+    codes = step_lookup_on(values.device, signed).index_select(0, steps.view(-1)).view_as(steps)
     codes.masked_fill_((absmax == 0)[:, None], 0)
     return codes.view(-1)[:count].contiguous(), absmax
 

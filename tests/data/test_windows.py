@@ -155,3 +155,29 @@ def test_wrong_examples():
         stream([])
     with pytest.raises(DataError, match="1 to max_length=12 tokens; these have not: 1"):
         stream([Example(np.ones(n, np.int32), np.ones(n, bool)) for n in (12, 13)], max_length=12)
+
+
+@pytest.mark.parametrize("batch_size, accumulation", [(8, 1), (4, 2), (2, 4)])
+def test_pairs_are_visited_together(batch_size, accumulation):
+    """Examples 2i and 2i + 1 stand in consecutive rows of one micro-batch, in the order in which pairs are visited."""
+    examples = documents(22)
+
+    def backwards(count, *, epoch):
+        assert count == 11
+        return np.arange(count)[::-1] if epoch == 0 else np.arange(count)
+
+    made = stream(examples, batch_size=batch_size, accumulation=accumulation, order=backwards, together=2)
+    assert (made.steps_per_epoch, made.together) == (3, 2)
+    found = [document for step in range(3) for (document,) in read_rows(made.window(step))]
+    expected = [row for pair in range(10, -1, -1) for row in (2 * pair, 2 * pair + 1)]
+    assert found == [expected_document(examples[row]) for row in expected]
+    assert np.concatenate([made.rows_of(step) for step in range(3)]).tolist() == expected
+    assert made.rows_of(3).tolist() == list(range(8))
+    last = made.window(2).rows
+    assert np.all((last[:, 0::2] < 0) == (last[:, 1::2] < 0))
+
+
+@pytest.mark.parametrize("wrong", [{"packing": True}, {"batch_size": 3}, {"together": 3}])
+def test_pairs_that_cant_stay_together(wrong):
+    with pytest.raises(ValueError, match="must be multiples of together="):
+        stream(documents(22), **{"together": 2, **wrong})

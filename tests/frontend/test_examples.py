@@ -17,6 +17,8 @@ SMALL = {
     "STEPS": "2",
     "ROWS": "10",
     "NEW_TOKENS": "3",
+    "SCORED": "1",
+    "EVAL_STEPS": "1",
     "MAX_LENGTH": "144",
     "ACCUMULATION": "1",
 }
@@ -38,3 +40,26 @@ def test_chat_sft(backend, tmp_path):
     assert re.search(r"learnt of the first row: Janet sells 16 - 3 - 4", said)
     assert re.search(r"peak \d+\.\d+ GB", said)
     assert (tmp_path / "lora_model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alpaca_sft(backend, tmp_path):
+    said = run("alpaca_sft", backend, tmp_path)
+    assert "7 rows to train on, 2 to choose by, 1 to test on" in said
+    best = re.search(r"the best model is that of step ([12])\b", said)
+    assert best and (tmp_path / f"checkpoint-{best[1]}").is_dir()
+    scored = re.findall(r"^(\w+) +before +([\d.]+) +after +([\d.]+)$", said, re.MULTILINE)
+    assert [name for name, *_ in scored] == ["test_loss", "rouge1", "rouge2", "rougeL", "bleu"]
+    assert 0 < float(scored[0][2]) < float(scored[0][1])
+    assert (tmp_path / "best" / "adapter_config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_peft_trainer(backend, tmp_path):
+    said = run("peft_trainer", backend, tmp_path)
+    held_out = re.search(r"held-out loss before ([\d.]+) +after ([\d.]+)", said)
+    assert held_out and 0 < float(held_out[2]) < float(held_out[1]) < 5
+    assert "it answers the same: True" in said
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import warnings
@@ -22,7 +23,9 @@ from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.data.errors import DataError
 from jaxsloth.frontend import arguments, sft_config
 from jaxsloth.frontend.adapters import base_of
-from jaxsloth.frontend.sft_run import learning_rates
+from jaxsloth.frontend.trainer_run import learning_rates
+from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from tests.support.modules import BACKENDS, their_base
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, write_checkpoint
 
@@ -80,6 +83,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for n in range(45)
     ],
 }
+# Rows of one length: without padding, transformers' noise is as large as the paper's.
+ALIKE = [{"input_ids": np.random.default_rng(n).integers(2, CONFIG["vocab_size"], 24).tolist()} for n in range(45)]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens": ("tokens", {}),
     "tokens in order": ("tokens", {"train_sampling_strategy": "sequential"}),
@@ -151,6 +156,52 @@ def test_losses_are_trls(case, backend, checkpoint, tmp_path, judges_folder):
     assert logged(trainer.state.log_history, "eval_loss") == pytest.approx(logged(history, "eval_loss"), abs=BAR)
     assert logged(trainer.state.log_history, "grad_norm") == pytest.approx(logged(history, "grad_norm"), abs=1e-3)
     assert done.training_loss == pytest.approx(losses.mean(), abs=BAR)
+
+
+@cache
+def judged_with_noise(checkpoint: str, folder: Path) -> list[dict[str, float]]:
+    """TRL's log of a run in which transformers' own NEFTune hook draws its uniform numbers where we draw them."""
+    import peft
+
+    ours, tokenizer = adapted(checkpoint, "torch")
+    config = peft.LoraConfig(**{k: v for k, v in ours.peft_config["default"].to_dict().items() if k != "peft_type"})
+    theirs = same_adapter(ours, peft.get_peft_model(their_base(), config))
+    drawn = itertools.count()
+
+    def uniform_(tensor, low, high):
+        batch, length, channels = tensor.shape
+        assert low == -high
+        words = torch.tensor(key_words(SETTINGS["seed"], next(drawn), "model.embed_tokens"))
+        unit = math.sqrt(length * channels)  # an alpha whose noise is in [-1, 1)
+        noise = embedding_noise(words, torch.arange(batch), torch.ones(batch, length).int(), channels, alpha=unit)
+        return tensor.copy_(high * noise)
+
+    settings = SETTINGS | {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "neftune_noise_alpha": 10.0}
+    trainer = trl.SFTTrainer(
+        theirs,
+        args=trl.SFTConfig(output_dir=str(folder), **settings),
+        train_dataset=Dataset.from_list(ALIKE),
+        processing_class=tokenizer,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "uniform_", uniform_)
+        trainer.train()
+    assert next(drawn) == STEPS
+    return trainer.state.log_history
+
+
+@both
+def test_noise_on_embeddings_is_transformers(backend, checkpoint, tmp_path, judges_folder):
+    losses = logged(judged_with_noise(checkpoint, judges_folder), "loss")
+    found = []
+    for alpha in (10.0, None):
+        model, tokenizer = adapted(checkpoint, backend)
+        config = SFTConfig(str(tmp_path), **SETTINGS, neftune_noise_alpha=alpha)
+        trainer = SFTTrainer(model, args=config, train_dataset=ALIKE, processing_class=tokenizer)
+        trainer.train()
+        found.append(logged(trainer.state.log_history, "loss"))
+    assert np.abs(found[0] - losses).max() < BAR
+    assert np.abs(found[1] - losses).max() > 1e-3
 
 
 def small(checkpoint, tmp_path, backend="torch", rows=None, **changes):
@@ -330,7 +381,7 @@ def test_refused_fields(name, tmp_path):
 @pytest.mark.parametrize("name", sft_config.UNUSED)
 def test_fields_that_change_nothing_are_named(name):
     with pytest.warns(UserWarning, match=rf"{name}=.*\("):
-        sft_config.check_fields("SFTConfig", {name: "something"})
+        sft_config.RULES.check({name: "something"})
 
 
 def test_transformers_arguments_and_former_names(checkpoint, tmp_path):

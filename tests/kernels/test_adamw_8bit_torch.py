@@ -7,6 +7,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 
+from jaxsloth.kernels.adamw_8bit import torch_ops
 from jaxsloth.kernels.adamw_8bit.cases import CASES, make_inputs
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments
 from jaxsloth.kernels.adamw_8bit.torch_ops import adamw_8bit
@@ -22,6 +23,16 @@ signs = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigne
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_the_reference(case):
     check_case(STEP, case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_slices_change_no_bit(case, monkeypatch):
+    inputs, factors = make_inputs(case, 0), np.array([0.9, 1e-2, 0.5], np.float32)
+    options = {"sizes": case.sizes, "betas": case.betas, "eps": case.eps}
+    whole = STEP(inputs, factors, options)
+    monkeypatch.setattr(torch_ops, "SLICE", 512)
+    sliced = STEP(inputs, factors, options)
+    assert all(np.array_equal(whole[name], sliced[name], equal_nan=True) for name in whole)
 
 
 def test_fifty_steps_are_bitsandbytes():

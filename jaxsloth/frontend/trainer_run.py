@@ -1,4 +1,4 @@
-"""A run of the native trainer: transformers' flow of events and decisions around a backend's train step."""
+"""A run of a native trainer: transformers' flow of events and decisions around a backend's step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_callback import CallbackHandler
 
-from jaxsloth.backend import Backend, Model, OptimizerOptions, StepResult, TrainStep
+from jaxsloth.backend import Backend, Model, OptimizerOptions
+from jaxsloth.batch import Window
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.peft_adapter import read_adapter, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
@@ -82,23 +83,54 @@ def visiting_order(args: Any) -> Callable[..., np.ndarray]:
     return visit
 
 
+class Result(Protocol):
+    """What a step returns: read when the run needs to know."""
+
+    def floats(self) -> tuple[float, float, bool]:
+        """Waits for the device: (loss, grad_norm, skipped)."""
+        ...
+
+
+class Step(Protocol):
+    """A `TrainStep`, or what a trainer makes of another of the backend's steps."""
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> Result: ...
+
+    def state(self) -> dict[str, np.ndarray]: ...
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+
+Metrics = Mapping[str, float]
+
+
+def means(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """Each metric's mean over the batches that it was measured on, as TRL logs it."""
+    names = dict.fromkeys(name for found in metrics for name in found)
+    return {name: float(np.mean([found[name] for found in metrics if name in found])) for name in names}
+
+
 @dataclass
-class SFTRun:
-    """One `train()`. evaluate: measures and announces; sync: writes what is trained into the module."""
+class TrainerRun:
+    """One `train()`. make_step: the step that is trained by; measure: what else is logged of a step, a dict a micro-batch;
+    evaluate: measures and announces; sync: writes what is trained into the module."""
 
     args: Any
     model: Model
     backend: Backend
+    make_step: Callable[[OptimizerOptions], Step]
+    measure: Callable[[Any], Sequence[Metrics]]
     windows: WindowStream
     state: TrainerState
     control: TrainerControl
     handler: CallbackHandler
-    evaluate: Callable[[], Mapping[str, float]] | None
+    evaluate: Callable[[], Metrics] | None
     sync: Callable[[], None]
     tokenizer: Any
     base_model: str
-    _pending: list[StepResult] = field(default_factory=list)
+    _pending: list[Result] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
+    _measured: list[Metrics] = field(default_factory=list)
     _grad_norm: float = math.nan
     _all_losses: float = 0.0
     _logged: int = 0
@@ -114,7 +146,7 @@ class SFTRun:
         state.num_train_epochs = math.ceil(state.max_steps / per_epoch)
         state.compute_steps(args, state.max_steps)
         rate_of = learning_rates(args, state.max_steps)
-        step_function = self.model.train_step(optimizer_options(args, self.model.options.dtype))
+        step_function = self.make_step(optimizer_options(args, self.model.options.dtype))
         if resume is not None:
             self._resume(resume, step_function)
         first, start = state.global_step, time.perf_counter()
@@ -130,10 +162,10 @@ class SFTRun:
         self.sync()
         done, seconds = state.global_step - first, time.perf_counter() - start
         loss = self._all_losses / max(done, 1)
-        rows = done * self.windows.global_rows
+        samples = done * self.windows.global_rows // self.windows.together
         metrics = {
             "train_runtime": round(seconds, 4),
-            "train_samples_per_second": round(rows / seconds, 3),
+            "train_samples_per_second": round(samples / seconds, 3),
             "train_steps_per_second": round(done / seconds, 3),
             "train_tokens": float(state.num_input_tokens_seen),
             "train_loss": loss,
@@ -142,7 +174,7 @@ class SFTRun:
         self._tell("on_train_end")
         return state.global_step, loss, metrics | {"epoch": state.epoch or 0.0}
 
-    def _epoch(self, step_function: TrainStep, rate_of: Callable[[int], float]) -> None:
+    def _epoch(self, step_function: Step, rate_of: Callable[[int], float]) -> None:
         state, per_epoch = self.state, self.windows.steps_per_epoch
         self._tell("on_epoch_begin")
         for _ in range(per_epoch - state.global_step % per_epoch):
@@ -166,13 +198,14 @@ class SFTRun:
         whole, rest = divmod(steps, self.windows.steps_per_epoch)
         return whole + rest * self.windows.accumulation / self.windows.batches_per_epoch
 
-    def _act(self, step_function: TrainStep, rate: float) -> None:
+    def _act(self, step_function: Step, rate: float) -> None:
         """Logs, evaluates and saves, where the flow or a callback asked for it."""
         state, control = self.state, self.control
         if control.should_log and state.global_step > self._logged:
             self._settle()
-            self.log({"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": rate})
-            self._losses, self._logged = [], state.global_step
+            own = {"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": rate}
+            self.log(own | means(self._measured))
+            self._losses, self._measured, self._logged = [], [], state.global_step
         if control.should_evaluate and self.evaluate is not None:
             self._settle()
             self.sync()
@@ -197,10 +230,11 @@ class SFTRun:
                     "from before it are whole"
                 )
             self._losses.append(loss)
+            self._measured.extend(self.measure(result))
             self._all_losses += loss
         self._pending = []
 
-    def _decide(self, metrics: Mapping[str, float]) -> bool:
+    def _decide(self, metrics: Metrics) -> bool:
         """Whether the metric that args names is the best so far; KeyError lists the metrics that there are."""
         name = self.args.metric_for_best_model
         if name is None:
@@ -214,7 +248,7 @@ class SFTRun:
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
         return improved
 
-    def _save(self, step_function: TrainStep) -> None:
+    def _save(self, step_function: Step) -> None:
         state = self.state
         if state.best_global_step:
             state.best_model_checkpoint = str(self.output / f"checkpoint-{state.best_global_step}")
@@ -231,7 +265,7 @@ class SFTRun:
                 prune(self.output, self.args.save_total_limit, state.best_global_step)
         self.backend.barrier()
 
-    def _resume(self, folder: Path, step_function: TrainStep) -> None:
+    def _resume(self, folder: Path, step_function: Step) -> None:
         if not (folder / STATE).is_file():
             raise CheckpointError(f"{folder} holds no {STATE} (save_only_model?), so the run can't go on from it")
         file = SafetensorsFile(folder / STATE)

@@ -1,0 +1,45 @@
+"""What training adds to the plain loss is the same on both backends, by the composed ops and by the written-out passes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxsloth.backend import PLAIN, BuildOptions, OptimizerOptions, Regularization
+from tests.models.test_backends import VOCAB, build
+from tests.support.sources import examples, stream
+
+BAR = 1e-5
+SHAPE = {"num_hidden_layers": 2, "intermediate_size": 128}
+WAYS = {
+    "torch": ("torch", {}),
+    "torch fused": ("torch", {"train_pass": "fused"}),
+    "jax": ("jax", {}),
+    "jax fused": ("jax", {"train_pass": "fused"}),
+}
+
+
+def losses(way: str, regularization: Regularization, **windows) -> np.ndarray:
+    """Of three steps; each depends on the gradients of those before it."""
+    backend, implementations = WAYS[way]
+    model, *_ = build(backend, SHAPE, options=BuildOptions(implementations=implementations))
+    step = model.train_step(OptimizerOptions(), regularization)
+    rows = stream(examples(6, VOCAB), **({"pad_to_multiple_of": 64} | windows))  # one length: one program
+    return np.array([step(rows.window(n), learning_rate=1e-2, step=n, seed=7).floats()[0] for n in range(3)])
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return losses("torch", Regularization(embedding_noise=20.0))
+
+
+@pytest.mark.parametrize("way", ["torch fused", "jax", pytest.param("jax fused", marks=pytest.mark.slow)])
+def test_noise_is_the_same_every_way(way, judge):
+    assert np.abs(losses(way, Regularization(embedding_noise=20.0)) - judge).max() < BAR
+    assert np.abs(losses("torch", PLAIN) - judge).min() > 1e-3
+
+
+@pytest.mark.parametrize("windows", [{"batch_size": 2, "accumulation": 2}, {"pad_to_multiple_of": 8}])
+def test_noise_knows_neither_accumulation_nor_padding(windows, judge):
+    """A row's noise is keyed by its place in the step, and its magnitude by its own length."""
+    assert np.abs(losses("torch", Regularization(embedding_noise=20.0), **windows) - judge).max() < BAR
