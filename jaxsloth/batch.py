@@ -49,3 +49,29 @@ class Window:
     def tokens(self) -> int:
         """How many positions hold a token (not padding): what tokens/s counts."""
         return int(np.count_nonzero(self.segments != PADDING_SEGMENT))
+
+
+def pairs_of(window: Window, devices: int) -> tuple[int, np.ndarray]:
+    """(how many pairs of rows 2i and 2i + 1 have a target, every row's count of targets: float32 ``[accumulation, batch]``).
+
+    Raises:
+        ValueError: rows are packed, or a device's share of them is odd.
+    """
+    if window.segments.max(initial=0) > 1:
+        raise ValueError("pairs of answers are trained a row an answer, and this window is packed; make it with packing off")
+    rows = window.targets.shape[1]
+    if rows % (2 * devices):
+        raise ValueError(
+            f"rows 2i and 2i + 1 are a pair, so a batch must have a multiple of {2 * devices} rows on {devices} device(s), "
+            f"and it has {rows}"
+        )
+    counts = np.count_nonzero(window.targets != IGNORE, axis=2).astype(np.float32)
+    return int(np.count_nonzero(counts.reshape(-1, 2).any(axis=1))), counts
+
+
+def check_reference(window: Window, reference: np.ndarray) -> None:
+    """ValueError where a reference is not one log-prob a row of the window."""
+    if reference.shape != window.rows.shape:
+        raise ValueError(
+            f"reference must have a log-prob for every row of the window, {window.rows.shape}, and it has {reference.shape}"
+        )

@@ -90,10 +90,16 @@ class Decoder(nn.Module):
         cap = self.spec.head.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def loss(self, input_ids: torch.Tensor, context: Context, targets: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The summed cross-entropy of the positions `chosen` (indices into the flat batch: those that have a target)."""
+    def loss(
+        self,
+        input_ids: torch.Tensor,
+        context: Context,
+        targets: torch.Tensor,
+        chosen: torch.Tensor,
+        per_token: bool = False,
+    ) -> torch.Tensor:
+        """The cross-entropy of the positions `chosen` (indices into the flat batch: those with a target), summed or each."""
         hidden = self.hidden(input_ids, context).flatten(0, 1).index_select(0, chosen)
         weight = self.lm_head.weight.to(self.dtype)
-        return self._ops.linear_cross_entropy(
-            hidden, weight, targets.flatten().index_select(0, chosen), soft_cap=self.spec.head.soft_cap
-        )
+        targets, cap = targets.flatten().index_select(0, chosen), self.spec.head.soft_cap
+        return self._ops.linear_cross_entropy(hidden, weight, targets, soft_cap=cap, per_token=per_token)

@@ -27,6 +27,7 @@ from jaxsloth.torch_backend import groups
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.groups import Group, Weights
 from jaxsloth.torch_backend.layers import Block, Linear
+from jaxsloth.torch_backend.objective import Objective, Tensors, by_row
 from jaxsloth.torch_backend.offload import Stash
 
 # Elements of gate and up that an MLP whose activations are recomputed handles at once: 512 MiB of them in half precision.
@@ -71,6 +72,11 @@ class Batch:
     tables: dict[specs.Rope, tuple[torch.Tensor, torch.Tensor]]
     chosen: torch.Tensor
     targets: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, length)."""
+        return self.layout.batch, self.layout.length
 
 
 @dataclass
@@ -296,21 +302,19 @@ class FusedPass:
         self._weights.begin()
 
     @torch.no_grad()
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The summed cross entropy, float32."""
+    def row_losses(self, batch: Batch) -> torch.Tensor:
+        """The cross entropy summed by row, float32 ``[rows]``."""
         normed = self._forward(batch, None)[0]
-        return self._head(normed, batch, gradient=False)[0]
+        return by_row(self._head(normed, batch, gradient=False)[0], batch.chosen, batch.shape)
 
     @torch.no_grad()
-    def add_gradients(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
-        """The summed cross entropy; the adapters' gradients of ``factor`` times it are added to theirs.
-
-        factor: float32 scalar on the device.
-        """
+    def add_gradients(self, batch: Batch, objective: Objective, tensors: Tensors) -> torch.Tensor:
+        """What the objective makes of the losses; its gradients by the adapters are added to theirs."""
         normed, x, rstd, kept = self._forward(batch, self._mode)
-        total, dhidden = self._head(normed, batch, gradient=True)
+        losses, dhidden = self._head(normed, batch, gradient=True)
         assert dhidden is not None
-        dhidden.mul_(factor)
+        result, slopes = objective.weigh(losses, batch.chosen, batch.shape, tensors)
+        dhidden.mul_(slopes if slopes.dim() == 0 else slopes[:, None])
         dnormed = normed.zero_()
         dnormed.index_copy_(0, batch.chosen, dhidden)
         del dhidden
@@ -327,7 +331,7 @@ class FusedPass:
             saved = self._fetch(kept, index)
             self._layers[index].backward(d, saved, batch, self._weights, index == self._first)
             kept[index] = None
-        return total
+        return result
 
     def _forward(self, batch: Batch, mode: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Any]]:
         """(the final norm's output ``[tokens + 1, hidden]``, the stream before it, the reciprocals, what each layer keeps)."""
@@ -356,13 +360,14 @@ class FusedPass:
         return self._stash.get(kept, index, self._first)
 
     def _head(self, normed: torch.Tensor, batch: Batch, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(the loss of every target, the gradient of each by its own hidden state)."""
         hidden = normed.index_select(0, batch.chosen)
         weight, cap = self._decoder.lm_head.weight, self._spec.head.soft_cap
         chunk = loss_ops.default_chunk(hidden.shape[0], weight.shape[0])
-        total, dhidden, _ = loss_ops.loss_and_gradients(
+        losses, dhidden, _ = loss_ops.losses_and_gradients(
             hidden, weight, batch.targets, cap, -100, chunk, (gradient, False), self._kernels.loss.softmax
         )
-        return total, dhidden
+        return losses, dhidden
 
 
 def _present(module: torch.nn.Module, *names: str) -> list[Linear]:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, TensorSource
+from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, PreferenceOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
@@ -23,9 +23,11 @@ from jaxsloth.torch_backend.decode_step import Step
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.generate import DecodeState
 from jaxsloth.torch_backend.layers import Linear, Ops
+from jaxsloth.torch_backend.objective import SUMMED, make_context, summed_loss
 from jaxsloth.torch_backend.optimizer import Flat
 from jaxsloth.torch_backend.passes import FastPass, make_pass
-from jaxsloth.torch_backend.train_step import EvalStep, TrainStep, make_context, make_eval_step, make_train_step, summed_loss
+from jaxsloth.torch_backend.preference import PreferenceStep, make_row_log_probs
+from jaxsloth.torch_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -115,7 +117,7 @@ class TorchModel:
             loss.backward()
         else:
             fast.begin(batch.input_ids.size)
-            loss = fast.add_gradients(batch, torch.tensor(1.0 / count, device=self.decoder.device)) / count
+            loss = fast.add_gradients(batch, SUMMED, {"factor": torch.tensor(1.0 / count, device=self.decoder.device)}) / count
         gradients = flat.read(flat.gradient)
         return float(loss.detach()), {name: gradients[name] for name in trainable_shapes(self.spec)}
 
@@ -127,8 +129,15 @@ class TorchModel:
         self.idle_step = None  # its caches' memory is for training now
         return make_train_step(self, options)
 
+    def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep:
+        self.idle_step = None
+        return PreferenceStep(self, options, preference)
+
     def eval_step(self) -> EvalStep:
         return make_eval_step(self)
+
+    def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
+        return make_row_log_probs(self, adapters)
 
     def bridge(self) -> Bridge:
         return Bridge(self)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,18 @@ class Flat:
     def read(self, buffer: torch.Tensor) -> dict[str, np.ndarray]:
         host = buffer.detach().cpu()
         return {name: self.view(host, name).numpy().copy() for name in self._places}
+
+    @contextmanager
+    def zeroed(self) -> Iterator[None]:
+        """All values 0 meanwhile: adapters that change nothing."""
+        kept = self.buffer.clone()
+        try:
+            with torch.no_grad():
+                self.buffer.zero_()
+            yield
+        finally:
+            with torch.no_grad():
+                self.buffer.copy_(kept)
 
 
 # Projections of one input: their A lie one behind the other, so that one product forms all their gradients.

@@ -17,6 +17,7 @@ from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.memory import fitting_mode
 from jaxsloth.torch_backend import fused
 from jaxsloth.torch_backend.fused import FusedPass
+from jaxsloth.torch_backend.objective import Objective, Tensors
 from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ KEPT_WEIGHTS = 1 / 16
 AUTO_ORDER = ("none", "selective", "offload", "full")
 
 Arrays = dict[str, np.ndarray]
-Tensors = dict[str, torch.Tensor]
 
 
 def make_pass(model: TorchModel) -> FastPass | None:
@@ -76,18 +76,19 @@ class FastPass:
             self._pass = FusedPass(self._model.decoder, self._model.spec, self.mode, keeps)
         self._pass.begin()
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The summed cross entropy."""
+    def row_losses(self, batch: Batch) -> torch.Tensor:
+        """The cross entropy summed by row, float32 ``[rows]``."""
         assert self._pass is not None
         arrays, key = prepare(batch)
-        return self._pass.loss(self._on_device(to_tensors(arrays, self._device), key, int(batch.positions.max(initial=0)) + 1))
+        longest = int(batch.positions.max(initial=0)) + 1
+        return self._pass.row_losses(self._on_device(to_tensors(arrays, self._device), key, longest))
 
-    def add_gradients(self, batch: Batch, factor: torch.Tensor) -> torch.Tensor:
-        """As `FusedPass.add_gradients`; the loss is only good until the next call."""
+    def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
+        """As `FusedPass.add_gradients`; what it returns is only good until the next call."""
         assert self._pass is not None
         arrays, key = prepare(batch)
-        tensors = to_tensors(arrays, self._device)
-        tensors["factor"] = factor
+        key = (*key, objective)
+        tensors = to_tensors(arrays, self._device) | inputs
         longest = int(batch.positions.max(initial=0)) + 1
         if not self._captures or key in self._refused:
             return self._run(tensors, key, longest)
@@ -97,12 +98,12 @@ class FastPass:
             return self._run(tensors, key, longest)
         if key not in self._graphs and not self._capture(tensors, key, longest):
             return self._run(tensors, key, longest)
-        graph, static, loss = self._graphs[key]
+        graph, static, result = self._graphs[key]
         self._graphs.move_to_end(key)
         for name, tensor in tensors.items():
             static[name].copy_(tensor, non_blocking=True)
         graph.replay()
-        return loss
+        return result
 
     @property
     def captured(self) -> int:
@@ -115,7 +116,7 @@ class FastPass:
 
     def _run(self, tensors: Tensors, key: Any, longest: int) -> torch.Tensor:
         assert self._pass is not None
-        return self._pass.add_gradients(self._on_device(tensors, key, longest), tensors["factor"])
+        return self._pass.add_gradients(self._on_device(tensors, key, longest), key[-1], tensors)
 
     def _capture(self, tensors: Tensors, key: Any, longest: int) -> bool:
         """Records the pass for batches like this one; False where the graph's own memory does not fit beside the rest."""
@@ -127,14 +128,14 @@ class FastPass:
             self._memory = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self._memory):
-                loss = self._run(static, key, longest)
+                result = self._run(static, key, longest)
         except torch.OutOfMemoryError:
             logger.warning(
                 "no CUDA graph for batches of %s: its memory does not fit; steps launch their kernels one by one", key[:2]
             )
             self._refused.add(key)
             return False
-        self._graphs[key] = graph, static, loss
+        self._graphs[key] = graph, static, result
         if len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
         return True

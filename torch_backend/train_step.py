@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from jaxsloth.backend import OptimizerOptions, StepResult
-from jaxsloth.batch import IGNORE, Batch, Window
+from jaxsloth.batch import Batch, Window
 from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.torch_backend import placement
-from jaxsloth.torch_backend.layers import Context
+from jaxsloth.torch_backend.objective import SUMMED, Objective, Tensors, by_row, target_losses
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
-from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
 
 
-class TrainStep:
+class WindowStep:
     """One optimizer step: every micro-batch's gradients are summed in the flat buffer, then reduced and applied once."""
 
-    def __init__(self, model: TorchModel, options: OptimizerOptions) -> None:
-        self._model = model
+    def __init__(self, model: TorchModel, options: OptimizerOptions, objective: Objective) -> None:
+        self._model, self._objective = model, objective
         self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._fast = model.fast_pass()
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
-        optimizer, model = self._optimizer, self._model
-        optimizer.flat.gradient.zero_()
-        total = torch.zeros((), dtype=torch.float32, device=model.decoder.device)
-        words = torch.tensor(step_words(seed, step), device=total.device) if self._drops else None
-        count = max(window.valid_tokens, 1)
+    def _passes(
+        self, window: Window, tensors_of: Callable[[int], Tensors], step: int, seed: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Adds up the gradients of this process' rows: (micro-batch, what the objective makes of it, good until the next)."""
+        model, device = self._model, self._model.decoder.device
+        self._optimizer.flat.gradient.zero_()
+        words = torch.tensor(step_words(seed, step), device=device) if self._drops else None
         mine = placement.share(window.input_ids.shape[1])
-        factor = torch.full_like(total, optimizer.loss_scale / count)
         if self._fast is not None:
             self._fast.begin((mine.stop - mine.start) * window.input_ids.shape[2])
         for micro in range(window.input_ids.shape[0]):
@@ -48,14 +47,18 @@ class TrainStep:
                 window.rows[micro, mine],
             )
             if self._fast is not None:
-                total += self._fast.add_gradients(batch, factor) / count
-                continue
-            loss = summed_loss(model, batch, words) / count
-            (loss * optimizer.loss_scale).backward()
-            total += loss.detach()
-        grad_norm, skipped = optimizer.step(learning_rate, total)
-        together = torch.stack([total, grad_norm, torch.full_like(total, float(skipped))])
-        return StepResult(total, grad_norm, skipped, together)
+                yield micro, self._fast.add_gradients(batch, self._objective, tensors_of(micro))
+            else:
+                yield micro, self._objective.add_gradients(model, batch, words, tensors_of(micro))
+
+    def _factor(self, count: int) -> torch.Tensor:
+        """What a mean over `count` is differentiated times."""
+        return torch.full((), self._optimizer.loss_scale / count, dtype=torch.float32, device=self._model.decoder.device)
+
+    def _update(self, learning_rate: float, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, torch.Tensor]:
+        """Applies the gradients and sums `total`, this process' part of the loss, over all: the fields of a `StepResult`."""
+        grad_norm, skipped = self._optimizer.step(learning_rate, total)
+        return total, grad_norm, skipped, torch.stack([total, grad_norm, torch.full_like(total, float(skipped))])
 
     def state(self) -> dict[str, np.ndarray]:
         return self._optimizer.state()
@@ -64,22 +67,46 @@ class TrainStep:
         self._optimizer.load_state(state)
 
 
+class TrainStep(WindowStep):
+    """See `jaxsloth.backend.TrainStep`."""
+
+    def __init__(self, model: TorchModel, options: OptimizerOptions) -> None:
+        super().__init__(model, options, SUMMED)
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        count = max(window.valid_tokens, 1)
+        tensors = {"factor": self._factor(count)}
+        total = torch.zeros_like(tensors["factor"])
+        for _, loss in self._passes(window, lambda micro: tensors, step, seed):
+            total += loss / count
+        return StepResult(*self._update(learning_rate, total))
+
+
 class EvalStep:
+    def __init__(self, model: TorchModel) -> None:
+        self._rows = RowLosses(model)
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        total = self._rows(batch)[0].sum()
+        placement.sum_over_processes(total)
+        return total, batch.valid_tokens()
+
+
+class RowLosses:
+    """The cross-entropy of this process' rows of a batch, dropout off: (float32 ``[its rows]``, which they are)."""
+
     def __init__(self, model: TorchModel) -> None:
         self._model = model
         self._fast = model.fast_pass() if model.spec.lora is not None else None
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, int]:
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, slice]:
         mine = placement.share(batch.input_ids.shape[0])
         own = Batch(batch.input_ids[mine], batch.targets[mine], batch.segments[mine], batch.positions[mine], batch.rows[mine])
-        if self._fast is not None:
-            self._fast.begin(own.input_ids.size)
-            total = self._fast.loss(own)
-        else:
-            total = summed_loss(self._model, own, None)
-        placement.sum_over_processes(total)
-        return total, batch.valid_tokens()
+        if self._fast is None:
+            return by_row(*target_losses(self._model, own, None), own.input_ids.shape), mine
+        self._fast.begin(own.input_ids.size)
+        return self._fast.row_losses(own), mine
 
 
 def make_train_step(model: TorchModel, options: OptimizerOptions) -> TrainStep:
@@ -88,20 +115,3 @@ def make_train_step(model: TorchModel, options: OptimizerOptions) -> TrainStep:
 
 def make_eval_step(model: TorchModel) -> EvalStep:
     return EvalStep(model)
-
-
-def summed_loss(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> torch.Tensor:
-    """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained."""
-    device = model.decoder.device
-    chosen = np.flatnonzero(batch.targets != IGNORE)  # found on the host: asking the device would wait for it
-    context = make_context(model, batch, dropout_words)
-    return model.decoder.loss(
-        to_device(batch.input_ids, device), context, to_device(batch.targets, device), to_device(chosen, device)
-    )
-
-
-def make_context(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None = None) -> Context:
-    device = model.decoder.device
-    tables = model.decoder.rope_tables(to_device(batch.positions, device), int(batch.positions.max(initial=0)) + 1)
-    rows = to_device(batch.rows, device) if dropout_words is not None else None
-    return Context(tables, to_device(batch.segments, device), rows=rows, dropout_words=dropout_words)

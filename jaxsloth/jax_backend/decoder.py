@@ -88,20 +88,35 @@ class Decoder(nnx.Module):
         cap = self.spec.head.soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def loss(self, input_ids: Any, context: Context, targets: Any, plan: Plan, documents: Documents | None = None) -> Any:
-        """The summed cross-entropy over all targets of a batch of which `plan` is true; documents: those it is packed of."""
+    def loss(
+        self,
+        input_ids: Any,
+        context: Context,
+        targets: Any,
+        plan: Plan,
+        documents: Documents | None = None,
+        per_token: bool = False,
+    ) -> Any:
+        """The cross-entropy over all targets of a batch of which `plan` is true, summed or every position's ``[rows, length]``.
+
+        documents: those it is packed of.
+        """
         if plan.mode is None:
             hidden = self.hidden(input_ids, context)[0].reshape(-1, self.spec.hidden)
         else:
             hidden = fused.hidden(self, input_ids, context, plan.mode, documents, plan.plain, plan.unrolled)
         weight, trained = self.head_weight()
-        targets, tokens = targets.reshape(-1), hidden.shape[0]
+        shape, targets, tokens = targets.shape, targets.reshape(-1), hidden.shape[0]
+        chosen = None
         if plan.chosen < tokens:
             chosen = jnp.nonzero(targets != IGNORE, size=plan.chosen, fill_value=tokens)[0]
             hidden = hidden.at[chosen].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
             targets = targets.at[chosen].get(mode="fill", fill_value=IGNORE)
         cap = self.spec.head.soft_cap
-        return self._ops.linear_cross_entropy(hidden, weight, targets, soft_cap=cap, train_weight=trained)
+        loss = self._ops.linear_cross_entropy(hidden, weight, targets, soft_cap=cap, per_token=per_token, train_weight=trained)
+        if not per_token:
+            return loss
+        return (loss if chosen is None else jnp.zeros(tokens).at[chosen].set(loss, mode="drop")).reshape(shape)
 
     def empty_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:
         """One stack of caches a place in the period, ``[layers, batch, capacity, kv_heads, head_dim]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, TensorSource
+from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, PreferenceOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.jax_backend import fused, placement
@@ -21,6 +21,7 @@ from jaxsloth.jax_backend.decoder import Decoder
 from jaxsloth.jax_backend.generate import DecodeState
 from jaxsloth.jax_backend.layers import TRAINED, Context, Ops, Trained
 from jaxsloth.jax_backend.plan import Plan, make_plan
+from jaxsloth.jax_backend.preference import PreferenceStep, make_row_log_probs
 from jaxsloth.jax_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step, rates_of, summed_loss
 from jaxsloth.jax_backend.weights import load_weights, stacked_name
 from jaxsloth.kernels.jax_platform import platform
@@ -230,8 +231,7 @@ class JaxModel:
         return np.asarray(_logits(self.trained, self.frozen, frequencies, arrays, structure=self.structure, ropes=ropes))
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-        if self.spec.lora is None:
-            raise ValueError("the model has no adapters to train; call add_adapters first")
+        self._check_trained()
         frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)
         plan, documents = make_plan(self.mode, self.unrolled, batch.targets[None], batch.segments[None], 1)
         own = (array[0] for array in documents)
@@ -250,12 +250,22 @@ class JaxModel:
             self.add_adapters(self.spec, self.trainable())
 
     def train_step(self, options: OptimizerOptions) -> TrainStep:
+        self._check_trained()
+        return make_train_step(self, options)
+
+    def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep:
+        self._check_trained()
+        return PreferenceStep(self, options, preference)
+
+    def _check_trained(self) -> None:
         if self.spec.lora is None:
             raise ValueError("the model has no adapters to train; call add_adapters first")
-        return make_train_step(self, options)
 
     def eval_step(self) -> EvalStep:
         return make_eval_step(self)
+
+    def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
+        return make_row_log_probs(self, adapters)
 
     def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
         state = DecodeState(self, input_ids, lengths, capacity)

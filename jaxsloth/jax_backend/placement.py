@@ -84,6 +84,11 @@ def sum_over_devices(tree: Any) -> Any:
     return tree if jax.device_count() == 1 else jax.lax.psum(tree, DATA)
 
 
+def gather_from_devices(tree: Any, axis: int) -> Any:
+    """Every device's share along `axis`, put together, inside `over_devices`."""
+    return tree if jax.device_count() == 1 else jax.lax.all_gather(tree, DATA, axis=axis, tiled=True)
+
+
 def free_memory() -> float:
     """Bytes of one device that are not in use; inf where unknown."""
     stats = jax.devices()[0].memory_stats() or {}

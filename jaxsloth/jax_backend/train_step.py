@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,21 @@ def summed_loss(structure: Any, trained: Any, frozen: Any, frequencies: Any, bat
 
     batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed).
     """
+    return _loss(structure, trained, frozen, frequencies, batch, words, plan, per_token=False)
+
+
+def row_losses(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan) -> Any:
+    """The same, summed by row: float32 ``[rows]``."""
+    return _loss(structure, trained, frozen, frequencies, batch, words, plan, per_token=True).sum(axis=1)
+
+
+def _loss(
+    structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan, per_token: bool
+) -> Any:
     input_ids, targets, segments, positions, rows, *documents = batch
     decoder = nnx.merge(structure, trained, frozen)
     context = Context(decoder.rope_tables(positions, frequencies), segments, rows=rows, dropout_words=words)
-    return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)))
+    return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)), per_token)
 
 
 def rates_of(ropes: Any, frequencies: Any) -> Any:
@@ -39,14 +51,20 @@ def rates_of(ropes: Any, frequencies: Any) -> Any:
     return {rope: (values, scaling) for (rope, scaling), values in zip(ropes, frequencies, strict=True)}
 
 
-class TrainStep:
+class WindowStep(ABC):
     """One optimizer step, compiled once a shape: a scan over micro-batches, one sum over devices, one update."""
+
+    kind: str
 
     def __init__(self, model: JaxModel, options: OptimizerOptions) -> None:
         self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
+
+    @abstractmethod
+    def _total(self, trained: Any, frozen: Any, rates: Any, batch: Any, words: Any, plan: Plan) -> tuple[Any, Any]:
+        """(what is descended, summed over a device's micro-batch; what else a step wants to know: arrays by row, or None)."""
 
     def _step(
         self,
@@ -58,48 +76,56 @@ class TrainStep:
         window: Any,
         ropes: Any,
         plan: Plan,
-    ) -> tuple[Any, OptimizerState, Any, Any, Any, Any]:
-        structure = self._model.structure
-
+    ) -> tuple[Any, OptimizerState, tuple[Any, Any, Any, Any], Any]:
         def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *window: Any) -> Any:
             rates = rates_of(ropes, frequencies)
             words = scalars["words"] if self._drops else None
 
-            def micro(total: Any, batch: Any) -> tuple[Any, None]:
+            def micro(total: Any, batch: Any) -> tuple[Any, Any]:
                 def scaled(trained: Any) -> Any:
-                    loss = summed_loss(structure, trained, frozen, rates, batch, words, plan) / scalars["count"]
-                    return loss * scale, loss
+                    loss, known = self._total(trained, frozen, rates, batch, words, plan)
+                    loss = loss / scalars["count"]
+                    return loss * scale, (loss, known)
 
-                (_, loss), gradients = jax.value_and_grad(scaled, has_aux=True)(trained)
-                return jax.tree.map(jnp.add, total, (loss, gradients)), None
+                (_, (loss, known)), gradients = jax.value_and_grad(scaled, has_aux=True)(trained)
+                return jax.tree.map(jnp.add, total, (loss, gradients)), known
 
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
             if window[0].shape[0] == 1:
-                return placement.sum_over_devices(micro(zeros, jax.tree.map(lambda array: array[0], window))[0])
-            return placement.sum_over_devices(jax.lax.scan(micro, zeros, window)[0])
+                total, known = micro(zeros, jax.tree.map(lambda array: array[0], window))
+                known = jax.tree.map(lambda array: array[None], known)
+            else:
+                total, known = jax.lax.scan(micro, zeros, window)
+            return placement.sum_over_devices(total), placement.gather_from_devices(known, axis=1)
 
         run = placement.over_devices(share, replicated=5, sharded_axis=1)
-        loss, gradients = run(trained, frozen, frequencies, scalars, state.loss_scale, *window)
+        (loss, gradients), known = run(trained, frozen, frequencies, scalars, state.loss_scale, *window)
         trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"])
         together = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
-        return trained, state, loss, norm, skipped, together
+        return trained, state, (loss, norm, skipped, together), known
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+    def _advance(
+        self, window: Window, count: int, more: tuple[np.ndarray, ...], learning_rate: float, step: int, seed: int
+    ) -> tuple[tuple[Any, Any, Any, Any], Any]:
+        """(the fields of a `StepResult`, what else `_total` tells ``[micro, rows]``).
+
+        count: what the loss is divided by. more: arrays ``[micro, rows, …]`` that `_total`'s batch has behind its own.
+        """
         model = self._model
         scalars = {
             "rate": np.float32(learning_rate),
-            "count": np.float32(max(window.valid_tokens, 1)),
+            "count": np.float32(max(count, 1)),
             "words": np.array(step_words(seed, step), np.uint32),
         }
         frequencies, ropes = model.frequencies(int(window.positions.max(initial=0)) + 1)
         plan, documents = make_plan(model.mode, model.unrolled, window.targets, window.segments, model.devices)
-        arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents)
+        arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents, *more)
         put = tuple(placement.put_batch(array, 1) for array in arrays)
-        model.count_compilation("train", (*window.input_ids.shape, plan, *(array.shape for array in documents)))
-        model.trained, self._state, loss, norm, skipped, together = self._run(
+        model.count_compilation(self.kind, (*window.input_ids.shape, plan, *(array.shape for array in documents)))
+        model.trained, self._state, result, known = self._run(
             model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes, plan=plan
         )
-        return StepResult(loss, norm, skipped, together)
+        return result, known
 
     def state(self) -> dict[str, np.ndarray]:
         adam, found = self._state.adam, {}
@@ -126,20 +152,35 @@ class TrainStep:
         self._state = placement.replicate(OptimizerState(adam, scale, good))
 
 
-class EvalStep:
+class TrainStep(WindowStep):
+    """See `jaxsloth.backend.TrainStep`."""
+
+    kind = "train"
+
+    def _total(self, trained: Any, frozen: Any, rates: Any, batch: Any, words: Any, plan: Plan) -> tuple[Any, Any]:
+        return summed_loss(self._model.structure, trained, frozen, rates, batch, words, plan), None
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        return StepResult(*self._advance(window, window.valid_tokens, (), learning_rate, step, seed)[0])
+
+
+class RowLosses:
+    """The cross-entropy of every row of a batch, over all devices, dropout off: float32 ``[rows]`` on each of them."""
+
     def __init__(self, model: JaxModel) -> None:
         self._model = model
-        self._run = jax.jit(self._total, static_argnames=("ropes", "plan"))
+        self._run = jax.jit(self._rows, static_argnames=("ropes", "plan"))
 
-    def _total(self, trained: Any, frozen: Any, frequencies: Any, batch: Any, ropes: Any, plan: Plan) -> Any:
+    def _rows(self, trained: Any, frozen: Any, frequencies: Any, batch: Any, ropes: Any, plan: Plan) -> Any:
         def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
             rates = rates_of(ropes, frequencies)
-            total = summed_loss(self._model.structure, trained, frozen, rates, batch, None, plan)
-            return placement.sum_over_devices(total)
+            losses = row_losses(self._model.structure, trained, frozen, rates, batch, None, plan)
+            return placement.gather_from_devices(losses, axis=0)
 
         return placement.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
 
-    def __call__(self, batch: Batch) -> tuple[Any, int]:
+    def __call__(self, trained: Any, batch: Batch) -> Any:
+        """trained: a state like the model's."""
         model = self._model
         frequencies, ropes = model.frequencies(int(batch.positions.max(initial=0)) + 1)
         plan, documents = make_plan(model.mode, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
@@ -147,7 +188,15 @@ class EvalStep:
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         put = tuple(placement.put_batch(array, 0) for array in arrays)
         model.count_compilation("evaluate", (*batch.input_ids.shape, plan, *(array.shape for array in documents)))
-        return self._run(model.trained, model.frozen, frequencies, put, ropes=ropes, plan=plan), batch.valid_tokens()
+        return self._run(trained, model.frozen, frequencies, put, ropes=ropes, plan=plan)
+
+
+class EvalStep:
+    def __init__(self, model: JaxModel) -> None:
+        self._model, self._rows = model, RowLosses(model)
+
+    def __call__(self, batch: Batch) -> tuple[Any, int]:
+        return self._rows(self._model.trained, batch).sum(), batch.valid_tokens()
 
 
 def make_train_step(model: JaxModel, options: OptimizerOptions) -> TrainStep:

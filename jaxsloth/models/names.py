@@ -98,6 +98,17 @@ def own_name(trained: str) -> str:
     return trained.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
+def check_base_is_whole(spec: ModelSpec) -> None:
+    """ValueError where turning the adapters off would not give the base model back: parts of it are trained themselves."""
+    adapters = {name for module in (spec.lora.modules if spec.lora is not None else ()) for name in lora_names(module)}
+    for name in trainable_shapes(spec):
+        if name not in adapters:
+            raise ValueError(
+                f"the base model can't stand for the reference: {own_name(name)} is trained itself, not by an adapter; "
+                "give a reference model of its own, or the reference's log-probs"
+            )
+
+
 def trainable_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every trained tensor under its PEFT name -> shape, in a fixed order: adapters, biases, whole modules."""
     if spec.lora is None:

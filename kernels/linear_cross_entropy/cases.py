@@ -21,11 +21,17 @@ class Case:
     ignored: Literal["none", "some", "all"] = "some"
     ignore_index: int = -100
     spread: float = 2.0
+    per_token: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``linear_cross_entropy``."""
-        return {"soft_cap": self.soft_cap, "ignore_index": self.ignore_index, "chunk": self.chunk}
+        return {
+            "soft_cap": self.soft_cap,
+            "ignore_index": self.ignore_index,
+            "chunk": self.chunk,
+            "per_token": self.per_token,
+        }
 
 
 CASES: tuple[Case, ...] = (
@@ -42,11 +48,15 @@ CASES: tuple[Case, ...] = (
     Case("ignore_zero", 17, 32, 40, chunk=5, ignore_index=0),
     Case("peaked", 16, 32, 60, chunk=7, spread=20.0),
     Case("wide_vocab", 12, 16, 4099, chunk=5),
+    Case("tokens", 40, 32, 101, per_token=True),
+    Case("tokens_partial_chunk", 29, 48, 97, chunk=8, per_token=True),
+    Case("tokens_soft_cap", 21, 32, 90, chunk=8, soft_cap=3.0, per_token=True),
+    Case("tokens_empty", 0, 32, 50, ignored="none", per_token=True),
 )
 
 
 def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray | None]:
-    """float32 ``hidden``, ``weight`` and ``dy`` (a scalar, the loss's incoming gradient); int32 ``targets [tokens]``."""
+    """float32 ``hidden``, ``weight`` and ``dy``, the result's gradient (scalar or ``[tokens]``); int32 ``targets [tokens]``."""
     generator = np.random.default_rng(seed)
     targets = generator.integers(0, case.vocab, case.tokens).astype(np.int32)
     if case.ignored == "all":
@@ -54,9 +64,10 @@ def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray | None]:
     elif case.ignored == "some":
         targets[::3] = case.ignore_index
     scale = case.spread * case.width**-0.5
+    dy = generator.standard_normal(case.tokens) if case.per_token else 0.37
     return {
         "hidden": generator.standard_normal((case.tokens, case.width)).astype(np.float32),
         "weight": (generator.standard_normal((case.vocab, case.width)) * scale).astype(np.float32),
         "targets": targets,
-        "dy": np.asarray(0.37, np.float32),
+        "dy": np.asarray(dy, np.float32),
     }

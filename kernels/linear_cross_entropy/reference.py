@@ -13,12 +13,14 @@ def linear_cross_entropy(
     *,
     soft_cap: float | None = None,
     ignore_index: int = -100,
-) -> Float64[torch.Tensor, ""]:
-    """The sum over valid targets of ``-log softmax(logits)[target]``."""
+    per_token: bool = False,
+) -> Float64[torch.Tensor, "*tokens"]:
+    """``-log softmax(logits)[target]`` of every token, 0 where its target is ignored; or the sum of them."""
     logits = torch.einsum("tw,vw->tv", hidden, weight)
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     valid = targets != ignore_index
     chosen = torch.nn.functional.one_hot(targets.long().where(valid, 0), weight.shape[0]).bool()
     log_probabilities = torch.log_softmax(logits, dim=-1)
-    return -(log_probabilities * (chosen & valid[:, None])).sum()
+    losses = -(log_probabilities * (chosen & valid[:, None])).sum(dim=1)
+    return losses if per_token else losses.sum()

@@ -54,7 +54,7 @@ def softmax(
 
 
 @torch.no_grad()
-def loss_and_gradients(
+def losses_and_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -63,8 +63,12 @@ def loss_and_gradients(
     chunk: int,
     wants: tuple[bool, bool],
     softmax: Softmax,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(the summed loss, dhidden, dweight float32), the gradients where `wants` says so."""
+    """(every token's loss, dhidden, dweight float32), the gradients where `wants` says so.
+
+    A token's dhidden is of its own loss; dweight is of the losses' sum, each times its own of `factors` (float32 ``[tokens]``).
+    """
     wants_hidden, wants_weight = wants
     used = weight.to(hidden.dtype)
     # Where half precision has no float32 product (matmul_float32), the weight is widened once, not once a chunk.
@@ -84,11 +88,13 @@ def loss_and_gradients(
         if dhidden is not None:
             torch.mm(slopes, used, out=dhidden[part])
         if dweight is not None:
+            if factors is not None:
+                slopes.mul_(factors[part, None])
             dweight += matmul_float32(slopes.T, tokens)
-    return losses.sum(), dhidden, dweight
+    return losses, dhidden, dweight
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -101,10 +107,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants: tuple[bool, bool],
         softmax: Softmax,
     ) -> torch.Tensor:
-        loss, dhidden, dweight = loss_and_gradients(hidden, weight, targets, soft_cap, ignore_index, chunk, wants, softmax)
+        losses, dhidden, dweight = losses_and_gradients(hidden, weight, targets, soft_cap, ignore_index, chunk, wants, softmax)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
-        return loss
+        return losses.sum()
 
     @staticmethod
     @once_differentiable
@@ -117,6 +123,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, None, None, None, None, None, None
 
 
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        soft_cap: float | None,
+        ignore_index: int,
+        chunk: int,
+        wants: tuple[bool, bool],
+        softmax: Softmax,
+    ) -> torch.Tensor:
+        ctx.settings = soft_cap, ignore_index, chunk, (False, True), softmax
+        losses, dhidden, _ = losses_and_gradients(
+            hidden, weight, targets, soft_cap, ignore_index, chunk, (wants[0], False), softmax
+        )
+        ctx.save_for_backward(dhidden, *((hidden, weight, targets) if wants[1] else ()))
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dhidden, *again = ctx.saved_tensors
+        dweight = None
+        if dhidden is not None:
+            dhidden = (dhidden * grads[0][:, None]).to(dhidden.dtype)
+        if again:
+            hidden, weight, targets = again
+            _, _, total = losses_and_gradients(hidden, weight, targets, *ctx.settings, grads[0])
+            assert total is not None
+            dweight = total.to(weight.dtype)
+        return dhidden, dweight, None, None, None, None, None, None
+
+
 def apply_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -124,6 +165,7 @@ def apply_loss(
     soft_cap: float | None,
     ignore_index: int,
     chunk: int | None,
+    per_token: bool,
     softmax: Softmax,
 ) -> torch.Tensor:
     """`linear_cross_entropy` with the chunk's softmax given."""
@@ -133,7 +175,8 @@ def apply_loss(
         chunk = default_chunk(hidden.shape[0], weight.shape[0])
     tracked = torch.is_grad_enabled()
     wants = (tracked and hidden.requires_grad, tracked and weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, soft_cap, ignore_index, chunk, wants, softmax)
+    function = _TokenLosses if per_token else _SummedLoss
+    return function.apply(hidden, weight, targets, soft_cap, ignore_index, chunk, wants, softmax)
 
 
 def linear_cross_entropy(
@@ -144,10 +187,12 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     ignore_index: int = -100,
     chunk: int | None = None,
-) -> Float32[torch.Tensor, ""]:
-    """The summed cross entropy of ``hidden·weightᵀ`` against `targets`, with at most `chunk` tokens' logits at a time.
+    per_token: bool = False,
+) -> Float32[torch.Tensor, "*tokens"]:
+    """The cross entropy of ``hidden·weightᵀ`` against `targets`, summed or per token, with at most `chunk` tokens' logits at a
+    time.
 
     Raises:
         ValueError: chunk is not positive.
     """
-    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, softmax)
+    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, per_token, softmax)

@@ -116,6 +116,7 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     ignore_index: int = -100,
     chunk: int | None = None,
-) -> Float32[torch.Tensor, ""]:
+    per_token: bool = False,
+) -> Float32[torch.Tensor, "*tokens"]:
     """As torch_ops' function of this name, on CUDA."""
-    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, softmax)
+    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, per_token, softmax)

@@ -25,19 +25,19 @@ def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
 
 
 def _chunk_loss(hidden: Array, weight: Array, targets: Array, soft_cap: float | None, ignore_index: int) -> tuple[Array, Array]:
-    """(summed loss, its gradient by the logits before the cap, float32 ``[chunk, vocab]``) of one chunk."""
+    """(every token's loss, its gradient by the logits before the cap, float32 ``[chunk, vocab]``) of one chunk."""
     raw = _dot(hidden, weight, (1, 1))
     logits = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
     valid = targets != ignore_index
     chosen = jnp.where(valid, targets, 0)
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-    loss = jnp.sum(jnp.where(valid, log_sum - picked, 0.0))
+    losses = jnp.where(valid, log_sum - picked, 0.0)
     onehot = jax.lax.broadcasted_iota(chosen.dtype, logits.shape, 1) == chosen[:, None]
     slope = jnp.where(valid[:, None], jnp.exp(logits - log_sum[:, None]) - onehot, 0.0)
     if soft_cap is not None:
         slope = slope * (1.0 - (logits / soft_cap) ** 2)
-    return loss, slope
+    return losses, slope
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -45,7 +45,7 @@ def _loss(
     hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
 ) -> Array:
     def add(total: Array, part: Any) -> tuple[Array, None]:
-        return total + _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)[0], None
+        return total + _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)[0].sum(), None
 
     chunks = _chunks(hidden, targets, chunk, ignore_index)
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
@@ -56,11 +56,11 @@ def _forward(
 ) -> tuple[Array, Any]:
     def add(carry: Any, part: Any) -> tuple[Any, Array]:
         total, dweight = carry
-        loss, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
+        losses, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
         slope = slope.astype(hidden.dtype)
         if train_weight:
             dweight = dweight + _dot(slope, part[0], (0, 0))
-        return (total + loss, dweight), _dot(slope, weight, (1, 0)).astype(hidden.dtype)
+        return (total + losses.sum(), dweight), _dot(slope, weight, (1, 0)).astype(hidden.dtype)
 
     start = jnp.zeros(weight.shape, jnp.float32) if train_weight else None
     chunks = _chunks(hidden, targets, chunk, ignore_index)
@@ -79,6 +79,51 @@ def _backward(
 _loss.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _token_losses(
+    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
+) -> Array:
+    def losses(part: Any) -> Array:
+        return _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)[0]
+
+    return jax.lax.map(losses, _chunks(hidden, targets, chunk, ignore_index)).reshape(-1)[: hidden.shape[0]]
+
+
+def _tokens_forward(
+    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
+) -> tuple[Array, Any]:
+    def both(part: Any) -> tuple[Array, Array]:
+        losses, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
+        return losses, _dot(slope.astype(hidden.dtype), weight, (1, 0)).astype(hidden.dtype)
+
+    tokens = hidden.shape[0]
+    losses, dhidden = jax.lax.map(both, _chunks(hidden, targets, chunk, ignore_index))
+    again = (hidden, weight, targets) if train_weight else None
+    return losses.reshape(-1)[:tokens], (dhidden.reshape(-1, hidden.shape[1])[:tokens], again)
+
+
+def _tokens_backward(
+    soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool, kept: Any, dy: Array
+) -> tuple[Any, Any, None]:
+    dhidden, again = kept
+    dhidden = (dhidden.astype(jnp.float32) * dy[:, None]).astype(dhidden.dtype)
+    if not train_weight:
+        return dhidden, None, None
+    hidden, weight, targets = again
+
+    def add(total: Array, part: Any) -> tuple[Array, None]:
+        _, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
+        return total + _dot((slope * part[2][:, None]).astype(hidden.dtype), part[0], (0, 0)), None
+
+    factors = jnp.pad(dy, (0, -dy.shape[0] % chunk)).reshape(-1, chunk)
+    parts = (*_chunks(hidden, targets, chunk, ignore_index), factors)
+    dweight, _ = jax.lax.scan(add, jnp.zeros(weight.shape, jnp.float32), parts)
+    return dhidden, dweight, None
+
+
+_token_losses.defvjp(_tokens_forward, _tokens_backward)
+
+
 def _chunks(hidden: Array, targets: Array, chunk: int, ignore_index: int) -> tuple[Array, Array]:
     """The tokens as ``[chunks, chunk, …]``, filled up with ignored ones."""
     missing = -hidden.shape[0] % chunk
@@ -95,9 +140,11 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     ignore_index: int = -100,
     chunk: int | None = None,
+    per_token: bool = False,
     train_weight: bool = False,
-) -> Float32[Array, ""]:
-    """The summed cross entropy of ``hidden·weightᵀ`` against `targets`, with at most `chunk` tokens' logits at a time.
+) -> Float32[Array, "*tokens"]:
+    """The cross entropy of ``hidden·weightᵀ`` against `targets`, summed or per token, with at most `chunk` tokens' logits at a
+    time.
 
     Args:
         train_weight: also form the gradient of the weight, float32 whatever the weight's dtype.
@@ -111,4 +158,5 @@ def linear_cross_entropy(
     size = min(chunk or default_chunk(tokens, vocab), max(tokens, 1))
     if not train_weight:
         weight = jax.lax.stop_gradient(weight)
-    return _loss(hidden, weight, targets, soft_cap, ignore_index, size, train_weight)
+    function = _token_losses if per_token else _loss
+    return function(hidden, weight, targets, soft_cap, ignore_index, size, train_weight)

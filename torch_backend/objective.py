@@ -1,0 +1,90 @@
+"""What a training step descends: a function of the losses of a batch's targets, and how the composed decoder forms those."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.torch_backend.layers import Context
+from jaxsloth.torch_backend.placement import to_device
+
+if TYPE_CHECKING:
+    from jaxsloth.torch_backend.model import TorchModel
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Objective(Hashable, Protocol):
+    """What the losses of a micro-batch's targets are made into. Equal objectives may replay one CUDA graph, so all that changes
+    from batch to batch is in tensors on the device; "factor" (float32 scalar) is what the gradients are to be times."""
+
+    def weigh(
+        self, losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int], tensors: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what a step wants to know, the gradient by every loss: float32, a scalar where all are equal).
+
+        losses: float32 ``[n]``, of the targets at `chosen`, indices into the flat batch of `shape` (rows, length); where those
+        are filled up with rows·length the losses are 0.
+        """
+        ...
+
+    def add_gradients(self, model: TorchModel, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
+        """What a step wants to know; the gradients are added to the trained tensors' by autograd."""
+        ...
+
+
+class SummedLoss:
+    """The sum of the losses: cross-entropy training."""
+
+    def weigh(
+        self, losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int], tensors: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        del chosen, shape
+        return losses.sum(), tensors["factor"]
+
+    def add_gradients(self, model: TorchModel, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
+        loss = summed_loss(model, batch, words)
+        (loss * tensors["factor"]).backward()
+        return loss.detach()
+
+
+SUMMED = SummedLoss()
+
+
+def by_row(losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Losses (as `Objective.weigh` has them) added up by row: float32 ``[rows]``, the same from run to run."""
+    whole = losses.new_zeros(shape[0] * shape[1] + 1)
+    whole.index_copy_(0, chosen, losses)
+    return whole[:-1].view(shape).sum(dim=1)
+
+
+def summed_loss(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> torch.Tensor:
+    """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained."""
+    return _loss(model, batch, dropout_words, per_token=False)[0]
+
+
+def target_losses(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the cross-entropy of every target of the batch, differentiable; their indices into the flat batch)."""
+    return _loss(model, batch, dropout_words, per_token=True)
+
+
+def _loss(
+    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, per_token: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    device = model.decoder.device
+    # Found on the host: asking the device would wait for it.
+    chosen = to_device(np.flatnonzero(batch.targets != IGNORE), device)
+    context = make_context(model, batch, dropout_words)
+    ids, targets = to_device(batch.input_ids, device), to_device(batch.targets, device)
+    return model.decoder.loss(ids, context, targets, chosen, per_token=per_token), chosen
+
+
+def make_context(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None = None) -> Context:
+    device = model.decoder.device
+    tables = model.decoder.rope_tables(to_device(batch.positions, device), int(batch.positions.max(initial=0)) + 1)
+    rows = to_device(batch.rows, device) if dropout_words is not None else None
+    return Context(tables, to_device(batch.segments, device), rows=rows, dropout_words=dropout_words)
