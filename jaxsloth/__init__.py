@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         train_on_responses_only,
     )
     from jaxsloth.frontend.backends import memory_stats, set_backend
+    from jaxsloth.frontend.dpo_trainer import DPOConfig, DPOTrainer
     from jaxsloth.frontend.fast_model import FastLanguageModel, FastModel, PatchDPOTrainer, is_bfloat16_supported
     from jaxsloth.frontend.trainer import SFTConfig, SFTTrainer
     from jaxsloth.recipe import Recipe
@@ -32,12 +33,15 @@ _HOMES = {
         "train_on_responses_only",
     ),
     "jaxsloth.frontend.backends": ("memory_stats", "set_backend"),
+    "jaxsloth.frontend.dpo_trainer": ("DPOConfig", "DPOTrainer"),
     "jaxsloth.frontend.fast_model": ("FastLanguageModel", "FastModel", "PatchDPOTrainer", "is_bfloat16_supported"),
     "jaxsloth.frontend.trainer": ("SFTConfig", "SFTTrainer"),
     "jaxsloth.recipe": ("Recipe",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "FastLanguageModel",
     "FastModel",
     "PatchDPOTrainer",

@@ -21,6 +21,7 @@ from jaxsloth.data.windows import FILLER_ROW, WindowStream, eval_batches
 from jaxsloth.frontend.adapters import base_of, give_backend, show_backend, take_back
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
 from jaxsloth.frontend.language_model import FastModelForCausalLM
+from jaxsloth.frontend.metrics import predictions
 from jaxsloth.frontend.peft_models import set_checkpointing
 from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
 from jaxsloth.frontend.trainer_run import (
@@ -61,6 +62,8 @@ class BaseTrainer:
 
     examples: list[Example]
     held_out: list[Example] | None
+    compute_metrics: Callable[[Any], dict[str, float]] | None
+    _preprocess: Callable[[Any, Any], Any] | None
 
     def __init__(self, model: Any, args: Any, processing_class: Any, peft_config: Any, others: Mapping[str, Any]) -> None:
         """Looks at all that came, but the data (`_begin`)."""
@@ -184,7 +187,7 @@ class BaseTrainer:
             self.evaluate if self.held_out else None,
             self.base.behind,
             self.processing_class,
-            self.base.config.name_or_path,
+            self.base.config.name_or_path or "",
         )
         try:
             return TrainOutput(*self._run.train(resume))
@@ -218,6 +221,8 @@ class BaseTrainer:
         start = time.perf_counter()
         batches = self._eval_batches(held_out, self.args.per_device_eval_batch_size * self._devices.count * self.together)
         found = self._evaluate(held_out, batches)
+        if self.compute_metrics is not None:
+            found |= self.compute_metrics(predictions(self.model, batches, self._preprocess))
         prefix = metric_key_prefix
         metrics = {name if name.startswith(prefix) else f"{prefix}_{name}": value for name, value in found.items()}
         seconds = time.perf_counter() - start

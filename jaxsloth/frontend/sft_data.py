@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxsloth.recipe import DataRecipe
 logger = logging.getLogger("jaxsloth.training")
 Row = Mapping[str, Any]
 Formatting = Callable[[Any], Any]
+Encoded = tuple[np.ndarray, np.ndarray]
 
 
 def encode(
@@ -46,18 +47,8 @@ def encode(
     if not rows:
         raise DataError(f"{name} has no rows; at least one is needed")
     read = _reader(rows, tokenizer, args, formatting)
-    examples = []
-    for number, row in enumerate(rows):
-        try:
-            tokens, learn = read(row)
-        except DataError as error:
-            raise DataError(f"{name}, row {number} (counted from 0): {error}") from error
-        if len(tokens) and int(tokens.max()) >= vocab:
-            raise DataError(
-                f"{name}, row {number} (counted from 0) holds the token {int(tokens.max())}, and the model has {vocab}; the "
-                "tokenizer must be the model's own"
-            )
-        examples.append(Example(tokens[:max_length], learn[:max_length]))
+    encoded = read_rows(rows, name, vocab, lambda row: [read(row)])
+    examples = [Example(tokens[:max_length], learn[:max_length]) for [(tokens, learn)] in encoded]
     kept = [example for example in examples if example.targets]
     if not kept:
         cut = "" if max_length is None else f" within max_length={max_length}"
@@ -68,7 +59,26 @@ def encode(
     return kept
 
 
-Encoded = tuple[np.ndarray, np.ndarray]
+def read_rows(
+    rows: Sequence[Row], name: str, vocab: int, read: Callable[[Row], Sequence[Encoded]]
+) -> Iterator[Sequence[Encoded]]:
+    """What `read` makes of each row: one or several documents' tokens, with which of them are learnt.
+
+    Raises:
+        DataError: `read` raised one, or a token is outside the vocabulary; the message says in which row.
+    """
+    for number, row in enumerate(rows):
+        try:
+            found = read(row)
+        except DataError as error:
+            raise DataError(f"{name}, row {number} (counted from 0): {error}") from error
+        for tokens, _ in found:
+            if len(tokens) and int(tokens.max()) >= vocab:
+                raise DataError(
+                    f"{name}, row {number} (counted from 0) holds the token {int(tokens.max())}, and the model has {vocab}; "
+                    "the tokenizer must be the model's own"
+                )
+        yield found
 
 
 def _reader(rows: Sequence[Row], tokenizer: Any, args: Any, formatting: Formatting | None) -> Callable[[Row], Encoded]:
@@ -90,13 +100,13 @@ def _reader(rows: Sequence[Row], tokenizer: Any, args: Any, formatting: Formatti
 
     if "messages" in first or "conversations" in first:
         read = row_reader(DataRecipe(path="in memory", format="messages"), first)
-        return lambda row: chat(_conversation(read(_without_tools(row))), args.assistant_only_loss)
+        return lambda row: chat(_conversation(read(without_tools(row))), args.assistant_only_loss)
     if "prompt" in first and "completion" in first:
         only_completion = args.completion_only_loss is not False
         if isinstance(first["prompt"], str):
             return lambda row: _prompt_completion(row, tokenizer, only_completion)
         read = row_reader(DataRecipe(path="in memory", format="prompt_completion"), first)
-        return lambda row: chat(_conversation(read(_without_tools(row))), only_completion)
+        return lambda row: chat(_conversation(read(without_tools(row))), only_completion)
     raise DataError(
         f"the data set has no field {field!r} (dataset_text_field) and none of input_ids, messages, conversations, or prompt "
         f"with completion; its fields are: {', '.join(first)}. Name the text's field, or give a formatting_func"
@@ -108,7 +118,8 @@ def _conversation(content: Any) -> Conversation:
     return content
 
 
-def _without_tools(row: Row) -> Row:
+def without_tools(row: Row) -> Row:
+    """The row; DataError where it has tools."""
     if row.get("tools"):
         raise DataError("the row has tools, which are not rendered here; render the text yourself and give it as a text field")
     return row
@@ -128,7 +139,7 @@ def _one_by_one(formatting: Formatting, first: Row) -> Callable[[Row], Any]:
 def _text(text: Any, tokenizer: Any) -> Encoded:
     if not isinstance(text, str):
         raise DataError(f"a text must be a string, and {type(text).__name__} came (of the text's field or formatting_func)")
-    tokens = _tokenize(_ended(text, tokenizer), tokenizer)
+    tokens = tokenize(ended(text, tokenizer), tokenizer)
     return tokens, np.ones(len(tokens), bool)
 
 
@@ -136,20 +147,26 @@ def _prompt_completion(row: Row, tokenizer: Any, only_completion: bool) -> Encod
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise DataError("prompt and completion must both be texts, as in the first row")
-    before = _tokenize(prompt, tokenizer)
-    tokens = _tokenize(prompt + _ended(completion, tokenizer), tokenizer)
+    before = tokenize(prompt, tokenizer)
+    tokens = tokenize(prompt + ended(completion, tokenizer), tokenizer)
+    return tokens, (np.arange(len(tokens)) >= shared_length(before, tokens)) | (not only_completion)
+
+
+def shared_length(before: np.ndarray, tokens: np.ndarray) -> int:
+    """How many tokens both begin with: tokens of a prompt may merge with what follows it."""
     shared = min(len(before), len(tokens))
     differing = np.flatnonzero(before[:shared] != tokens[:shared])
-    start = int(differing[0]) if differing.size else shared
-    return tokens, (np.arange(len(tokens)) >= start) | (not only_completion)
+    return int(differing[0]) if differing.size else shared
 
 
-def _ended(text: str, tokenizer: Any) -> str:
+def ended(text: str, tokenizer: Any) -> str:
+    """The text, with the EOS behind it."""
     end = tokenizer.eos_token
     return text if end is None or text.endswith(end) else text + end
 
 
-def _tokenize(text: str, tokenizer: Any) -> np.ndarray:
+def tokenize(text: str, tokenizer: Any) -> np.ndarray:
+    """int32 ``[length]``, with the special tokens that the tokenizer puts around a text."""
     # A text that a chat template wrote begins with BOS already.
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return np.array(tokenizer(text, add_special_tokens=not begins)["input_ids"], np.int32)

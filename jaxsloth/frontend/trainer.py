@@ -12,7 +12,6 @@ from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import WindowStream
 from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, real_rows
 from jaxsloth.frontend.collated import CollatedStream, Collator, has_masked, shown
-from jaxsloth.frontend.metrics import predictions
 from jaxsloth.frontend.sft_config import RULES, SFTConfig
 from jaxsloth.frontend.sft_data import encode
 from jaxsloth.frontend.trainer_config import Reasons
@@ -98,10 +97,7 @@ class SFTTrainer(BaseTrainer):
         step = self.base.engine.model.eval_step()
         results = [(step(batch), real_rows(batch)) for batch in batches]
         sums = [(float(total) / tokens, rows) for (total, tokens), rows in results]
-        found = {"loss": sum(mean * rows for mean, rows in sums) / sum(rows for _, rows in sums)}
-        if self.compute_metrics is not None:
-            found |= self.compute_metrics(predictions(self.model, batches, self._preprocess))
-        return found
+        return {"loss": sum(mean * rows for mean, rows in sums) / sum(rows for _, rows in sums)}
 
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
         return [shown(example) for example in examples]

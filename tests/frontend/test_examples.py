@@ -63,3 +63,13 @@ def test_peft_trainer(backend, tmp_path):
     assert held_out and 0 < float(held_out[2]) < float(held_out[1]) < 5
     assert "it answers the same: True" in said
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dpo(backend, tmp_path):
+    said = run("dpo", backend, tmp_path)
+    # The first loss is log 2 where policy and reference are the same: the SFT adapter, loaded.
+    assert re.search(r"loss 0\.6931 -> 0\.\d+; margins -?0\.0000 -> ", said)
+    assert re.search(r"peak \d+\.\d+ GB", said)
+    assert (tmp_path / "dpo_model" / "adapter_model.safetensors").is_file()

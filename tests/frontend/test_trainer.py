@@ -27,6 +27,7 @@ from jaxsloth.frontend.trainer_run import learning_rates
 from jaxsloth.kernels.dropout.contract import key_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from tests.support.modules import BACKENDS, their_base
+from tests.support.native import logged, native_model, under_their_peft
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, write_checkpoint
 
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -56,12 +57,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     monkeypatch.setattr(arguments, "_said", set())
-
-
-def adapted(checkpoint, backend, **changes):
-    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, backend=backend, load_in_4bit=False, max_seq_length=64)
-    settings = {"r": 4, "lora_alpha": 8, "use_gradient_checkpointing": False, "random_state": 1} | changes
-    return FastLanguageModel.get_peft_model(model, **settings), tokenizer
 
 
 def token_rows(count=45):
@@ -95,24 +90,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def same_adapter(ours, theirs):
-    state = {name: p.detach() for name, p in ours.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state[name])
-    return theirs
-
-
 @cache
 def judged(case: str, checkpoint: str, folder: Path) -> list[dict[str, float]]:
     """TRL's log of the same run on transformers and PEFT; its losses are not rounded."""
-    import peft
-
     data, changes = CASES[case]
-    ours, tokenizer = adapted(checkpoint, "torch")
-    config = peft.LoraConfig(**{k: v for k, v in ours.peft_config["default"].to_dict().items() if k != "peft_type"})
-    theirs = same_adapter(ours, peft.get_peft_model(their_base(), config))
+    ours, tokenizer = native_model(checkpoint, "torch")
+    theirs = under_their_peft(ours, their_base())
     settings = SETTINGS | {"use_cpu": True, "bf16": False, "gradient_checkpointing": False} | changes
     rows = Dataset.from_list(ROWS[data])
     extra = {"eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 4}
@@ -132,17 +115,13 @@ def judges_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("judge")
 
 
-def logged(history, name):
-    return np.array([entry[name] for entry in history if name in entry])
-
-
 @both
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_trls(case, backend, checkpoint, tmp_path, judges_folder):
     history = judged(case, checkpoint, judges_folder)
     losses = logged(history, "loss")
     data, changes = CASES[case]
-    model, tokenizer = adapted(checkpoint, backend)
+    model, tokenizer = native_model(checkpoint, backend)
     config = SFTConfig(str(tmp_path), **SETTINGS | changes, eval_strategy="steps", eval_steps=10, per_device_eval_batch_size=4)
     rows = Dataset.from_list(ROWS[data])
     trainer = SFTTrainer(model, args=config, train_dataset=rows, eval_dataset=rows.select(range(7)), processing_class=tokenizer)
@@ -206,7 +185,7 @@ def test_noise_on_embeddings_is_transformers(backend, checkpoint, tmp_path, judg
 
 def small(checkpoint, tmp_path, backend="torch", rows=None, **changes):
     trainer = {name: changes.pop(name) for name in list(changes) if name in ("callbacks", "compute_metrics", "eval_dataset")}
-    model, tokenizer = adapted(checkpoint, backend)
+    model, tokenizer = native_model(checkpoint, backend)
     config = SFTConfig(str(tmp_path / "out"), **SETTINGS | {"max_steps": 6} | changes)
     return SFTTrainer(model, args=config, train_dataset=rows or ROWS["tokens"][:8], processing_class=tokenizer, **trainer)
 
@@ -385,7 +364,7 @@ def test_fields_that_change_nothing_are_named(name):
 
 
 def test_transformers_arguments_and_former_names(checkpoint, tmp_path):
-    model, tokenizer = adapted(checkpoint, "torch")
+    model, tokenizer = native_model(checkpoint, "torch")
     args = TrainingArguments(
         str(tmp_path),
         per_device_train_batch_size=2,
@@ -444,7 +423,7 @@ def test_padded_rows_are_cut_and_formatting_functions_work(checkpoint, tmp_path)
         True,
         True,
     ]
-    model, tokenizer = adapted(checkpoint, "torch")
+    model, tokenizer = native_model(checkpoint, "torch")
     data = Dataset.from_list([{"a": sentence(n), "b": str(n)} for n in range(4)])
 
     def one(row):
@@ -487,7 +466,7 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, checkpoint, tmp_path):
     given, changes, message = BAD[name]
-    model, tokenizer = adapted(checkpoint, "torch")
+    model, tokenizer = native_model(checkpoint, "torch")
     with pytest.raises((DataError, ValueError), match=message):
         held_out = ROWS["tokens"][:2] if name == "plateau" else None
         SFTTrainer(
@@ -502,7 +481,7 @@ def test_bad_input(name, checkpoint, tmp_path):
 def test_unknown_arguments_of_config_and_trainer(checkpoint, tmp_path):
     with pytest.raises(TypeError, match="did you mean 'learning_rate'"):
         SFTConfig(str(tmp_path), learning_rat=1.0)
-    model, _ = adapted(checkpoint, "torch")
+    model, _ = native_model(checkpoint, "torch")
     with pytest.raises(TypeError, match="did you mean 'train_dataset'"):
         SFTTrainer(model, train_datasets=ROWS["text"])
     with pytest.raises(ValueError, match="optimizer is the backend's"):

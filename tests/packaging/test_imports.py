@@ -97,6 +97,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/fast_model.py", set(), ("*",), {"torch"}),
     ("jaxsloth/frontend/metrics.py", NUMBERS | {"torch", "transformers"}, ("*",), set()),
     ("jaxsloth/frontend/trainer_config.py", {"transformers"}, ("*",), set()),
+    ("jaxsloth/frontend/dpo_trainer.py", NUMBERS | {"torch"}, ("*",), set()),
     ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors"}, ("*",), set()),
     ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),

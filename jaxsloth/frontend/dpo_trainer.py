@@ -1,0 +1,155 @@
+"""DPOTrainer: TRL's trainer, its names and its losses, over a backend's own preference step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from jaxsloth.backend import OptimizerOptions
+from jaxsloth.batch import Batch
+from jaxsloth.data.encode import Example
+from jaxsloth.data.windows import eval_batches
+from jaxsloth.frontend import base_trainer
+from jaxsloth.frontend.adapters import native_adapter, show_backend
+from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, check_collator, longest, ours, real_rows
+from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, preference_options
+from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
+from jaxsloth.frontend.preference import Compared, References, ReferredStep, pair_losses, pair_metrics, score_rows
+from jaxsloth.frontend.trainer_run import Metrics, Step, means
+from jaxsloth.models.names import lora_names
+
+__all__ = ["DPOConfig", "DPOTrainer"]
+
+
+class DPOTrainer(BaseTrainer):
+    """Direct preference optimization of a model's adapters. Rows are what `dpo_data.encode_pairs` takes; args are a DPOConfig,
+    TRL's, or transformers' TrainingArguments.
+
+    What the policy is compared with, as in TRL: ref_model, another model of FastLanguageModel.from_pretrained; without one, the
+    model as it is when the trainer is made. That is the base with the adapter off where the adapter is fresh or comes from
+    peft_config, and a copy of the adapter's values where it was trained before (by SFT). Each answer's reference is computed
+    once, when it is first visited, or all at the beginning with precompute_ref_log_probs.
+
+    Examples 2i and 2i + 1 are the chosen and the rejected answer of pair i. The loss is the mean over all pairs of a step, and
+    over all held-out pairs.
+    """
+
+    rules = RULES
+    config = DPOConfig
+    refused = base_trainer.REFUSED | FORMER_REFUSED
+    unused = FORMER_UNUSED
+    taken_over = (
+        *("beta", "label_smoothing", "loss_type", "max_length", "max_prompt_length", "truncation_mode"),
+        *("precompute_ref_log_probs", "dataset_num_proc", "disable_dropout"),
+    )
+    together = 2
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: Any = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        peft_config: Any = None,
+        tokenizer: Any = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(model, args, processing_class or tokenizer, peft_config, others)
+        check_collator(data_collator, ("DataCollatorForPreference", "DPODataCollatorWithPadding"), "Leave it out")
+        self.compute_metrics, self._preprocess = compute_metrics, preprocess_logits_for_metrics
+        self._options = preference_options(self.args)
+        if self.args.disable_dropout:
+            _disable_dropout(self.model)
+        self._starting = None if peft_config is not None or ref_model is not None else self._trained_adapter()
+        self._references = References(self._score)
+        self.ref_model = ref_model
+        if ref_model is not None and ours(ref_model, "DPOTrainer") is self.base:
+            raise ValueError(
+                "ref_model is the model itself, or shares its base; leave ref_model out (the reference is then the model as it "
+                "is now), or load another"
+            )
+        self._begin(train_dataset, eval_dataset, callbacks)
+        if self.args.precompute_ref_log_probs:
+            show_backend(self.base)
+            for examples in filter(None, (self.examples, self.held_out)):
+                self._references.of(examples)
+
+    def _trained_adapter(self) -> dict[str, np.ndarray] | None:
+        """The active adapter's values, None where it is as if it were off: every B is zero."""
+        spec, values = native_adapter(self.base)
+        assert spec.lora is not None
+        return values if any(values[lora_names(module)[1]].any() for module in spec.lora.modules) else None
+
+    def _score(self, examples: Sequence[Example]) -> np.ndarray:
+        """The reference's summed log-probs, float32 ``[examples]``."""
+        model, batches = self.base.engine.model, self._reference_batches(examples)
+        if self.ref_model is not None:
+            reference = ours(self.ref_model, "DPOTrainer")
+            show_backend(reference)
+            return score_rows(reference.engine.model.row_log_probs(), batches)
+        if self._starting is None:
+            return score_rows(model.row_log_probs(adapters=False), batches)
+        current = model.trainable()
+        model.load_trainable(self._starting)
+        try:
+            return score_rows(model.row_log_probs(), batches)
+        finally:
+            model.load_trainable(current)
+
+    def _reference_batches(self, examples: Sequence[Example]) -> list[Batch]:
+        pairs = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        count = self._devices.count
+        return eval_batches(examples, pairs * count * self.together, PAD, longest(examples), count)
+
+    def _encode(self, rows: Rows, name: str) -> list[Example]:
+        vocab = self.base.engine.model.spec.embedding.vocab
+        examples, known = encode_pairs(rows, self.processing_class, self.args, self.max_length, vocab, name)
+        self._references.know(known)
+        return examples
+
+    def _make_step(self, options: OptimizerOptions) -> Step:
+        windows = self._run.windows
+        if self._starting is not None:
+            # The copy and what is trained take turns in one place, so all that the run visits is scored before it begins.
+            steps = range(min(self.state.max_steps, windows.steps_per_epoch))
+            self._references.of([self.examples[row] for step in steps for row in windows.rows_of(step)])
+        step = self.base.engine.model.preference_step(options, self._options)
+        return ReferredStep(step, windows, self.examples, self._references)
+
+    def _measure(self, result: Compared) -> Sequence[Metrics]:
+        return result.metrics(self._options.beta)
+
+    def _evaluate(self, held_out: list[Example], batches: Sequence[Batch]) -> dict[str, float]:
+        reference = self._references.of(held_out)
+        policy = score_rows(self.base.engine.model.row_log_probs(), batches)
+        tokens = np.array([example.targets for example in held_out])
+        ends = np.cumsum([real_rows(batch) for batch in batches])[:-1]
+        parts = zip(np.split(policy, ends), np.split(reference, ends), strict=True)
+        found = means([pair_metrics(own, other, self._options.beta) for own, other in parts])
+        return {"loss": float(pair_losses(policy, reference, tokens, self._options).mean())} | found
+
+    def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
+        shown = []
+        for chosen, rejected in zip(examples[0::2], examples[1::2], strict=True):
+            start = int(np.argmax(chosen.learn)) if chosen.learn.any() else int(np.argmax(rejected.learn))
+            row: dict[str, Any] = {"prompt_ids": chosen.tokens[:start].tolist()}
+            row |= {f"{name}_ids": own.tokens[start:].tolist() for name, own in zip(ANSWERS, (chosen, rejected), strict=True)}
+            if self.args.precompute_ref_log_probs:
+                row |= dict(zip(REFERENCES, self._references.of([chosen, rejected]).tolist(), strict=True))
+            shown.append(row)
+        return shown
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,110 @@
+"""What a preference run compares with, and what it says of itself: log-probs of the reference, losses, and TRL's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxsloth.backend import PreferenceOptions, PreferenceResult, PreferenceStep
+from jaxsloth.batch import Batch, Window
+from jaxsloth.data.encode import Example
+from jaxsloth.data.windows import FILLER_ROW, WindowStream
+
+Score = Callable[[Sequence[Example]], np.ndarray]
+
+
+def score_rows(log_probs: Callable[[Batch], np.ndarray], batches: Sequence[Batch]) -> np.ndarray:
+    """float32 ``[rows]``: summed log-probs of the batches' rows, in their order, without those that only fill the shape."""
+    return np.concatenate([log_probs(batch)[batch.rows != FILLER_ROW] for batch in batches])
+
+
+class References:
+    """The reference model's summed log-probs of answers. It never changes, so each answer is scored once in a run."""
+
+    def __init__(self, score: Score) -> None:
+        self._score = score
+        self._known: dict[Example, float] = {}
+
+    def know(self, known: Mapping[Example, float]) -> None:
+        """Takes what was computed elsewhere."""
+        self._known |= known
+
+    def of(self, examples: Sequence[Example]) -> np.ndarray:
+        """float32 ``[examples]``; those that aren't known yet are scored now."""
+        unknown = [example for example in examples if example not in self._known]
+        if unknown:
+            self._known |= dict(zip(unknown, self._score(unknown).tolist(), strict=True))
+        return np.array([self._known[example] for example in examples], np.float32)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A step's result with what it was compared with: reference and real (rows that don't only fill the shape)
+    ``[micro, rows]``."""
+
+    result: PreferenceResult
+    reference: np.ndarray
+    real: np.ndarray
+
+    def floats(self) -> tuple[float, float, bool]:
+        return self.result.floats()
+
+    def metrics(self, beta: float) -> list[dict[str, float]]:
+        """A dict a micro-batch."""
+        policy = self.result.host_log_probs()
+        micros = zip(policy, self.reference, self.real, strict=True)
+        return [pair_metrics(own[real], other[real], beta) for own, other, real in micros if real.any()]
+
+
+class ReferredStep:
+    """A backend's preference step as a run takes steps: each window is shown with its reference."""
+
+    def __init__(
+        self, step: PreferenceStep, windows: WindowStream, examples: Sequence[Example], references: References
+    ) -> None:
+        self._step, self._windows, self._examples, self._references = step, windows, examples, references
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> Compared:
+        values = self._references.of([self._examples[row] for row in self._windows.rows_of(step)])
+        real = window.rows != FILLER_ROW
+        reference = np.zeros(window.rows.shape, np.float32)
+        reference[real] = values[window.rows[real]]
+        return Compared(self._step(window, reference, learning_rate=learning_rate, step=step, seed=seed), reference, real)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return self._step.state()
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self._step.load_state(state)
+
+
+def pair_metrics(policy: np.ndarray, reference: np.ndarray, beta: float) -> dict[str, float]:
+    """TRL's metrics of pairs whose log-probs are ``[2 * pairs]``, the chosen answer's before the rejected one's."""
+    rewards = beta * (policy.astype(np.float64) - reference)
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    return {
+        "rewards/chosen": float(chosen.mean()),
+        "rewards/rejected": float(rejected.mean()),
+        "rewards/accuracies": float((chosen > rejected).mean()),
+        "rewards/margins": float((chosen - rejected).mean()),
+        "logps/chosen": float(policy[0::2].astype(np.float64).mean()),
+        "logps/rejected": float(policy[1::2].astype(np.float64).mean()),
+    }
+
+
+def pair_losses(policy: np.ndarray, reference: np.ndarray, tokens: np.ndarray, options: PreferenceOptions) -> np.ndarray:
+    """float64 ``[pairs]``: the losses of `PreferenceOptions`, for evaluation. tokens ``[2 * pairs]``: targets of each row."""
+    ratios: Any = policy.astype(np.float64) - reference
+    if options.loss == "ipo":
+        ratios = ratios / np.maximum(tokens, 1)
+    difference = ratios[0::2] - ratios[1::2]
+    if options.loss == "ipo":
+        return (difference - 1 / (2 * options.beta)) ** 2
+    if options.loss == "hinge":
+        return np.maximum(1 - options.beta * difference, 0)
+    missed = options.label_smoothing
+    right, wrong = (np.logaddexp(0, -sign * options.beta * difference) for sign in (1, -1))
+    return (1 - missed) * right + missed * wrong
