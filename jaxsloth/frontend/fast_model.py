@@ -220,7 +220,7 @@ def is_bfloat16_supported() -> bool:
 def PatchDPOTrainer() -> None:
     """Unsloth's scripts call it before they import TRL."""
     warn_once(
-        "PatchDPOTrainer: nothing needs patching; jaxsloth.DPOTrainer trains these models, and TRL's DPOTrainer drives them as it is"
+        "PatchDPOTrainer: nothing needs patching; jaxsloth.DPOTrainer trains these models, and TRL's drives them as it is"
     )
 
 

@@ -140,11 +140,8 @@ def test_losses_are_trls(case, backend, checkpoint, tmp_path, judges_folder):
 @cache
 def judged_with_noise(checkpoint: str, folder: Path) -> list[dict[str, float]]:
     """TRL's log of a run in which transformers' own NEFTune hook draws its uniform numbers where we draw them."""
-    import peft
-
-    ours, tokenizer = adapted(checkpoint, "torch")
-    config = peft.LoraConfig(**{k: v for k, v in ours.peft_config["default"].to_dict().items() if k != "peft_type"})
-    theirs = same_adapter(ours, peft.get_peft_model(their_base(), config))
+    ours, tokenizer = native_model(checkpoint, "torch")
+    theirs = under_their_peft(ours, their_base())
     drawn = itertools.count()
 
     def uniform_(tensor, low, high):
@@ -174,7 +171,7 @@ def test_noise_on_embeddings_is_transformers(backend, checkpoint, tmp_path, judg
     losses = logged(judged_with_noise(checkpoint, judges_folder), "loss")
     found = []
     for alpha in (10.0, None):
-        model, tokenizer = adapted(checkpoint, backend)
+        model, tokenizer = native_model(checkpoint, backend)
         config = SFTConfig(str(tmp_path), **SETTINGS, neftune_noise_alpha=alpha)
         trainer = SFTTrainer(model, args=config, train_dataset=ALIKE, processing_class=tokenizer)
         trainer.train()

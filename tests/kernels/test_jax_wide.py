@@ -94,7 +94,7 @@ def test_split_and_merge(heads, kv_heads):
     layout = Heads(heads, kv_heads, dim, interpret=True)
     qkv, angles = normal(tokens, sum(layout.widths)), normal(tokens, dim // 2, seed=1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    slopes = [normal(tokens, width, seed=2 + place) for place, width in enumerate(layout.widths)]
+    dq, dk, dv = slopes = tuple(normal(tokens, width, seed=2 + place) for place, width in enumerate(layout.widths))
 
     def plain(qkv):
         q, k, v = jnp.split(qkv, [layout.widths[0], layout.widths[0] + layout.widths[1]], axis=1)
@@ -104,9 +104,9 @@ def test_split_and_merge(heads, kv_heads):
     expected, plain_pull = jax.vjp(plain, qkv)
     for got, right in zip(split(layout, poisoned(qkv), cos, sin), expected, strict=True):
         assert error(got, right) <= BAR
-    dmerged = merge(layout, ROOM, *slopes, cos, sin)
+    dmerged = merge(layout, ROOM, dq, dk, dv, cos, sin)
     assert dmerged.shape == (tokens, sum(layout.widths) + ROOM)
-    assert error(dmerged[:, : sum(layout.widths)], plain_pull(tuple(slopes))[0]) <= BAR
+    assert error(dmerged[:, : sum(layout.widths)], plain_pull(slopes)[0]) <= BAR
 
 
 def test_split_refuses_what_it_does_not_turn():
