@@ -76,12 +76,12 @@ class FastPass:
             self._pass = FusedPass(self._model.decoder, self._model.spec, self.mode, keeps)
         self._pass.begin()
 
-    def row_losses(self, batch: Batch) -> torch.Tensor:
+    def row_losses(self, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
         """The cross entropy summed by row, float32 ``[rows]``."""
         assert self._pass is not None
         arrays, key = prepare(batch)
         longest = int(batch.positions.max(initial=0)) + 1
-        return self._pass.row_losses(self._on_device(to_tensors(arrays, self._device), key, longest))
+        return self._pass.row_losses(self._on_device(to_tensors(arrays, self._device), key, longest), smoothing)
 
     def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
         """As `FusedPass.add_gradients`; what it returns is only good until the next call. Among the inputs may be "noise", see

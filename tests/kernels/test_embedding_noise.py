@@ -15,14 +15,14 @@ from jaxsloth.kernels.embedding_noise.contract import RELATIVE
 
 
 def on_torch(key, rows, segments, channels, alpha=5.0):
-    arrays = (torch.from_numpy(np.asarray(array, np.int64)) for array in (key, rows, segments))
-    return torch_ops.embedding_noise(*arrays, channels, alpha=alpha).numpy()
+    key, rows, segments = (torch.from_numpy(np.asarray(array, np.int64)) for array in (key, rows, segments))
+    return torch_ops.embedding_noise(key, rows, segments, channels, alpha=alpha).numpy()
 
 
 def on_jax(key, rows, segments, channels, alpha=5.0):
     words = jnp.asarray(np.asarray(key, np.uint32))
-    arrays = (jnp.asarray(np.asarray(array, np.int32)) for array in (rows, segments))
-    return np.asarray(xla_ops.embedding_noise(words, *arrays, channels, alpha=alpha))
+    rows, segments = (jnp.asarray(np.asarray(array, np.int32)) for array in (rows, segments))
+    return np.asarray(xla_ops.embedding_noise(words, rows, segments, channels, alpha=alpha))
 
 
 both = pytest.mark.parametrize("noise", [on_torch, on_jax])
