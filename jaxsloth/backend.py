@@ -66,9 +66,15 @@ class OptimizerOptions:
 @dataclass(frozen=True)
 class Regularization:
     """What a train step adds to the plain loss. embedding_noise: NEFTune's alpha (`kernels/embedding_noise`), keyed by the
-    step's seed and number; 0 adds none."""
+    step's seed and number; 0 adds none. label_smoothing: as `kernels/linear_cross_entropy` has it."""
 
     embedding_noise: float = 0.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, limit in (("embedding_noise", float("inf")), ("label_smoothing", 1.0)):
+            if not 0.0 <= getattr(self, name) < limit:
+                raise ValueError(f"{name} must be at least 0 and below {limit}, not {getattr(self, name)}")
 
 
 PLAIN = Regularization()
@@ -343,7 +349,7 @@ class Model(Protocol):
 
     def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep: ...
 
-    def eval_step(self) -> EvalStep: ...
+    def eval_step(self, label_smoothing: float = 0.0) -> EvalStep: ...
 
     def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
         """A function from a batch (all devices' rows) to float32 ``[rows]``: the sum over a row's targets of log p(target).

@@ -99,9 +99,12 @@ class Decoder(nn.Module):
         targets: torch.Tensor,
         chosen: torch.Tensor,
         per_token: bool = False,
+        label_smoothing: float = 0.0,
     ) -> torch.Tensor:
         """The cross-entropy of the positions `chosen` (indices into the flat batch: those with a target), summed or each."""
         hidden = self.hidden(input_ids, context).flatten(0, 1).index_select(0, chosen)
         weight = self.lm_head.weight.to(self.dtype)
         targets, cap = targets.flatten().index_select(0, chosen), self.spec.head.soft_cap
-        return self._ops.linear_cross_entropy(hidden, weight, targets, soft_cap=cap, per_token=per_token)
+        return self._ops.linear_cross_entropy(
+            hidden, weight, targets, soft_cap=cap, per_token=per_token, label_smoothing=label_smoothing
+        )

@@ -14,6 +14,7 @@ Kept a layer, by `gradient_checkpointing` (x1 and x2 are the residual stream bef
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -329,16 +330,16 @@ class FusedPass:
         self._weights.begin()
 
     @torch.no_grad()
-    def row_losses(self, batch: Batch) -> torch.Tensor:
+    def row_losses(self, batch: Batch, smoothing: float) -> torch.Tensor:
         """The cross entropy summed by row, float32 ``[rows]``."""
         normed = self._forward(batch, None).normed
-        return by_row(self._head(normed, batch, gradient=False)[0], batch.chosen, batch.shape)
+        return by_row(self._head(normed, batch, smoothing, gradient=False)[0], batch.chosen, batch.shape)
 
     @torch.no_grad()
     def add_gradients(self, batch: Batch, objective: Objective, tensors: Tensors) -> torch.Tensor:
         """What the objective makes of the losses; its gradients by the adapters are added to theirs."""
         forward = self._forward(batch, self._mode)
-        losses, dhidden = self._head(forward.normed, batch, gradient=True)
+        losses, dhidden = self._head(forward.normed, batch, objective.smoothing, gradient=True)
         assert dhidden is not None
         result, slopes = objective.weigh(losses, batch.chosen, batch.shape, tensors)
         dhidden.mul_(slopes if slopes.dim() == 0 else slopes[:, None])
@@ -404,13 +405,16 @@ class FusedPass:
             return kept[index]
         return self._stash.get(kept, index, self._first)
 
-    def _head(self, normed: torch.Tensor, batch: Batch, gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _head(
+        self, normed: torch.Tensor, batch: Batch, smoothing: float, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the loss of every target, the gradient of each by its own hidden state)."""
         hidden = normed.index_select(0, batch.chosen)
         weight, cap = self._decoder.lm_head.weight, self._spec.head.soft_cap
         chunk = loss_ops.default_chunk(hidden.shape[0], weight.shape[0])
+        softmax = partial(self._kernels.loss.softmax, label_smoothing=smoothing)
         losses, dhidden, _ = loss_ops.losses_and_gradients(
-            hidden, weight, batch.targets, cap, -100, chunk, (gradient, False), self._kernels.loss.softmax
+            hidden, weight, batch.targets, cap, -100, chunk, (gradient, False), softmax
         )
         return losses, dhidden
 

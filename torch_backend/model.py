@@ -142,8 +142,8 @@ class TorchModel:
         self.idle_step = None
         return PreferenceStep(self, options, preference)
 
-    def eval_step(self) -> EvalStep:
-        return make_eval_step(self)
+    def eval_step(self, label_smoothing: float = 0.0) -> EvalStep:
+        return make_eval_step(self, label_smoothing)
 
     def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
         return make_row_log_probs(self, adapters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,6 +23,11 @@ class Objective(Hashable, Protocol):
     """What the losses of a micro-batch's targets are made into. Equal objectives may replay one CUDA graph, so all that changes
     from batch to batch is in tensors on the device; "factor" (float32 scalar) is what the gradients are to be times."""
 
+    @property
+    def smoothing(self) -> float:
+        """The label smoothing of the losses."""
+        ...
+
     def weigh(
         self, losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int], tensors: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,8 +43,11 @@ class Objective(Hashable, Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class SummedLoss:
     """The sum of the losses: cross-entropy training."""
+
+    smoothing: float = 0.0
 
     def weigh(
         self, losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int], tensors: Tensors
@@ -48,7 +56,7 @@ class SummedLoss:
         return losses.sum(), tensors["factor"]
 
     def add_gradients(self, model: TorchModel, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
-        loss = summed_loss(model, batch, words, tensors.get("noise"))
+        loss = summed_loss(model, batch, words, tensors.get("noise"), self.smoothing)
         (loss * tensors["factor"]).backward()
         return loss.detach()
 
@@ -64,27 +72,38 @@ def by_row(losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int]) -
 
 
 def summed_loss(
-    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, noise: torch.Tensor | None = None
+    model: TorchModel,
+    batch: Batch,
+    dropout_words: torch.Tensor | None,
+    noise: torch.Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained. noise: what is
     added to the embeddings, ``[batch, length, hidden]``."""
-    return _loss(model, batch, dropout_words, per_token=False, noise=noise)[0]
+    return _loss(model, batch, dropout_words, per_token=False, smoothing=smoothing, noise=noise)[0]
 
 
-def target_losses(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def target_losses(
+    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(the cross-entropy of every target of the batch, differentiable; their indices into the flat batch)."""
-    return _loss(model, batch, dropout_words, per_token=True)
+    return _loss(model, batch, dropout_words, per_token=True, smoothing=smoothing)
 
 
 def _loss(
-    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, per_token: bool, noise: torch.Tensor | None = None
+    model: TorchModel,
+    batch: Batch,
+    dropout_words: torch.Tensor | None,
+    per_token: bool,
+    smoothing: float,
+    noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device = model.decoder.device
     # Found on the host: asking the device would wait for it.
     chosen = to_device(np.flatnonzero(batch.targets != IGNORE), device)
     context = replace(make_context(model, batch, dropout_words), noise=noise)
     ids, targets = to_device(batch.input_ids, device), to_device(batch.targets, device)
-    return model.decoder.loss(ids, context, targets, chosen, per_token=per_token), chosen
+    return model.decoder.loss(ids, context, targets, chosen, per_token, smoothing), chosen
 
 
 def make_context(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None = None) -> Context:

@@ -104,10 +104,10 @@ class FastPass:
             self._pass = FusedPass(self._decoder, spec, self.mode, keeps, self._compute, inputs_only=inputs_only)
         self._pass.begin()
 
-    def row_losses(self, batch: Batch) -> torch.Tensor:
+    def row_losses(self, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
         """The cross entropy summed by row, float32 ``[rows]``."""
         assert self._pass is not None
-        return self._pass.row_losses(self._sent(batch))
+        return self._pass.row_losses(self._sent(batch), smoothing)
 
     def hidden(self, batch: Batch, learns: bool) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
         """As `FusedPass.hidden`, and its backward, which takes the output's gradient."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class PairLoss:
     """
 
     options: PreferenceOptions
+    smoothing: ClassVar[float] = 0.0
 
     def losses_and_slopes(
         self, log_probs: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor

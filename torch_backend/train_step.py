@@ -14,7 +14,7 @@ from jaxsloth.kernels.dropout.contract import key_words, step_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from jaxsloth.models.names import EMBEDDING
 from jaxsloth.torch_backend import placement
-from jaxsloth.torch_backend.objective import SUMMED, Objective, Tensors, by_row, target_losses
+from jaxsloth.torch_backend.objective import Objective, SummedLoss, Tensors, by_row, target_losses
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
 from jaxsloth.torch_backend.placement import to_device
 
@@ -74,7 +74,7 @@ class TrainStep(WindowStep):
     """See `jaxsloth.backend.TrainStep`."""
 
     def __init__(self, model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> None:
-        super().__init__(model, options, SUMMED)
+        super().__init__(model, options, SummedLoss(regularization.label_smoothing))
         self._alpha = regularization.embedding_noise
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
@@ -98,8 +98,8 @@ class TrainStep(WindowStep):
 
 
 class EvalStep:
-    def __init__(self, model: TorchModel) -> None:
-        self._rows = RowLosses(model)
+    def __init__(self, model: TorchModel, smoothing: float) -> None:
+        self._rows = RowLosses(model, smoothing)
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, int]:
         total = self._rows(batch)[0].sum()
@@ -110,8 +110,8 @@ class EvalStep:
 class RowLosses:
     """The cross-entropy of this process' rows of a batch, dropout off: (float32 ``[its rows]``, which they are)."""
 
-    def __init__(self, model: TorchModel) -> None:
-        self._model = model
+    def __init__(self, model: TorchModel, smoothing: float = 0.0) -> None:
+        self._model, self._smoothing = model, smoothing
         self._fast = model.fast_pass() if model.spec.lora is not None else None
 
     @torch.no_grad()
@@ -119,14 +119,14 @@ class RowLosses:
         mine = placement.share(batch.input_ids.shape[0])
         own = Batch(batch.input_ids[mine], batch.targets[mine], batch.segments[mine], batch.positions[mine], batch.rows[mine])
         if self._fast is None:
-            return by_row(*target_losses(self._model, own, None), own.input_ids.shape), mine
+            return by_row(*target_losses(self._model, own, None, self._smoothing), own.input_ids.shape), mine
         self._fast.begin(own.input_ids.size)
-        return self._fast.row_losses(own), mine
+        return self._fast.row_losses(own, self._smoothing), mine
 
 
 def make_train_step(model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
     return TrainStep(model, options, regularization)
 
 
-def make_eval_step(model: TorchModel) -> EvalStep:
-    return EvalStep(model)
+def make_eval_step(model: TorchModel, smoothing: float) -> EvalStep:
+    return EvalStep(model, smoothing)

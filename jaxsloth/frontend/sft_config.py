@@ -11,6 +11,7 @@ from jaxsloth.frontend.trainer_config import NativeArguments, Reasons, Rules
 USED = trainer_config.USED | {
     *("dataset_text_field", "dataset_num_proc", "max_length", "packing", "completion_only_loss", "assistant_only_loss"),
     *("pad_to_multiple_of", "chat_template_path", "eos_token", "neftune_noise_alpha"),
+    "label_smoothing_factor",
 }
 REFUSED: Reasons = trainer_config.REFUSED | {
     "router_aux_loss_coef": (None, "there are no mixtures of experts"),
@@ -20,7 +21,6 @@ REFUSED: Reasons = trainer_config.REFUSED | {
     "packing_strategy": ("bfd", "no row is split"),
     "shuffle_dataset": (False, "every epoch has its own order already"),
     "activation_offloading": (False, "ask for it by from_pretrained(use_gradient_checkpointing='offload')"),
-    "label_smoothing_factor": (0.0, "the loss is plain cross-entropy; use TRL's trainer"),
 }
 UNUSED: Reasons = trainer_config.UNUSED | {
     "model_init_kwargs": (None, "the model is loaded already"),

@@ -90,11 +90,12 @@ class SFTTrainer(BaseTrainer):
         return [self._collator.batches([group], labelled)[0] for group in groups]
 
     def _make_step(self, options: OptimizerOptions) -> Step:
-        return self.base.engine.model.train_step(options, Regularization(self.args.neftune_noise_alpha or 0.0))
+        alpha, smoothing = self.args.neftune_noise_alpha or 0.0, self.args.label_smoothing_factor
+        return self.base.engine.model.train_step(options, Regularization(alpha, smoothing))
 
     def _evaluate(self, held_out: list[Example], batches: Sequence[Batch]) -> dict[str, float]:
         del held_out
-        step = self.base.engine.model.eval_step()
+        step = self.base.engine.model.eval_step(self.args.label_smoothing_factor)  # as transformers evaluates
         results = [(step(batch), real_rows(batch)) for batch in batches]
         sums = [(float(total) / tokens, rows) for (total, tokens), rows in results]
         return {"loss": sum(mean * rows for mean, rows in sums) / sum(rows for _, rows in sums)}

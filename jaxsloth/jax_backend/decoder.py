@@ -98,6 +98,7 @@ class Decoder(nnx.Module):
         plan: Plan,
         documents: Documents | None = None,
         per_token: bool = False,
+        label_smoothing: float = 0.0,
     ) -> Any:
         """The cross-entropy over all targets of a batch of which `plan` is true, summed or every position's ``[rows, length]``.
 
@@ -115,7 +116,15 @@ class Decoder(nnx.Module):
             hidden = hidden.at[chosen].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
             targets = targets.at[chosen].get(mode="fill", fill_value=IGNORE)
         cap = self.spec.head.soft_cap
-        loss = self._ops.linear_cross_entropy(hidden, weight, targets, soft_cap=cap, per_token=per_token, train_weight=trained)
+        loss = self._ops.linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            soft_cap=cap,
+            per_token=per_token,
+            label_smoothing=label_smoothing,
+            train_weight=trained,
+        )
         if not per_token:
             return loss
         return (loss if chosen is None else jnp.zeros(tokens).at[chosen].set(loss, mode="drop")).reshape(shape)

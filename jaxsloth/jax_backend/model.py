@@ -273,8 +273,8 @@ class JaxModel:
         if self.spec.lora is None:
             raise ValueError("the model has no adapters to train; call add_adapters first")
 
-    def eval_step(self) -> EvalStep:
-        return make_eval_step(self)
+    def eval_step(self, label_smoothing: float = 0.0) -> EvalStep:
+        return make_eval_step(self, label_smoothing)
 
     def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
         return make_row_log_probs(self, adapters)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import OptimizerOptions, Regularization, StepResult
+from jaxsloth.backend import PLAIN, OptimizerOptions, Regularization, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.layers import Context
@@ -27,19 +27,35 @@ if TYPE_CHECKING:
 
 
 def summed_loss(
-    structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan, noise: float = 0.0
+    structure: Any,
+    trained: Any,
+    frozen: Any,
+    frequencies: Any,
+    batch: Any,
+    words: Any,
+    plan: Plan,
+    regularization: Regularization = PLAIN,
 ) -> Any:
     """The cross-entropy summed over a batch's targets.
 
     batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed). words: the
-    step's key. noise: NEFTune's alpha.
+    step's key.
     """
-    return _loss(structure, trained, frozen, frequencies, batch, words, plan, per_token=False, noise=noise)
+    return _loss(structure, trained, frozen, frequencies, batch, words, plan, False, regularization)
 
 
-def row_losses(structure: Any, trained: Any, frozen: Any, frequencies: Any, batch: Any, words: Any, plan: Plan) -> Any:
+def row_losses(
+    structure: Any,
+    trained: Any,
+    frozen: Any,
+    frequencies: Any,
+    batch: Any,
+    words: Any,
+    plan: Plan,
+    regularization: Regularization = PLAIN,
+) -> Any:
     """The same, summed by row: float32 ``[rows]``."""
-    return _loss(structure, trained, frozen, frequencies, batch, words, plan, per_token=True).sum(axis=1)
+    return _loss(structure, trained, frozen, frequencies, batch, words, plan, True, regularization).sum(axis=1)
 
 
 def _loss(
@@ -51,17 +67,18 @@ def _loss(
     words: Any,
     plan: Plan,
     per_token: bool,
-    noise: float = 0.0,
+    regularization: Regularization,
 ) -> Any:
     input_ids, targets, segments, positions, rows, *documents = batch
     decoder = nnx.merge(structure, trained, frozen)
-    added = None
-    if noise:
+    added, alpha = None, regularization.embedding_noise
+    if alpha:
         key = jnp.stack([words[0] ^ jnp.uint32(module_word(EMBEDDING)), words[1]])
-        added = embedding_noise(key, rows, segments, decoder.spec.hidden, alpha=noise)
+        added = embedding_noise(key, rows, segments, decoder.spec.hidden, alpha=alpha)
     tables = decoder.rope_tables(positions, frequencies)
     context = Context(tables, segments, rows=rows, dropout_words=words, noise=added)
-    return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)), per_token)
+    smoothing = regularization.label_smoothing
+    return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)), per_token, smoothing)
 
 
 def rates_of(ropes: Any, frequencies: Any) -> Any:
@@ -175,10 +192,10 @@ class TrainStep(WindowStep):
 
     def __init__(self, model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> None:
         super().__init__(model, options)
-        self._noise = regularization.embedding_noise
+        self._regularization = regularization
 
     def _total(self, trained: Any, frozen: Any, rates: Any, batch: Any, words: Any, plan: Plan) -> tuple[Any, Any]:
-        return summed_loss(self._model.structure, trained, frozen, rates, batch, words, plan, self._noise), None
+        return summed_loss(self._model.structure, trained, frozen, rates, batch, words, plan, self._regularization), None
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
         return StepResult(*self._advance(window, window.valid_tokens, (), learning_rate, step, seed)[0])
@@ -187,14 +204,14 @@ class TrainStep(WindowStep):
 class RowLosses:
     """The cross-entropy of every row of a batch, over all devices, dropout off: float32 ``[rows]`` on each of them."""
 
-    def __init__(self, model: JaxModel) -> None:
-        self._model = model
+    def __init__(self, model: JaxModel, smoothing: float = 0.0) -> None:
+        self._model, self._regularization = model, Regularization(label_smoothing=smoothing)
         self._run = jax.jit(self._rows, static_argnames=("ropes", "plan"))
 
     def _rows(self, trained: Any, frozen: Any, frequencies: Any, batch: Any, ropes: Any, plan: Plan) -> Any:
         def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
             rates = rates_of(ropes, frequencies)
-            losses = row_losses(self._model.structure, trained, frozen, rates, batch, None, plan)
+            losses = row_losses(self._model.structure, trained, frozen, rates, batch, None, plan, self._regularization)
             return placement.gather_from_devices(losses, axis=0)
 
         return placement.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
@@ -212,8 +229,8 @@ class RowLosses:
 
 
 class EvalStep:
-    def __init__(self, model: JaxModel) -> None:
-        self._model, self._rows = model, RowLosses(model)
+    def __init__(self, model: JaxModel, smoothing: float) -> None:
+        self._model, self._rows = model, RowLosses(model, smoothing)
 
     def __call__(self, batch: Batch) -> tuple[Any, int]:
         return self._rows(self._model.trained, batch).sum(), batch.valid_tokens()
@@ -223,5 +240,5 @@ def make_train_step(model: JaxModel, options: OptimizerOptions, regularization: 
     return TrainStep(model, options, regularization)
 
 
-def make_eval_step(model: JaxModel) -> EvalStep:
-    return EvalStep(model)
+def make_eval_step(model: JaxModel, smoothing: float) -> EvalStep:
+    return EvalStep(model, smoothing)

@@ -22,6 +22,7 @@ class Case:
     ignore_index: int = -100
     spread: float = 2.0
     per_token: bool = False
+    label_smoothing: float = 0.0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -31,6 +32,7 @@ class Case:
             "ignore_index": self.ignore_index,
             "chunk": self.chunk,
             "per_token": self.per_token,
+            "label_smoothing": self.label_smoothing,
         }
 
 
@@ -51,6 +53,9 @@ CASES: tuple[Case, ...] = (
     Case("tokens", 40, 32, 101, per_token=True),
     Case("tokens_partial_chunk", 29, 48, 97, chunk=8, per_token=True),
     Case("tokens_soft_cap", 21, 32, 90, chunk=8, soft_cap=3.0, per_token=True),
+    Case("smoothed", 29, 48, 97, chunk=8, label_smoothing=0.1),
+    Case("smoothed_soft_cap", 21, 32, 90, chunk=8, soft_cap=3.0, label_smoothing=0.3),
+    Case("smoothed_tokens", 17, 32, 4099, label_smoothing=0.2, per_token=True),
     Case("tokens_empty", 0, 32, 50, ignored="none", per_token=True),
 )
 

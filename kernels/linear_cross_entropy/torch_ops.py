@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ def softmax(
     soft_cap: float | None,
     ignore_index: int,
     slopes: Float[torch.Tensor, "chunk vocab"] | None,
+    label_smoothing: float = 0.0,
 ) -> Float32[torch.Tensor, " chunk"]:
     """The loss of every token, 0 where it is ignored; where `slopes` is given, the gradient with respect to the logits before
     their cap is written to it, rounded to its dtype. The logits are overwritten."""
@@ -42,11 +44,16 @@ def softmax(
     valid = targets != ignore_index
     chosen = targets.where(valid, 0).long()[:, None]
     logsumexp = torch.logsumexp(logits, dim=1, keepdim=True)
-    losses = (logsumexp - logits.gather(1, chosen))[:, 0].where(valid, 0.0)
+    wanted = logits.gather(1, chosen)
+    if label_smoothing:
+        wanted = (1.0 - label_smoothing) * wanted + label_smoothing * logits.mean(dim=1, keepdim=True)
+    losses = (logsumexp - wanted)[:, 0].where(valid, 0.0)
     if slopes is None:
         return losses
     gradient = logits.sub_(logsumexp).exp_()
-    gradient.scatter_add_(1, chosen, torch.full_like(logsumexp, -1.0))
+    gradient.scatter_add_(1, chosen, torch.full_like(logsumexp, label_smoothing - 1.0))
+    if label_smoothing:
+        gradient.sub_(label_smoothing / logits.shape[1])
     if bend is not None:
         gradient.mul_(bend)
     slopes.copy_(gradient.masked_fill_(~valid[:, None], 0.0))
@@ -188,6 +195,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk: int | None = None,
     per_token: bool = False,
+    label_smoothing: float = 0.0,
 ) -> Float32[torch.Tensor, "*tokens"]:
     """The cross entropy of ``hidden·weightᵀ`` against `targets`, summed or per token, with at most `chunk` tokens' logits at a
     time.
@@ -195,4 +203,5 @@ def linear_cross_entropy(
     Raises:
         ValueError: chunk is not positive.
     """
-    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, per_token, softmax)
+    smoothed = partial(softmax, label_smoothing=label_smoothing)
+    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, per_token, smoothed)

@@ -1,11 +1,13 @@
 """The head and its loss with the softmax in Triton: a chunk's float32 logits are read twice and their gradient written once.
 
 One program a token. First pass: ``m = max z``, ``s = Σ exp(z - m)``, the loss is ``m + log s - z[target]``; second pass: the
-gradient ``exp(z - m)/s - 1[target]``, times ``1 - (z/c)²`` under a soft cap c. The products are the library's.
+gradient ``exp(z - m)/s - 1[target]``, times ``1 - (z/c)²`` under a soft cap c. Label smoothing e takes ``(1-e)·z[target] +
+e·mean z`` in place of ``z[target]``. The products are the library's.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import no_type_check
 
 import torch
@@ -39,7 +41,9 @@ def softmax_kernel(
     slopes_stride,
     ignore_index,
     cap,
+    smoothing,
     CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     WRITES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -50,10 +54,13 @@ def softmax_kernel(
     # Every lane keeps its own maximum and sum, put together once at the end.
     top = tl.full((WIDTH,), float("-inf"), tl.float32)
     total = tl.zeros((WIDTH,), tl.float32)
+    plain = tl.zeros((WIDTH,), tl.float32)
     base = logits + row * logits_stride
     for start in range(0, vocab, WIDTH):
         inside = start + column < vocab
         z = _capped(tl.load(base + start + column, mask=inside, other=0.0), cap, CAPPED)
+        if SMOOTHED:
+            plain += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
         above = tl.maximum(top, z)
         # Lanes past the vocabulary stay at -inf, where a difference would not be a number.
@@ -65,12 +72,16 @@ def softmax_kernel(
     log_sum = highest + tl.log(summed)
     chosen = tl.where(valid, target, 0)
     picked = _capped(tl.load(base + chosen), cap, CAPPED)
+    if SMOOTHED:
+        picked = (1.0 - smoothing) * picked + smoothing * (tl.sum(plain, axis=0) / vocab)
     tl.store(losses + row, tl.where(valid, log_sum - picked, 0.0))
     if WRITES:
         for start in range(0, vocab, WIDTH):
             inside = start + column < vocab
             z = _capped(tl.load(base + start + column, mask=inside, other=0.0), cap, CAPPED)
-            slope = tl.exp(z - log_sum) - tl.where(start + column == chosen, 1.0, 0.0)
+            slope = tl.exp(z - log_sum) - tl.where(start + column == chosen, 1.0 - smoothing, 0.0)
+            if SMOOTHED:
+                slope -= smoothing / vocab
             if CAPPED:
                 slope *= 1.0 - (z / cap) * (z / cap)
             slope = tl.where(valid, slope, 0.0)
@@ -83,6 +94,7 @@ def softmax(
     soft_cap: float | None,
     ignore_index: int,
     slopes: torch.Tensor | None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """As torch_ops' function of this name."""
     rows, vocab = logits.shape
@@ -100,7 +112,9 @@ def softmax(
                 written.stride(0),
                 ignore_index,
                 1.0 if soft_cap is None else soft_cap,
+                label_smoothing,
                 CAPPED=soft_cap is not None,
+                SMOOTHED=label_smoothing > 0.0,
                 WRITES=slopes is not None,
                 WIDTH=min(SIZE, triton.next_power_of_2(vocab)),
                 **LAUNCH,
@@ -117,6 +131,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk: int | None = None,
     per_token: bool = False,
+    label_smoothing: float = 0.0,
 ) -> Float32[torch.Tensor, "*tokens"]:
     """As torch_ops' function of this name, on CUDA."""
-    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, per_token, softmax)
+    smoothed = partial(softmax, label_smoothing=label_smoothing)
+    return apply_loss(hidden, weight, targets, soft_cap, ignore_index, chunk, per_token, smoothed)

@@ -4,7 +4,7 @@ kernel (pallas_kernel.py), elsewhere plain JAX."""
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,14 @@ from jaxsloth.kernels.jax_platform import platform, precision_of
 from jaxsloth.kernels.linear_cross_entropy.pallas_kernel import softmax
 
 LOGITS_AT_ONCE = 2**25
+
+
+class Kind(NamedTuple):
+    """What a token's loss is; see the contract."""
+
+    soft_cap: float | None
+    ignore_index: int
+    label_smoothing: float
 
 
 def default_chunk(tokens: int, vocab: int) -> int:
@@ -26,59 +34,56 @@ def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _chunk_loss(
-    hidden: Array, weight: Array, targets: Array, soft_cap: float | None, ignore_index: int, wants_slope: bool = True
-) -> tuple[Array, Any]:
+def _chunk_loss(hidden: Array, weight: Array, targets: Array, kind: Kind, wants_slope: bool = True) -> tuple[Array, Any]:
     """(every token's loss, its gradient by the logits before the cap ``[chunk, vocab]``, None where a kernel was spared it)."""
-    raw = _dot(hidden, weight, (1, 1))
-    if platform() == "cuda":
-        losses, slope = softmax(raw, targets, soft_cap, ignore_index, hidden.dtype if wants_slope else None)
-        return losses, slope
-    logits = raw if soft_cap is None else soft_cap * jnp.tanh(raw / soft_cap)
-    valid = targets != ignore_index
+    raw, smoothing = _dot(hidden, weight, (1, 1)), kind.label_smoothing
+    if platform() == "cuda" and not smoothing:
+        return softmax(raw, targets, kind.soft_cap, kind.ignore_index, hidden.dtype if wants_slope else None)
+    logits = raw if kind.soft_cap is None else kind.soft_cap * jnp.tanh(raw / kind.soft_cap)
+    valid = targets != kind.ignore_index
     chosen = jnp.where(valid, targets, 0)
     log_sum = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-    losses = jnp.where(valid, log_sum - picked, 0.0)
+    wanted = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
     onehot = jax.lax.broadcasted_iota(chosen.dtype, logits.shape, 1) == chosen[:, None]
-    slope = jnp.where(valid[:, None], jnp.exp(logits - log_sum[:, None]) - onehot, 0.0)
-    if soft_cap is not None:
-        slope = slope * (1.0 - (logits / soft_cap) ** 2)
+    slope = jnp.exp(logits - log_sum[:, None])
+    if smoothing:
+        wanted = (1.0 - smoothing) * wanted + smoothing * logits.mean(axis=-1)
+        slope = slope - ((1.0 - smoothing) * onehot + smoothing / logits.shape[1])
+    else:
+        slope = slope - onehot
+    losses = jnp.where(valid, log_sum - wanted, 0.0)
+    slope = jnp.where(valid[:, None], slope, 0.0)
+    if kind.soft_cap is not None:
+        slope = slope * (1.0 - (logits / kind.soft_cap) ** 2)
     return losses, slope
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _loss(
-    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
-) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _loss(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> Array:
     def add(total: Array, part: Any) -> tuple[Array, None]:
-        return total + _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index, wants_slope=False)[0].sum(), None
+        return total + _chunk_loss(part[0], weight, part[1], kind, wants_slope=False)[0].sum(), None
 
-    chunks = _chunks(hidden, targets, chunk, ignore_index)
+    chunks = _chunks(hidden, targets, chunk, kind.ignore_index)
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
 
 
-def _forward(
-    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
-) -> tuple[Array, Any]:
+def _forward(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> tuple[Array, Any]:
     def add(carry: Any, part: Any) -> tuple[Any, Array]:
         total, dweight = carry
-        losses, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
+        losses, slope = _chunk_loss(part[0], weight, part[1], kind)
         slope = slope.astype(hidden.dtype)
         if train_weight:
             dweight = dweight + _dot(slope, part[0], (0, 0))
         return (total + losses.sum(), dweight), _dot(slope, weight, (1, 0)).astype(hidden.dtype)
 
     start = jnp.zeros(weight.shape, jnp.float32) if train_weight else None
-    chunks = _chunks(hidden, targets, chunk, ignore_index)
+    chunks = _chunks(hidden, targets, chunk, kind.ignore_index)
     (total, dweight), dhidden = jax.lax.scan(add, (jnp.zeros((), jnp.float32), start), chunks)
     return total, (dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dweight)
 
 
-def _backward(
-    soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool, kept: Any, dy: Array
-) -> tuple[Any, Any, None]:
-    del soft_cap, ignore_index, chunk, train_weight
+def _backward(kind: Kind, chunk: int, train_weight: bool, kept: Any, dy: Array) -> tuple[Any, Any, None]:
+    del kind, chunk, train_weight
     dhidden, dweight = kept
     return (dhidden.astype(jnp.float32) * dy).astype(dhidden.dtype), None if dweight is None else dweight * dy, None
 
@@ -86,32 +91,26 @@ def _backward(
 _loss.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _token_losses(
-    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
-) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_losses(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> Array:
     def losses(part: Any) -> Array:
-        return _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)[0]
+        return _chunk_loss(part[0], weight, part[1], kind)[0]
 
-    return jax.lax.map(losses, _chunks(hidden, targets, chunk, ignore_index)).reshape(-1)[: hidden.shape[0]]
+    return jax.lax.map(losses, _chunks(hidden, targets, chunk, kind.ignore_index)).reshape(-1)[: hidden.shape[0]]
 
 
-def _tokens_forward(
-    hidden: Any, weight: Any, targets: Any, soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool
-) -> tuple[Array, Any]:
+def _tokens_forward(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> tuple[Array, Any]:
     def both(part: Any) -> tuple[Array, Array]:
-        losses, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
+        losses, slope = _chunk_loss(part[0], weight, part[1], kind)
         return losses, _dot(slope.astype(hidden.dtype), weight, (1, 0)).astype(hidden.dtype)
 
     tokens = hidden.shape[0]
-    losses, dhidden = jax.lax.map(both, _chunks(hidden, targets, chunk, ignore_index))
+    losses, dhidden = jax.lax.map(both, _chunks(hidden, targets, chunk, kind.ignore_index))
     again = (hidden, weight, targets) if train_weight else None
     return losses.reshape(-1)[:tokens], (dhidden.reshape(-1, hidden.shape[1])[:tokens], again)
 
 
-def _tokens_backward(
-    soft_cap: float | None, ignore_index: int, chunk: int, train_weight: bool, kept: Any, dy: Array
-) -> tuple[Any, Any, None]:
+def _tokens_backward(kind: Kind, chunk: int, train_weight: bool, kept: Any, dy: Array) -> tuple[Any, Any, None]:
     dhidden, again = kept
     dhidden = (dhidden.astype(jnp.float32) * dy[:, None]).astype(dhidden.dtype)
     if not train_weight:
@@ -119,11 +118,11 @@ def _tokens_backward(
     hidden, weight, targets = again
 
     def add(total: Array, part: Any) -> tuple[Array, None]:
-        _, slope = _chunk_loss(part[0], weight, part[1], soft_cap, ignore_index)
+        _, slope = _chunk_loss(part[0], weight, part[1], kind)
         return total + _dot((slope * part[2][:, None]).astype(hidden.dtype), part[0], (0, 0)), None
 
     factors = jnp.pad(dy, (0, -dy.shape[0] % chunk)).reshape(-1, chunk)
-    parts = (*_chunks(hidden, targets, chunk, ignore_index), factors)
+    parts = (*_chunks(hidden, targets, chunk, kind.ignore_index), factors)
     dweight, _ = jax.lax.scan(add, jnp.zeros(weight.shape, jnp.float32), parts)
     return dhidden, dweight, None
 
@@ -148,6 +147,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk: int | None = None,
     per_token: bool = False,
+    label_smoothing: float = 0.0,
     train_weight: bool = False,
 ) -> Float32[Array, "*tokens"]:
     """The cross entropy of ``hidden·weightᵀ`` against `targets`, summed or per token, with at most `chunk` tokens' logits at a
@@ -166,4 +166,4 @@ def linear_cross_entropy(
     if not train_weight:
         weight = jax.lax.stop_gradient(weight)
     function = _token_losses if per_token else _loss
-    return function(hidden, weight, targets, soft_cap, ignore_index, size, train_weight)
+    return function(hidden, weight, targets, Kind(soft_cap, ignore_index, label_smoothing), size, train_weight)

@@ -87,6 +87,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("text", {"lr_scheduler_type": "constant_with_warmup", "weight_decay": 0.0}),
     "prompt_completion": ("prompt_completion", {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 4}),
     "messages": ("messages", {"max_grad_norm": 0.0, "adam_beta2": 0.95}),
+    "smoothed labels": ("tokens", {"gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1}),
 }
 
 
@@ -349,7 +350,7 @@ def test_every_field_is_accounted_for():
 
 @pytest.mark.parametrize("name", sft_config.REFUSED)
 def test_refused_fields(name, tmp_path):
-    value = {"include_for_metrics": ["inputs"], "label_smoothing_factor": 0.1}.get(name, "something")
+    value = {"include_for_metrics": ["inputs"]}.get(name, "something")
     with pytest.raises(ValueError, match=rf"{name}=.*: \w+"):
         SFTConfig(str(tmp_path), **{name: value})
 
@@ -403,6 +404,22 @@ def test_transformers_arguments_and_former_names(checkpoint, tmp_path):
     assert all(example.learn[-1] for example in trainer.examples)  # EOS is learnt, though it is the padding token
     assert trainer.train_dataset[0]["labels"][-1] == tokenizer.eos_token_id
     assert trainer.train().global_step == 3
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_the_end_is_learnt_whatever_pads(checkpoint, tmp_path, pad):
+    """A tokenizer without a padding token, and one whose padding is the EOS."""
+    model, tokenizer = native_model(checkpoint, "torch")
+    tokenizer.pad_token = pad
+    rows = [{"text": sentence(n)} for n in range(4)]
+    config = SFTConfig(str(tmp_path), **SETTINGS | {"max_steps": 1})
+    trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
+    assert all(row["labels"][-1] == tokenizer.eos_token_id for row in trainer.train_dataset)
+    window = trainer._windows().window(0)
+    lengths = (window.segments != 0).sum(axis=-1)
+    last = np.take_along_axis(window.targets, lengths[..., None] - 2, axis=-1)  # what the last but one token must predict
+    assert (last == tokenizer.eos_token_id).all()
+    assert trainer.train().global_step == 1
 
 
 def test_gradient_checkpointing_of_the_arguments(checkpoint, tmp_path):

@@ -175,8 +175,10 @@ def test_gated_activation_compiles(dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("capped", "writes"), [(False, True), (True, True), (False, False)])
-def test_loss_compiles(dtype, capped, writes):
+@pytest.mark.parametrize(
+    ("capped", "writes", "smoothed"), [(False, True, False), (True, True, True), (False, False, False), (False, True, True)]
+)
+def test_loss_compiles(dtype, capped, writes, smoothed):
     arguments = {
         "logits": "*fp32",
         "targets": "*i64",
@@ -184,8 +186,9 @@ def test_loss_compiles(dtype, capped, writes):
         "slopes": TYPES[dtype],
         **numbers("vocab", "logits_stride", "slopes_stride", "ignore_index"),
         "cap": "fp32",
+        "smoothing": "fp32",
     }
-    constants = {"CAPPED": capped, "WRITES": writes, "WIDTH": loss_triton.SIZE}
+    constants = {"CAPPED": capped, "SMOOTHED": smoothed, "WRITES": writes, "WIDTH": loss_triton.SIZE}
     compile_ptx(loss_triton.softmax_kernel, arguments, constants, loss_triton.LAUNCH)
 
 

@@ -28,18 +28,31 @@ def losses(way: str, regularization: Regularization, **windows) -> np.ndarray:
     return np.array([step(rows.window(n), learning_rate=1e-2, step=n, seed=7).floats()[0] for n in range(3)])
 
 
+BOTH = Regularization(embedding_noise=20.0, label_smoothing=0.2)
+
+
 @pytest.fixture(scope="module")
 def judge():
-    return losses("torch", Regularization(embedding_noise=20.0))
+    return losses("torch", BOTH)
 
 
 @pytest.mark.parametrize("way", ["torch fused", "jax", pytest.param("jax fused", marks=pytest.mark.slow)])
-def test_noise_is_the_same_every_way(way, judge):
-    assert np.abs(losses(way, Regularization(embedding_noise=20.0)) - judge).max() < BAR
-    assert np.abs(losses("torch", PLAIN) - judge).min() > 1e-3
+def test_losses_are_the_same_every_way(way, judge):
+    assert np.abs(losses(way, BOTH) - judge).max() < BAR
+
+
+@pytest.mark.parametrize("one", [PLAIN, Regularization(embedding_noise=20.0), Regularization(label_smoothing=0.2)])
+def test_each_counts(one, judge):
+    assert np.abs(losses("torch", one) - judge).min() > 1e-3
 
 
 @pytest.mark.parametrize("windows", [{"batch_size": 2, "accumulation": 2}, {"pad_to_multiple_of": 8}])
 def test_noise_knows_neither_accumulation_nor_padding(windows, judge):
     """A row's noise is keyed by its place in the step, and its magnitude by its own length."""
-    assert np.abs(losses("torch", Regularization(embedding_noise=20.0), **windows) - judge).max() < BAR
+    assert np.abs(losses("torch", BOTH, **windows) - judge).max() < BAR
+
+
+@pytest.mark.parametrize("wrong", [{"embedding_noise": -1.0}, {"embedding_noise": float("inf")}, {"label_smoothing": 1.0}])
+def test_numbers_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.* must be at least 0"):
+        Regularization(**wrong)
