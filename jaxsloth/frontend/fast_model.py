@@ -219,7 +219,9 @@ def is_bfloat16_supported() -> bool:
 
 def PatchDPOTrainer() -> None:
     """Unsloth's scripts call it before they import TRL."""
-    warn_once("PatchDPOTrainer: nothing needs patching; these models train with jaxsloth.DPOTrainer, and with TRL's as it is")
+    warn_once(
+        "PatchDPOTrainer: nothing needs patching; jaxsloth.DPOTrainer trains these models, and TRL's drives them as it is"
+    )
 
 
 def _check(function: Any, given: Mapping[str, Any], refused: Mapping[str, Any], unused: Mapping[str, Any]) -> None:
