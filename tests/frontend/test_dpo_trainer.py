@@ -168,11 +168,13 @@ def test_losses_and_rewards_are_trls(name, backend, checkpoint, second, tmp_path
     assert np.ptp(losses) > 0.3 and np.ptp(logged(history, "rewards/margins")) > 0.3  # there is something to be wrong about
     for prefix in ("", "eval_"):
         assert logged(found, f"{prefix}loss") == pytest.approx(logged(history, f"{prefix}loss"), abs=BAR)
-        # A log-prob is a sum of some 30 terms, about -100, where a step of float32 is 8e-6; rewards are beta times it.
+        # A log-prob is a sum of some 30 terms, about -100, where a step of float32 is 8e-6; rewards are beta times it, and
+        # margins the difference of two.
         rounding = 1e-6 * np.abs(logged(history, f"{prefix}logps/chosen")).max()
         for metric in METRICS:
             theirs = logged(history, prefix + metric)
             bar = BAR + rounding * (1 if "logps" in metric else trainer.args.beta)
+            bar *= 2 if "margins" in metric else 1
             assert len(theirs) == len(logged(history, f"{prefix}loss")) >= 2
             assert logged(found, prefix + metric) == pytest.approx(theirs, abs=bar), prefix + metric
     for other in ("learning_rate", "epoch"):
