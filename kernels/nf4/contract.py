@@ -167,8 +167,9 @@ MATVEC = Op(
     ),
 )
 OPS = (QUANTIZE, DEQUANTIZE, MATVEC)
+# float32: a sum of 4096 products rounded one by one walks sqrt(4096)·2^-24 away; measured on an H200: 2.05e-6.
 MATVEC_TOLERANCES = {
-    "float32": Tolerance(output=2e-6, gradient=0.0),
+    "float32": Tolerance(output=4e-6, gradient=0.0),
     "bfloat16": Tolerance(output=8e-3, gradient=0.0),
     "float16": Tolerance(output=1e-3, gradient=0.0),
 }
