@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from jaxsloth.backend import Output, PassOptions, Pullback, Tokens
 from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens
 from jaxsloth.models.names import stacked_name
 from jaxsloth.torch_backend.guest import SEPARATOR, Guest, Stacks, guest_spec, members
 from jaxsloth.torch_backend.layers import Context
@@ -31,7 +31,7 @@ Adapters = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
 
 
 class Bridge:
-    """See `jaxsloth.backend.Bridge`. A group is a kind of layer over all blocks that have it adapted; its name is theirs."""
+    """See `jaxsloth.bridge.Bridge`. A group is a kind of layer over all blocks that have it adapted; its name is theirs."""
 
     def __init__(self, model: TorchModel) -> None:
         self._model, self._decoder = model, model.decoder

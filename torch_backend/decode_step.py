@@ -18,7 +18,7 @@ import torch
 from jaxsloth.kernels.nf4.contract import MATVEC, NF4
 from jaxsloth.kernels.registry import Facts, RefusedError, select
 from jaxsloth.models import spec as specs
-from jaxsloth.torch_backend.fused import Kernels
+from jaxsloth.torch_backend.layer_pass import Kernels
 from jaxsloth.torch_backend.layers import Linear
 
 if TYPE_CHECKING:

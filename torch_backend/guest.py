@@ -39,7 +39,7 @@ def guest_spec(spec: ModelSpec, adapters: Stacks, dropout: float) -> ModelSpec:
 
 
 class Guest:
-    """A `FastPass` over adapters shaped like `adapters`; see `jaxsloth.backend.Bridge` for the stacks.
+    """A `FastPass` over adapters shaped like `adapters`; see `jaxsloth.bridge.Bridge` for the stacks.
 
     While it runs, the decoder's layers must hold `leaves`.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from jaxsloth.torch_backend.fused import Saved
+    from jaxsloth.torch_backend.layer_pass import Saved
 
 MOVED = ("x1", "qkv", "attended", "x2")
 # Layers whose copies to the host may be under way while later ones compute.

@@ -19,7 +19,7 @@ from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.memory import fitting_mode, offloaded_bytes
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.torch_backend import fp8, fused
+from jaxsloth.torch_backend import fp8, layer_pass
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.objective import Objective, Tensors
@@ -126,7 +126,7 @@ class FastPass:
 
     def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
         """As `FusedPass.add_gradients`; what it returns is only good until the next call. Among the inputs may be "noise", see
-        `fused.Batch`."""
+        `layer_pass.Batch`."""
         assert self._pass is not None
         arrays, key = prepare(batch)
         key = (*key, tuple(inputs), objective)
@@ -183,11 +183,11 @@ class FastPass:
             self._graphs.popitem(last=False)
         return True
 
-    def _sent(self, batch: Batch) -> fused.Batch:
+    def _sent(self, batch: Batch) -> layer_pass.Batch:
         arrays, key = prepare(batch)
         return self._on_device(to_tensors(arrays, self._device), key, int(batch.positions.max(initial=0)) + 1)
 
-    def _on_device(self, tensors: Tensors, key: Any, longest: int) -> fused.Batch:
+    def _on_device(self, tensors: Tensors, key: Any, longest: int) -> layer_pass.Batch:
         batch, length, document, *_ = key
         layout = Layout(batch, length, tensors["segments"], tensors.get("boundaries"), document)
         found = {}
@@ -195,7 +195,9 @@ class FastPass:
             if rope is not None:
                 frequencies, scaling = self._decoder.inverse_frequencies(rope, longest)
                 found[rope] = tuple(t.flatten(0, 1) for t in tables(tensors["positions"], frequencies, scaling))
-        return fused.Batch(tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"], tensors.get("noise"))
+        return layer_pass.Batch(
+            tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"], tensors.get("noise")
+        )
 
     def _choose(self, tokens: int) -> tuple[str, bool]:
         """(the checkpointing mode, whether quantized weights are kept as products take them)."""

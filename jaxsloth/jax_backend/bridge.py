@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import CheckpointingName, Output, PassOptions, Pullback, Tokens
+from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import Batch
+from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens
 from jaxsloth.jax_backend import fused
 from jaxsloth.jax_backend.layers import Context
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
@@ -35,7 +36,7 @@ SHORTEST = 64  # rows are padded to at least this many tokens
 
 
 class Bridge:
-    """See `jaxsloth.backend.Bridge`. One group of adapters is one stack: a kind of layer over all blocks that share it."""
+    """See `jaxsloth.bridge.Bridge`. One group of adapters is one stack: a kind of layer over all blocks that share it."""
 
     def __init__(self, model: JaxModel) -> None:
         self._model = model

@@ -10,7 +10,7 @@ from jaxsloth.backend import BuildOptions, OptimizerOptions
 from jaxsloth.kernels.fp8 import torch_ops
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.parity.measure import relative_frobenius
-from jaxsloth.torch_backend import fp8, fused
+from jaxsloth.torch_backend import fp8, layer_pass
 from jaxsloth.torch_backend.passes import FastPass
 from tests.models.test_backends import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
@@ -63,7 +63,7 @@ def test_adapters_anywhere_and_weights_kept(unrounded, monkeypatch, lora, keeps)
 
 def test_the_mlp_in_tiles(unrounded, monkeypatch):
     expected, theirs = gradients(nested=True)
-    monkeypatch.setattr(fused, "MLP_TILE", 256 * 13)
+    monkeypatch.setattr(layer_pass, "MLP_TILE", 256 * 13)
     loss, ours = gradients("fp8", mode="full", nested=True)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert furthest(ours, theirs) <= BAR

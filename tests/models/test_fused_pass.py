@@ -10,7 +10,7 @@ from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.parity.measure import relative_frobenius
-from jaxsloth.torch_backend import fused
+from jaxsloth.torch_backend import layer_pass
 from jaxsloth.torch_backend.optimizer import total_norm
 from tests.models.test_backends import LLAMA3, VOCAB, build
 from tests.support.sources import examples, first_batch, stream
@@ -69,7 +69,7 @@ def test_packed_documents():
 
 
 def test_the_mlp_in_tiles(monkeypatch):
-    monkeypatch.setattr(fused, "MLP_TILE", 256 * 13)
+    monkeypatch.setattr(layer_pass, "MLP_TILE", 256 * 13)
     assert compare(first_batch(stream(examples(4, VOCAB))), "full") <= BAR
 
 

@@ -24,7 +24,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/transforms.py", {"pydantic"}, ("models",), set()),
     ("jaxsloth/recipe.py", {"pydantic", "pydantic_core", "yaml"}, ("models", "transforms"), set()),
     ("jaxsloth/batch.py", NUMBERS, (), set()),
-    ("jaxsloth/backend.py", NUMBERS, ("batch", "models"), set()),
+    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge"), set()),
+    ("jaxsloth/bridge.py", NUMBERS, ("backend", "batch"), set()),
     ("jaxsloth/generation.py", NUMBERS, ("backend",), set()),
     ("kernels/registry.py", set(), (), set()),
     ("kernels/tolerance.py", set(), (), set()),
@@ -79,13 +80,13 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "torch_backend/*.py",
         NUMBERS | TORCH,
-        ("torch_backend", "kernels", "models", "recipe", "backend", "batch", "convert"),
+        ("torch_backend", "kernels", "models", "recipe", "backend", "bridge", "batch", "convert"),
         set(),
     ),
     (
         "jaxsloth/jax_backend/*.py",
         NUMBERS | JAX,
-        ("jax_backend", "kernels", "models", "recipe", "backend", "batch", "convert"),
+        ("jax_backend", "kernels", "models", "recipe", "backend", "bridge", "batch", "convert"),
         set(),
     ),
     ("jaxsloth/parity/*.py", FREE, (), set()),
@@ -101,8 +102,18 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors"}, ("*",), set()),
     ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
-    ("jaxsloth/frontend/module/inputs.py", NUMBERS | {"torch"}, ("frontend.module", "backend", "batch", "models"), set()),
-    ("jaxsloth/frontend/module/*.py", {"torch", "transformers"}, ("frontend.module", "backend", "batch", "models"), {"peft"}),
+    (
+        "jaxsloth/frontend/module/inputs.py",
+        NUMBERS | {"torch"},
+        ("frontend.module", "backend", "bridge", "batch", "models"),
+        set(),
+    ),
+    (
+        "jaxsloth/frontend/module/*.py",
+        {"torch", "transformers"},
+        ("frontend.module", "backend", "bridge", "batch", "models"),
+        {"peft"},
+    ),
     ("jaxsloth/*.py", NUMBERS | {"typer", "rich"}, ("*",), set()),
 ]
 

@@ -13,8 +13,9 @@ from torch.nn import functional
 from transformers import AutoConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from jaxsloth.backend import Bridge, CheckpointingName, Model, PassOptions
+from jaxsloth.backend import CheckpointingName, Model
 from jaxsloth.batch import IGNORE
+from jaxsloth.bridge import Bridge, PassOptions
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
 from jaxsloth.frontend.module.passes import Prepared, to_torch
 from jaxsloth.frontend.module.peft_adoption import Adapter, active_adapters

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from jaxsloth.backend import Bridge, Tokens
 from jaxsloth.batch import IGNORE
+from jaxsloth.bridge import Bridge, Tokens
 
 # Arguments that say what the batch says already, or ask for what is given anyway.
 _HARMLESS = {"use_cache", "return_dict", "cache_position"}

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from jaxsloth.backend import Bridge, Output, PassOptions, Tokens
+from jaxsloth.bridge import Bridge, Output, PassOptions, Tokens
 from jaxsloth.frontend.module.peft_adoption import Adapter
 
 
