@@ -377,6 +377,14 @@ class Backend(Protocol):
 
     def devices(self) -> DeviceInfo: ...
 
+    def use_device(self, index: int) -> None:
+        """Models built from now on run on this one of the visible devices, alone.
+
+        Raises:
+            ValueError: there is no such device, torchrun gives this process another, or a model was built for another.
+        """
+        ...
+
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> Model:
         """Builds the model of `spec`, reading each tensor of `source` once and quantizing it as it arrives.
 

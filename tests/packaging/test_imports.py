@@ -25,6 +25,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/recipe.py", {"pydantic", "pydantic_core", "yaml"}, ("models", "transforms"), set()),
     ("jaxsloth/batch.py", NUMBERS, (), set()),
     ("jaxsloth/backend.py", NUMBERS, ("batch", "models"), set()),
+    ("jaxsloth/device_choice.py", set(), (), set()),
     ("jaxsloth/generation.py", NUMBERS, ("backend",), set()),
     ("kernels/registry.py", set(), (), set()),
     ("kernels/tolerance.py", set(), (), set()),
@@ -79,13 +80,13 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "torch_backend/*.py",
         NUMBERS | TORCH,
-        ("torch_backend", "kernels", "models", "recipe", "backend", "batch", "convert"),
+        ("torch_backend", "kernels", "models", "recipe", "backend", "batch", "convert", "device_choice"),
         set(),
     ),
     (
         "jaxsloth/jax_backend/*.py",
         NUMBERS | JAX,
-        ("jax_backend", "kernels", "models", "recipe", "backend", "batch", "convert"),
+        ("jax_backend", "kernels", "models", "recipe", "backend", "batch", "convert", "device_choice"),
         set(),
     ),
     ("jaxsloth/parity/*.py", FREE, (), set()),

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from jaxsloth.backend import Bridge, CheckpointingName, Model, PassOptions
+from jaxsloth.backend import Bridge, CheckpointingName, Model, Output, PassOptions
 from jaxsloth.batch import IGNORE
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
 from jaxsloth.frontend.module.passes import Prepared, to_torch
@@ -134,7 +134,13 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         ids = refuse_inputs(input_ids, position_ids, others)
         targets = shift_labels(labels) if shifted is None and labels is not None else shifted
         prepared = self.prepare(ids, attention_mask, position_ids, targets)
-        make_logits = partial(prepared.run, "logits", keep=logits_to_keep)
+
+        def run(output: Output, keep: int = 0) -> torch.Tensor:
+            """On the batch's GPU where that is another: transformers' trainers feed the first."""
+            found = prepared.run(output, keep)
+            return found.to(ids.device) if found.device.type == ids.device.type else found
+
+        make_logits = partial(run, "logits", keep=logits_to_keep)
         logits = make_logits() if wants_logits else None
         loss = None
         if targets is not None:
@@ -142,7 +148,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
                 flat = targets.flatten().to(logits.device, torch.long)
                 total = functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=IGNORE, reduction="sum")
             else:
-                total = prepared.run("loss")
+                total = run("loss")
             if items is None:
                 assert prepared.tokens.targets is not None
                 items = int((prepared.tokens.targets != IGNORE).sum())
