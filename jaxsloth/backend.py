@@ -216,6 +216,10 @@ class DecodeState(Protocol):
         """
         ...
 
+    def reorder(self, rows: np.ndarray) -> None:
+        """Row i goes on from what row rows[i] was (int [batch]), as a search over several answers asks."""
+        ...
+
 
 Output = Literal["loss", "hidden", "logits"]
 Pullback = Callable[[Any], Mapping[str, tuple[Any, Any]]]

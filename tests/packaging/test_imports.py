@@ -103,6 +103,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
     ("jaxsloth/frontend/module/inputs.py", NUMBERS | {"torch"}, ("frontend.module", "backend", "batch", "models"), set()),
+    ("jaxsloth/frontend/module/cached_rows.py", NUMBERS | {"torch"}, ("frontend.module", "backend"), set()),
     ("jaxsloth/frontend/module/*.py", {"torch", "transformers"}, ("frontend.module", "backend", "batch", "models"), {"peft"}),
     ("jaxsloth/*.py", NUMBERS | {"typer", "rich"}, ("*",), set()),
 ]

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from jaxsloth.backend import Bridge, CheckpointingName, Model, Output, PassOptions
 from jaxsloth.batch import IGNORE
+from jaxsloth.frontend.module.cached_rows import CachedRows
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
 from jaxsloth.frontend.module.passes import Prepared, to_torch
 from jaxsloth.frontend.module.peft_adoption import Adapter, active_adapters
@@ -130,8 +131,11 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         shifted, items = others.pop("shift_labels", None), others.pop("num_items_in_batch", None)
         learns = self.training or torch.is_grad_enabled()
         wants_logits = others.pop("output_logits", not learns or (labels is None and shifted is None))
-        others |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        cached = past_key_values if isinstance(past_key_values, CachedRows) else None
+        others |= {"past_key_values": past_key_values if cached is None else None, "inputs_embeds": inputs_embeds}
         ids = refuse_inputs(input_ids, position_ids, others)
+        if cached is not None:
+            return CausalOutput(logits=cached.append(ids, attention_mask), past_key_values=cached)  # type: ignore[arg-type]
         targets = shift_labels(labels) if shifted is None and labels is not None else shifted
         prepared = self.prepare(ids, attention_mask, position_ids, targets)
 
@@ -186,9 +190,9 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
             return "auto" if name == "auto" else "none"
         return "full" if name == "none" else name
 
-    def generate(self, *inputs: Any, **settings: Any) -> Any:
-        """As transformers'. Nothing is cached yet: every token runs the whole row."""
-        return super().generate(*inputs, **settings | {"use_cache": False})  # type: ignore[misc]
+    def _prepare_cache_for_generation(self, generation_config: Any, *others: Any) -> None:
+        """transformers' `generate` asks it. Nothing is cached: every token runs the whole row."""
+        generation_config.use_cache = False
 
     def save_pretrained(self, *arguments: Any, **settings: Any) -> NoReturn:
         raise NotImplementedError(
