@@ -219,6 +219,10 @@ class DecodeState(Protocol):
         """
         ...
 
+    def reorder(self, rows: np.ndarray) -> None:
+        """Row i goes on from what row rows[i] was (int [batch]), as a search over several answers asks."""
+        ...
+
 
 class Model(Protocol):
     """A built model of one backend. Arrays cross as numpy, by Hugging Face or PEFT name."""
@@ -287,6 +291,14 @@ class Backend(Protocol):
     name: BackendName
 
     def devices(self) -> DeviceInfo: ...
+
+    def use_device(self, index: int) -> None:
+        """Models built from now on run on this one of the visible devices, alone.
+
+        Raises:
+            ValueError: there is no such device, torchrun gives this process another, or a model was built for another.
+        """
+        ...
 
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> Model:
         """Builds the model of `spec`, reading each tensor of `source` once and quantizing it as it arrives.

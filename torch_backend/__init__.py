@@ -18,13 +18,17 @@ class TorchBackend:
     def devices(self) -> DeviceInfo:
         return placement.device_info()
 
+    def use_device(self, index: int) -> None:
+        placement.use_device(index)
+
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> TorchModel:
         placement.join_processes()
+        placement.CHOICE.built()
         return TorchModel(spec, source, options)
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(placement.device())
 
     def peak_memory(self) -> int | None:
         return placement.peak_memory()

@@ -259,9 +259,10 @@ class Step:
         for layer in self._layers:
             for products in layer.products:
                 products.begin()
-        if not self._tried:
-            self._capture()
         device = self.slot.device
+        if not self._tried:
+            with torch.cuda.device(device):
+                self._capture()
         self.first.copy_(torch.from_numpy(used - lengths).to(device))
         self._positions.copy_(torch.from_numpy(lengths)[:, None].to(device))
         self.slot.fill_(used)
@@ -333,7 +334,7 @@ def _fetch(said: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     host = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
     host.copy_(said, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(said.device))
     return host, event
 
 

@@ -71,6 +71,15 @@ class DecodeState:
             cache.used = self._used
         return self._step.say(tokens, used, count)
 
+    @torch.no_grad()
+    def reorder(self, rows: np.ndarray) -> None:
+        """See `jaxsloth.backend.DecodeState`. In place: a recorded program reads this memory."""
+        places = to_device(rows.astype(np.int64), self._model.decoder.device)
+        for cache in self._caches:
+            for kept in (cache.keys, cache.values):
+                kept[:, : self._used] = kept[places, : self._used]
+        self._segments, self._next = self._segments[rows], self._next[rows]
+
     def _greedy_by_steps(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
         for _ in range(count):
             tokens = self.step(tokens).argmax(axis=1).astype(np.int32)

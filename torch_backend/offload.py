@@ -38,7 +38,7 @@ class Stash:
         """Starts a layer's copies; the device memory is free once they are done."""
         tensors = {name: getattr(saved, name) for name in MOVED if getattr(saved, name) is not None}
         host = self._host(tensors)
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():
@@ -51,7 +51,7 @@ class Stash:
 
     def get(self, kept: list[Any], index: int, first: int) -> Saved:
         """The `Saved` of layer `index`, on the device; layer index - 1 is sent for."""
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._stream.device)
         while self._leaving:
             current.wait_event(self._leaving.popleft()[0])
         self._send_for(kept[index])
@@ -70,7 +70,7 @@ class Stash:
             return
         arriving = {name: torch.empty_like(host, device=self._stream.device) for name, host in away.host.items()}
         # The memory may have been another tensor's a moment ago.
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             for name, host in away.host.items():
                 arriving[name].copy_(host, non_blocking=True)

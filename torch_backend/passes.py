@@ -163,14 +163,15 @@ class FastPass:
     def _capture(self, tensors: Tensors, key: Any, longest: int) -> bool:
         """Records the pass for batches like this one; False where the graph's own memory does not fit beside the rest."""
         static = {name: tensor.clone() for name, tensor in tensors.items()}
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         try:
             # thread_local: a data loader's thread may pin memory meanwhile, which would end a capture that watches all threads.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            recording = torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")
+            with torch.cuda.device(self._device), recording:
                 result = self._run(static, key, longest)
         except torch.OutOfMemoryError:
             logger.warning(

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 from jaxsloth.backend import DeviceInfo
+from jaxsloth.device_choice import DeviceChoice
+
+CHOICE = DeviceChoice("torch")
 
 
 @cache
@@ -24,10 +27,26 @@ def join_processes() -> None:
 
 
 def device() -> torch.device:
-    """This process' device: its GPU under torchrun, else the first, else the CPU."""
+    """This process' device: its GPU under torchrun, else the one chosen (`use_device`), else the first, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", CHOICE.index or 0)))
+
+
+def use_device(index: int) -> None:
+    """See `jaxsloth.backend.Backend`. The device becomes torch's current one, on whose streams work is queued."""
+    own = os.environ.get("LOCAL_RANK")
+    if own is not None:
+        if index != int(own):
+            raise ValueError(
+                f"device_map asks for device {index}, and torchrun gives this process device {own} (LOCAL_RANK); leave "
+                "device_map out"
+            )
+        return
+    on_gpu = torch.cuda.is_available()
+    CHOICE.take(index, "cuda" if on_gpu else "cpu", torch.cuda.device_count() if on_gpu else 1, default=0)
+    if on_gpu:
+        torch.cuda.set_device(index)
 
 
 def rank() -> int:

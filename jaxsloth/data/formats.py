@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,20 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 _OPTIONAL = ("labels", "input")
+# Arguments of apply_chat_template that say how rows are rendered here.
+_RENDERING = {"add_generation_prompt", "chat_template", "continue_final_message", "return_dict", "tokenize", "tools"}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with role and content, for a chat template. The assistant's are learnt, from message `first_learnt` on."""
+    """Messages with role and content, for a chat template. The assistant's are learnt, from message `first_learnt` on.
+
+    settings: values of the template's own variables (Qwen 3's enable_thinking).
+    """
 
     messages: list[Message]
     first_learnt: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,9 @@ def row_reader(data: DataRecipe, row: Mapping[str, Any]) -> Callable[[Mapping[st
                 f"has {', '.join(row)}. Set data.format, or map the names: data.columns: {{{missing[0]}: <the file's field>}}"
             )
         content = read(row)
-        return _with_system(content, data.system) if isinstance(content, Conversation) else content
+        if not isinstance(content, Conversation):
+            return content
+        return replace(_with_system(content, data.system), settings=_settings(row))
 
     return read_row
 
@@ -107,6 +115,17 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
         return conversation
     first = {"role": "system", "content": system}
     return Conversation([first, *conversation.messages], conversation.first_learnt + 1)
+
+
+def _settings(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """TRL's column chat_template_kwargs."""
+    settings = row.get("chat_template_kwargs") or {}
+    if not isinstance(settings, Mapping) or _RENDERING & set(settings):
+        others = ", ".join(sorted(_RENDERING))
+        raise DataError(
+            f"chat_template_kwargs must hold the template's own variables by name, not {others}, and {_shown(settings)} came"
+        )
+    return settings
 
 
 def _read_messages(row: Mapping[str, Any]) -> Conversation:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -15,6 +17,7 @@ from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation, Message
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 _PROBE = "probe{}of{}"
 Span = tuple[int, int]
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -56,14 +59,18 @@ class ChatTemplate:
             self.source = template_source(name, tokenizer)
         self.marks_answers = _GENERATION_TAG.search(self.source) is not None
 
-    def render(self, messages: Sequence[Message], answer_follows: bool = False) -> str:
-        """The conversation's text; answer_follows adds the header after which the assistant answers."""
+    def render(
+        self, messages: Sequence[Message], answer_follows: bool = False, settings: Mapping[str, Any] = NO_SETTINGS
+    ) -> str:
+        """The conversation's text; answer_follows adds the header after which the assistant answers. settings: as
+        `Conversation` has them."""
         return self._refusing(
             self.tokenizer.apply_chat_template,
             list(messages),
             chat_template=self.source,
             tokenize=False,
             add_generation_prompt=answer_follows,
+            **settings,
         )
 
     @staticmethod
@@ -84,14 +91,15 @@ class ChatTemplate:
             DataError: the template refuses the conversation or drops a role of it, or it can't be split into prompts and
                 answers.
         """
-        self.check_roles(conversation.messages)
+        self.check_roles(conversation.messages, conversation.settings)
         if response_only and self.marks_answers:
             return tokenize_spans(self.tokenizer, *self._tagged_spans(conversation))
-        text = self.render(conversation.messages)
+        render = partial(self.render, settings=conversation.settings)
+        text = render(conversation.messages)
         if not response_only:
             tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
             return tokens, np.ones(tokens.shape, bool)
-        spans = answer_spans(self.render, conversation, text)
+        spans = answer_spans(render, conversation, text)
         return tokenize_spans(self.tokenizer, text, spans)
 
     def _tagged_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
@@ -103,12 +111,12 @@ class ChatTemplate:
             conversations=[list(conversation.messages)],
             chat_template=self.source,
             return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+            **(self.tokenizer.special_tokens_map | dict(conversation.settings)),
         )
         skipped = sum(message["role"] == "assistant" for message in conversation.messages[: conversation.first_learnt])
         return texts[0], spans[0][skipped:]
 
-    def check_roles(self, messages: Sequence[Message]) -> None:
+    def check_roles(self, messages: Sequence[Message], settings: Mapping[str, Any] = NO_SETTINGS) -> None:
         """That what each role says is in the text: looked at once for each, with marks in place of what it says.
 
         Raises:
@@ -122,7 +130,8 @@ class ChatTemplate:
             }
             if not marks:
                 continue
-            text = self.render([m | {"content": marks.get(number, m["content"])} for number, m in enumerate(messages)])
+            marked = [m | {"content": marks.get(number, m["content"])} for number, m in enumerate(messages)]
+            text = self.render(marked, settings=settings)
             if any(mark not in text for mark in marks.values()):
                 raise DataError(
                     f"the chat template drops the role {role!r}: what its messages say is not in the rendered text. Give a "

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from jaxsloth.backend import Model
 from jaxsloth.frontend.arguments import refuse_unknown
+from jaxsloth.frontend.module.cached_rows import follows_on
 from jaxsloth.generation import GenerationSettings, choose
 
 # Fields of a GenerationConfig that the cached decoder reads, and those that only say where it came from or how it caches.
@@ -33,6 +35,10 @@ _ARGUMENTS = {
     *("inputs", "generation_config", "streamer", "stopping_criteria", "logits_processor", "synced_gpus", "assistant_model"),
     *("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "tokenizer"),
 }
+
+
+# transformers' loops that go on by one token a row and ask nothing of a cache but its rows in another order.
+_LOOPS = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,15 @@ def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str,
     if any(value not in (None, False) and value != defaults.get(name) for name, value in unread.items()):
         return None
     return _assemble(model, ids, mask, config, stops, streamer)
+
+
+def caches(config: Any, inputs: Mapping[str, Any], mode: Any) -> bool:
+    """Whether transformers' own loop can run over `CachedRows`. inputs: what it hands to every pass."""
+    if config.use_cache is False or mode not in _LOOPS or config.prefill_chunk_size is not None:
+        return False
+    if config.guidance_scale not in (None, 1):
+        return False  # its processor runs a second set of rows through the model
+    return follows_on(inputs)
 
 
 def _assemble(model: Any, ids: torch.Tensor, mask: Any, config: Any, stops: Any, streamer: Any) -> Prepared | None:

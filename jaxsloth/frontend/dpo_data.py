@@ -26,8 +26,9 @@ def encode_pairs(
 ) -> tuple[list[Example], dict[Example, float]]:
     """Tokenizes as TRL does: the chosen and the rejected answer of each row, one after the other, each behind the prompt.
 
-    A row is prompt, chosen and rejected: texts, which end in the EOS, or messages. Without a prompt (or with a text, where the
-    answers are messages) it is what both answers begin with. An answer begins where the tokens of its prompt end, or differ.
+    A row is prompt, chosen and rejected: texts, which end in the EOS, or messages, which are rendered with the row's
+    chat_template_kwargs. Without a prompt (or with a text, where the answers are messages) it is what both answers begin with.
+    An answer begins where the tokens of its prompt end, or differ.
 
     Args:
         args: its truncation_mode, max_prompt_length (prompts keep their last tokens) and precompute_ref_log_probs.
@@ -82,11 +83,13 @@ def _reader(tokenizer: Any, max_prompt_length: int | None) -> Callable[[Row], li
         template[:] = [chat]
         prompt, wholes = "", []
         for field in ANSWERS:
-            conversation = messages({"prompt": row["prompt"], "completion": row[field]})
+            conversation = messages({**row, "completion": row[field]})
             assert isinstance(conversation, Conversation)
-            chat.check_roles(conversation.messages)
-            prompt = chat.render(conversation.messages[: conversation.first_learnt], answer_follows=True)
-            wholes.append(_plain(chat.render(conversation.messages), tokenizer))
+            settings = conversation.settings
+            chat.check_roles(conversation.messages, settings)
+            before = conversation.messages[: conversation.first_learnt]
+            prompt = chat.render(before, answer_follows=True, settings=settings)
+            wholes.append(_plain(chat.render(conversation.messages, settings=settings), tokenizer))
         return _plain(prompt, tokenizer), wholes
 
     def read(row: Row) -> list[Pair]:

@@ -94,7 +94,7 @@ class FastLanguageModel:
             max_seq_length: what trainers cut rows at where they are given no length.
             dtype: None (bfloat16 on a GPU, float32 on a CPU), torch.float16, torch.bfloat16, torch.float32, or a name.
             load_in_4bit: store the linear layers as nested NF4. load_in_16bit=True turns it off.
-            device_map: "auto" and its like, or the device that the backend runs on; another one is refused.
+            device_map: "auto" and its like, or one device ("cuda:1", {"": 1}), which all models of the process then share.
             rope_scaling: in place of the checkpoint's, in Hugging Face's form.
             use_gradient_checkpointing: True and "full" recompute blocks, "unsloth" and "offload" keep their inputs in host
                 memory, "selective" keeps matrix products, "auto" takes the fastest that fits, False and "none" keep all.

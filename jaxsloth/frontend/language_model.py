@@ -13,6 +13,7 @@ from jaxsloth.frontend import decoding, saving
 from jaxsloth.frontend.adapters import show_backend
 from jaxsloth.frontend.arguments import refuse_unknown
 from jaxsloth.frontend.loading import Loaded
+from jaxsloth.frontend.module.cached_rows import CachedRows
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from jaxsloth.frontend.module.passes import Prepared
 from jaxsloth.generation import GenerationSettings, answer_texts, generate
@@ -37,6 +38,8 @@ class FastModelForCausalLM(JaxslothForCausalLM):
         made.__dict__["loaded"] = loaded
         made.max_seq_length = max_seq_length
         made.behind = None
+        if made.device.index:  # else transformers' Trainer would spread the model over all GPUs that it sees
+            made.hf_device_map = {"": made.device}
         return made
 
     def prepare(self, *arguments: Any, **settings: Any) -> Prepared:
@@ -59,8 +62,9 @@ class FastModelForCausalLM(JaxslothForCausalLM):
     def generate(self, inputs: Any = None, generation_config: Any = None, **settings: Any) -> Any:
         """Answers as transformers does (`inputs` a tensor, or input_ids=…), or a text, texts or rows of token ids.
 
-        Tensors: transformers' arguments and its output, ``[batch, prompt + answer]``. What the cached decoder has not
-        (beams, processors of logits, scores) transformers does, a whole pass a token.
+        Tensors: transformers' arguments and its output, ``[batch, prompt + answer]``. What `decoding` has not (beams,
+        processors of logits, scores) transformers' own loop does over the same KV cache; a whole pass a token it takes with
+        use_cache=False, an assistant, guidance_scale, and prompts with padding elsewhere than on the left.
 
         Texts and rows: `GenerationSettings`' fields and on_text, called with (row, new text). What came in comes out answered:
         a text, a list of texts, or a list of lists of new token ids. Special tokens written out in a text (a rendered chat
@@ -70,9 +74,18 @@ class FastModelForCausalLM(JaxslothForCausalLM):
             return self._answer(inputs, settings)
         prepared = decoding.prepare(self, inputs, generation_config, settings)
         if prepared is None:
-            return super().generate(inputs, generation_config=generation_config, **settings)
+            if settings.get("custom_generate") is not None:
+                settings["use_cache"] = False  # it may ask of a cache what only transformers' have
+            return super().generate(inputs, generation_config=generation_config, **settings)  # type: ignore[misc]
         show_backend(self)
         return decoding.decode(self.engine.model, prepared)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *others: Any) -> None:
+        inputs, mode, _, capacity = others
+        generation_config.use_cache = decoding.caches(generation_config, inputs, mode)
+        if generation_config.use_cache:
+            show_backend(self)
+            inputs["past_key_values"] = CachedRows(self.engine.model, capacity)
 
     def _answer(self, prompts: Any, settings: dict[str, Any]) -> Any:
         refuse_unknown("generate", _TEXT_SETTINGS, {k: v for k, v in settings.items() if k not in _TEXT_SETTINGS})

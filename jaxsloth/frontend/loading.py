@@ -47,14 +47,16 @@ def load(
         dtype: "float32", "bfloat16", "float16" or the framework's own; None: bfloat16 on a GPU, float32 on a CPU.
         load_in_4bit: store the linear layers as nested NF4.
         rope_scaling: in place of the checkpoint's, in Hugging Face's form.
-        device_map: see `check_device_map`.
+        device_map: see `named_device`; a device that it numbers is used alone, by all models of the process.
         hub: `resolve_path`'s.
 
     Raises:
         ValueError: the checkpoint can't be read or is not supported, or an argument is wrong.
     """
     engine = resolve_backend(backend)
-    check_device_map(device_map, engine.name, engine.devices())
+    index = named_device(device_map, engine.name, engine.devices())
+    if index is not None:
+        engine.use_device(index)
     options = BuildOptions(dtype_name(dtype, engine.devices()), gradient_checkpointing)
     opened = open_checkpoint(resolve_path(name, **(hub or {})))
     if rope_scaling is not None:
@@ -91,12 +93,12 @@ def checkpointing_name(value: Any) -> CheckpointingName:
     return _CHECKPOINTING[value]
 
 
-def check_device_map(device_map: Any, backend: str, devices: DeviceInfo) -> None:
-    """That ``device_map`` names the device on which the backend runs: "auto" and its like, "cuda", "cuda:N", "cpu", N, or
-    ``{"": any of these}``.
+def named_device(device_map: Any, backend: str, devices: DeviceInfo) -> int | None:
+    """The number of the device that ``device_map`` names, or None where it leaves the backend its own: "auto" and its like,
+    "cuda" and "cpu" leave it, "cuda:N" and N name one, and so does ``{"": any of these}``.
 
     Raises:
-        ValueError: a device that isn't there, or another than the backend runs on, or a map of single layers.
+        ValueError: a device of another kind than the backend runs on, or a map of single layers.
     """
     place = device_map
     if isinstance(place, Mapping):
@@ -108,24 +110,14 @@ def check_device_map(device_map: Any, backend: str, devices: DeviceInfo) -> None
         place = place[""]
     text = f"{devices.platform}:{place}" if isinstance(place, int) else str(place)
     if place is None or text in _AUTOMATIC_MAPS:
-        return
+        return None
     match = re.fullmatch(r"(cpu|cuda|gpu|tpu)(?::(\d+))?", text)
     if match is None:
         allowed = ", ".join((*_AUTOMATIC_MAPS, "cpu", "cuda", "cuda:N"))
         raise ValueError(f'device_map must be one of {allowed} or {{"": one of them}}, and {device_map!r} came')
-    platform, index = match[1].replace("gpu", "cuda"), int(match[2] or 0)
-    if platform != devices.platform:
+    if match[1].replace("gpu", "cuda") != devices.platform:
         raise ValueError(
             f"device_map asks for {text}, and backend {backend!r} runs on {devices.platform} ({devices.name}) here; leave "
             "device_map out, or choose by CUDA_VISIBLE_DEVICES which devices can be seen"
         )
-    if index != devices.rank and index >= devices.count:
-        raise ValueError(
-            f"device_map asks for {text}, and backend {backend!r} sees {devices.count} of its kind, numbered from 0; "
-            f"set CUDA_VISIBLE_DEVICES={index} to show it that one, as {devices.platform}:0"
-        )
-    if index != devices.rank and devices.count > 1:
-        raise ValueError(
-            f"device_map asks for {text}, but backend {backend!r} trains on all {devices.count} devices; set "
-            f"CUDA_VISIBLE_DEVICES={index} to show it that one only"
-        )
+    return None if match[2] is None else int(match[2])

@@ -33,7 +33,8 @@ def encode(
 
     A row is, in this order: input_ids with perhaps labels, attention_mask, completion_mask and assistant_masks (padding is
     cut off where the mask says so); what `formatting` writes; the text of args.dataset_text_field; messages or conversations;
-    prompt and completion (texts, or messages). Texts end in the EOS, which is learnt also where it is the padding token.
+    prompt and completion (texts, or messages). Messages are rendered with the row's chat_template_kwargs. Texts end in the
+    EOS, which is learnt also where it is the padding token.
 
     Args:
         args: its dataset_text_field, completion_only_loss (None: where there are completions) and assistant_only_loss.

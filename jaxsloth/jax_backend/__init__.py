@@ -18,13 +18,17 @@ class JaxBackend:
     def devices(self) -> DeviceInfo:
         return placement.device_info()
 
+    def use_device(self, index: int) -> None:
+        placement.use_device(index)
+
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> JaxModel:
         placement.keep_compiled_programs()
+        placement.CHOICE.built()
         return JaxModel(spec, source, options)
 
     def synchronize(self) -> None:
         jax.effects_barrier()
-        for device in jax.local_devices():
+        for device in placement.devices():
             jax.device_put(0, device).block_until_ready()
 
     def peak_memory(self) -> int | None:

@@ -20,11 +20,10 @@ from flax import nnx
 from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import Batch
 from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens
-from jaxsloth.jax_backend import fused
+from jaxsloth.jax_backend import fused, placement
 from jaxsloth.jax_backend.layers import Context
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
 from jaxsloth.jax_backend.train_step import rates_of
-from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.models.names import stacked_name
 from jaxsloth.models.spec import Lora, ModelSpec
 
@@ -42,7 +41,7 @@ class Bridge:
         self._model = model
         self._programs: dict[Any, _Program] = {}
         self._groups: dict[tuple[str, ...], dict[str, tuple[str | None, ...]]] = {}
-        self.device = platform()
+        self.device = placement.torch_device()
 
     def groups(self, modules: Sequence[str]) -> Mapping[str, tuple[str | None, ...]]:
         asked = tuple(modules)
@@ -85,10 +84,10 @@ class Bridge:
 
     def _program(self, adapters: Stacks, options: PassOptions) -> _Program:
         """The decoder that has exactly these adapters."""
-        if jax.device_count() > 1:
+        if self._model.devices > 1:
             raise ValueError(
-                f"a torch module over JAX runs on one device, and JAX sees {jax.device_count()}; show it one "
-                "(CUDA_VISIBLE_DEVICES=0), or train with jaxsloth's own trainers, which use them all"
+                f"a torch module over JAX runs on one device, and JAX has {self._model.devices}; name one "
+                "(device_map='cuda:0'), or train with jaxsloth's own trainers, which use them all"
             )
         recompute = options.checkpointing not in ("none", "auto")
         rank = max((a.shape[1] for a, _ in adapters.values()), default=0)
@@ -243,4 +242,4 @@ def _by_group(gradients: Any) -> dict[str, tuple[Any, Any]]:
 
 def _take(array: Any) -> Any:
     """An array of another framework as JAX's, on JAX's device; no copy where it lies there already."""
-    return jax.device_put(jax.dlpack.from_dlpack(array), jax.devices()[0])
+    return jax.device_put(jax.dlpack.from_dlpack(array), placement.devices()[0])

@@ -55,6 +55,11 @@ def _say(
     return said.T, state, caches
 
 
+@partial(jax.jit, donate_argnums=(0,))
+def _reordered(caches: Any, rows: Any) -> Any:
+    return jax.tree.map(lambda stack: stack[:, rows], caches)
+
+
 class DecodeState:
     """A batch being decoded. Slots are shared by all rows; a row's padding occupies its first ones and is never seen."""
 
@@ -119,6 +124,11 @@ class DecodeState:
             if waiting is not None:
                 yield np.asarray(waiting)
             waiting = launched
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """See `jaxsloth.backend.DecodeState`."""
+        self._caches = _reordered(self._caches, jnp.asarray(rows, jnp.int32))
+        self._segments, self._next = self._segments[rows], self._next[rows]
 
     def _greedy_by_steps(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
         for _ in range(count):

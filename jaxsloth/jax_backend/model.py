@@ -187,7 +187,7 @@ class JaxModel:
 
     @property
     def devices(self) -> int:
-        return jax.device_count()
+        return len(placement.devices())
 
     def mode(self, tokens: int) -> str | None:
         """The `gradient_checkpointing` of the fused blocks, or None where the composed ones are trained.

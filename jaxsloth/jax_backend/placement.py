@@ -1,4 +1,4 @@
-"""Where things run: one mesh with a ``data`` axis over all visible devices, and how batches lie on it."""
+"""Where things run: one mesh with a ``data`` axis over all visible devices or the one chosen, and how batches lie on it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,38 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsloth.backend import DeviceInfo
+from jaxsloth.device_choice import DeviceChoice
 from jaxsloth.kernels.jax_platform import platform
 
 DATA = "data"
+CHOICE = DeviceChoice("jax")
+
+
+def devices() -> tuple[jax.Device, ...]:
+    """The devices that models run on."""
+    visible = tuple(jax.devices())
+    return visible if CHOICE.index is None else (visible[CHOICE.index],)
+
+
+def use_device(index: int) -> None:
+    """See `jaxsloth.backend.Backend`. Arrays that no device is named for are made on it, too."""
+    count = jax.device_count()
+    CHOICE.take(index, platform(), count, default=0 if count == 1 else None)
+    jax.config.update("jax_default_device", devices()[0])
+
+
+def torch_device() -> str:
+    """What torch calls the device that a model on a single one lies on."""
+    return platform() if CHOICE.index is None or platform() == "cpu" else f"{platform()}:{CHOICE.index}"
+
+
+def mesh() -> Mesh:
+    return _mesh(devices())
 
 
 @cache
-def mesh() -> Mesh:
-    return jax.make_mesh((jax.device_count(),), (DATA,))
+def _mesh(devices: tuple[jax.Device, ...]) -> Mesh:
+    return jax.make_mesh((len(devices),), (DATA,), devices=devices)
 
 
 def keep_compiled_programs() -> None:
@@ -33,11 +57,11 @@ def keep_compiled_programs() -> None:
 
 
 def device_info() -> DeviceInfo:
-    device = jax.devices()[0]
+    device = devices()[0]
     stats = device.memory_stats() or {}
     where = platform()
     name = "CPU" if where == "cpu" else device.device_kind
-    return DeviceInfo(where, name, jax.device_count(), jax.process_index(), jax.process_count(), stats.get("bytes_limit"))
+    return DeviceInfo(where, name, len(devices()), jax.process_index(), jax.process_count(), stats.get("bytes_limit"))
 
 
 def put_batch(array: np.ndarray, axis: int) -> Any:
@@ -46,18 +70,18 @@ def put_batch(array: np.ndarray, axis: int) -> Any:
     Raises:
         ValueError: the rows do not divide among the devices; the data pipeline fills batches up so that they do.
     """
-    if jax.device_count() == 1:
+    if len(devices()) == 1:
         return array  # the program's call moves it, faster than a call of its own would
     rows = array.shape[axis]
-    if rows % jax.device_count():
-        raise ValueError(f"a batch must have a multiple of {jax.device_count()} rows (one share a device), and it has {rows}")
+    if rows % len(devices()):
+        raise ValueError(f"a batch must have a multiple of {len(devices())} rows (one share a device), and it has {rows}")
     spec = PartitionSpec(*(DATA if place == axis else None for place in range(array.ndim)))
     return jax.device_put(array, NamedSharding(mesh(), spec))
 
 
 def replicate(tree: Any) -> Any:
     """Arrays whole on every device."""
-    if jax.device_count() == 1:
+    if len(devices()) == 1:
         return tree
     return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
 
@@ -65,7 +89,7 @@ def replicate(tree: Any) -> Any:
 def over_devices(function: Any, replicated: int, sharded_axis: int) -> Any:
     """`function` run on every device's share. Its first `replicated` arguments are whole everywhere, the others are shared out
     along `sharded_axis`; what it returns must be equal on all devices (summed over `DATA`)."""
-    if jax.device_count() == 1:
+    if len(devices()) == 1:
         return function
 
     def shared(*arguments: Any) -> Any:
@@ -81,23 +105,23 @@ def over_devices(function: Any, replicated: int, sharded_axis: int) -> Any:
 
 def sum_over_devices(tree: Any) -> Any:
     """The sum over the mesh, inside `over_devices`."""
-    return tree if jax.device_count() == 1 else jax.lax.psum(tree, DATA)
+    return tree if len(devices()) == 1 else jax.lax.psum(tree, DATA)
 
 
 def gather_from_devices(tree: Any, axis: int) -> Any:
     """Every device's share along `axis`, put together, inside `over_devices`."""
-    return tree if jax.device_count() == 1 else jax.lax.all_gather(tree, DATA, axis=axis, tiled=True)
+    return tree if len(devices()) == 1 else jax.lax.all_gather(tree, DATA, axis=axis, tiled=True)
 
 
 def free_memory() -> float:
     """Bytes of one device that are not in use; inf where unknown."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = devices()[0].memory_stats() or {}
     return float(stats["bytes_limit"] - stats["bytes_in_use"]) if "bytes_limit" in stats else float("inf")
 
 
 def peak_memory() -> int:
     """Peak bytes: in use on one device, or resident on the host."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
 from transformers.generation import GenerationMixin
 
 from jaxsloth import FastLanguageModel
+from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from tests.support.modules import BACKENDS, adapted, batch, their_base
 from tests.support.tiny import write_checkpoint
 
@@ -120,11 +121,67 @@ def test_sampling_follows_torchs_seed_on_both_backends(models, cached_only):
     assert not torch.equal(first, sample("torch", 2))
 
 
+@pytest.fixture
+def whole_passes(monkeypatch):
+    """A list that grows by one with every pass over whole rows."""
+    passes: list[int] = []
+    prepare = JaxslothForCausalLM.prepare
+
+    def counted(self: Any, ids: torch.Tensor, *others: Any) -> Any:
+        passes.append(ids.shape[1])
+        return prepare(self, ids, *others)
+
+    monkeypatch.setattr(JaxslothForCausalLM, "prepare", counted)
+    return passes
+
+
+class Shifted(LogitsProcessor):
+    """Favours tokens by what was said before, so that a wrong prefix shows."""
+
+    def __call__(self, input_ids, scores):
+        return scores + torch.cos(torch.arange(scores.shape[1]) * (1 + input_ids[:, -2:].sum(1, keepdim=True)))
+
+
 @both
-def test_what_is_not_cached_is_transformers(models, backend):
-    """Beams, and prompts that are padded on the right: slower, and the same."""
-    settings = {"max_new_tokens": 5, "num_beams": 2, "pad_token_id": 1}
-    assert torch.equal(models[backend].generate(**PROMPTS, **settings), models["judge"].generate(**PROMPTS, **settings))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logits_processor": LogitsProcessorList([Shifted()])},
+        {"logits_processor": LogitsProcessorList([Shifted()]), "do_sample": True, "temperature": 0.8, "top_k": 40},
+        {"num_beams": 2},
+        {"num_beams": 3, "length_penalty": 0.5, "eos_token_id": list(range(40, 60)), "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"no_repeat_ngram_size": 2},
+    ],
+    ids=["processor", "processor, sampled", "beams", "beams that end", "beams, sampled", "several", "ngrams"],
+)
+def test_transformers_loop_runs_over_the_cache(models, backend, settings, whole_passes):
+    answers = []
+    for name in (backend, "judge"):
+        torch.manual_seed(3)
+        answers.append(models[name].generate(**PROMPTS, **{"max_new_tokens": 16, "pad_token_id": 1} | settings))
+    assert torch.equal(*answers) and whole_passes == []
+
+
+@both
+def test_scores_and_switched_off_adapters(models, backend, whole_passes):
+    settings = {"max_new_tokens": 6, "pad_token_id": 1, "output_scores": True, "return_dict_in_generate": True}
+    ours, judge = (models[name].generate(**PROMPTS, **settings) for name in (backend, "judge"))
+    for mine, theirs in zip(ours.scores, judge.scores, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    with models[backend].disable_adapter():
+        off = models[backend].generate(**PROMPTS, **settings)
+    assert not torch.equal(off.scores[0], ours.scores[0]) and whole_passes == []
+
+
+@both
+def test_what_is_not_cached_is_transformers(models, backend, whole_passes):
+    """Prompts that are padded on the right, guidance, and whoever asks for it: slower, and the same."""
+    for other in ({"num_beams": 2, "use_cache": False}, {"guidance_scale": 1.5}):
+        settings = {"max_new_tokens": 5, "pad_token_id": 1} | other
+        assert torch.equal(models[backend].generate(**PROMPTS, **settings), models["judge"].generate(**PROMPTS, **settings))
+    assert whole_passes[:5] == [14, 15, 16, 17, 18] and len(whole_passes) == 15
     right = {name: value[:, :14] for name, value in batch((14, 9)).items() if name != "labels"}
     settings = {"max_new_tokens": 3, "pad_token_id": 1}
     ours, judge = (models[name].generate(**right, **settings) for name in (backend, "judge"))

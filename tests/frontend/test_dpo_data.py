@@ -13,6 +13,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from jaxsloth.data.errors import DataError
 from jaxsloth.frontend.dpo_config import DPOConfig
 from jaxsloth.frontend.dpo_data import encode_pairs
+from jaxsloth.frontend.sft_config import SFTConfig
+from jaxsloth.frontend.sft_data import encode
 from tests.data.conftest import HEADERS, tiny_tokenizer
 from tests.support.tiny import WORDS, byte_tokenizer
 
@@ -84,6 +86,49 @@ def ours(rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> list[An
     return encode_pairs(Dataset.from_list(rows), tokenizer, config, config.max_length, VOCAB, "train_dataset")[0]
 
 
+HEADER = "{{ '<|start|>' + ROLE + (' (' + mood + ')' if mood is defined else '') + '<|end|>' }}"
+VARIABLE = (
+    "{% for message in messages %}"
+    + HEADER.replace("ROLE", "message['role']")
+    + "{{ message['content'] + '<|eot|>' }}{% endfor %}{% if add_generation_prompt %}"
+    + HEADER.replace("ROLE", "'assistant'")
+    + "{% endif %}"
+)
+
+
+def test_templates_get_the_rows_variables():
+    """As TRL renders them: a column chat_template_kwargs."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = VARIABLE
+    moods = [{"chat_template_kwargs": {"mood": ("calm", "eager")[n % 2]}} for n in range(6)]
+    for rows in (conversations(6), implicit(conversations(6))):
+        given = [row | mood for row, mood in zip(rows, moods, strict=True)]
+        judge, examples = theirs(given, tokenizer, max_length=None), ours(given, tokenizer, max_length=None)
+        in_their_order = [*examples[0::2], *examples[1::2]]
+        assert [example.tokens.tolist() for example in in_their_order] == judge["input_ids"]
+        assert [example.learn.astype(int).tolist() for example in in_their_order] == judge["completion_mask"]
+        assert "eager" in tokenizer.decode(examples[2].tokens) and "eager" not in tokenizer.decode(examples[0].tokens)
+
+
+@pytest.mark.parametrize("kind", ["messages", "prompt_completion", "answers"])
+def test_supervised_rows_get_them_too(kind):
+    tokenizer = tiny_tokenizer()
+    content = "{{ message['content'] }}"
+    tagged = "{% if message['role'] == 'assistant' %}{% generation %}" + content + "{% endgeneration %}{% else %}"
+    tokenizer.chat_template = VARIABLE.replace("{{ message['content'] +", tagged + content + "{% endif %}{{")
+    question, answer = [said("user", "why")], [said("assistant", "the ducks lay")]
+    both = {"messages": question + answer} if kind != "prompt_completion" else {"prompt": question, "completion": answer}
+    config = SFTConfig("unused", assistant_only_loss=kind == "answers")
+    rows = [both | {"chat_template_kwargs": {"mood": mood}} for mood in ("calm", "eager")]
+    for example, row in zip(encode(rows, tokenizer, config, None, None, VOCAB, "rows"), rows, strict=True):
+        expected = tokenizer.apply_chat_template(
+            question + answer, return_dict=True, return_assistant_tokens_mask=True, **row["chat_template_kwargs"]
+        )
+        assert example.tokens.tolist() == expected["input_ids"]
+        if kind == "answers":
+            assert example.learn.astype(int).tolist() == expected["assistant_masks"]
+
+
 @pytest.mark.filterwarnings("ignore:The `'keep_end'`")
 @pytest.mark.parametrize("settings", LENGTHS, ids=str)
 @pytest.mark.parametrize("make", [byte_tokenizer, bpe_tokenizer])
@@ -128,6 +173,8 @@ BAD: dict[str, tuple[list[dict[str, Any]], str]] = {
     "prompt": ([{"prompt": [said("user", "a")], "chosen": "b", "rejected": "c"}], "row 0 .*prompt must be of the kind"),
     "nothing": ([{"prompt": [], "chosen": [], "rejected": []}], "row 0 .*must both be texts"),
     "tools": ([texts(1)[0] | {"tools": [{"name": "f"}]}], "row 0 .*the row has tools"),
+    "variables": ([conversations(1)[0] | {"chat_template_kwargs": {"tokenize": True}}], "row 0 .*the template's own variables"),
+    "no variables": ([conversations(1)[0] | {"chat_template_kwargs": "calm"}], "row 0 .*the template's own variables"),
     "length": ([{"prompt": "a" * 600, "chosen": "b", "rejected": "c"}], "no answer begins within max_length=512"),
 }
 

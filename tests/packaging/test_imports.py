@@ -26,6 +26,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/batch.py", NUMBERS, (), set()),
     ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge"), set()),
     ("jaxsloth/bridge.py", NUMBERS, ("backend", "batch"), set()),
+    ("jaxsloth/device_choice.py", set(), (), set()),
     ("jaxsloth/generation.py", NUMBERS, ("backend",), set()),
     ("kernels/registry.py", set(), (), set()),
     ("kernels/tolerance.py", set(), (), set()),
@@ -80,13 +81,13 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "torch_backend/*.py",
         NUMBERS | TORCH,
-        ("torch_backend", "kernels", "models", "recipe", "backend", "bridge", "batch", "convert"),
+        ("torch_backend", "kernels", "models", "recipe", "backend", "bridge", "batch", "convert", "device_choice"),
         set(),
     ),
     (
         "jaxsloth/jax_backend/*.py",
         NUMBERS | JAX,
-        ("jax_backend", "kernels", "models", "recipe", "backend", "bridge", "batch", "convert"),
+        ("jax_backend", "kernels", "models", "recipe", "backend", "bridge", "batch", "convert", "device_choice"),
         set(),
     ),
     ("jaxsloth/parity/*.py", FREE, (), set()),
@@ -102,6 +103,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors"}, ("*",), set()),
     ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
+    ("jaxsloth/frontend/module/cached_rows.py", NUMBERS | {"torch"}, ("frontend.module", "backend"), set()),
     (
         "jaxsloth/frontend/module/inputs.py",
         NUMBERS | {"torch"},

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from jaxsloth.backend import CheckpointingName, Model
 from jaxsloth.batch import IGNORE
-from jaxsloth.bridge import Bridge, PassOptions
+from jaxsloth.bridge import Bridge, Output, PassOptions
+from jaxsloth.frontend.module.cached_rows import CachedRows
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
 from jaxsloth.frontend.module.passes import Prepared, to_torch
 from jaxsloth.frontend.module.peft_adoption import Adapter, active_adapters
@@ -131,11 +132,20 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         shifted, items = others.pop("shift_labels", None), others.pop("num_items_in_batch", None)
         learns = self.training or torch.is_grad_enabled()
         wants_logits = others.pop("output_logits", not learns or (labels is None and shifted is None))
-        others |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        cached = past_key_values if isinstance(past_key_values, CachedRows) else None
+        others |= {"past_key_values": past_key_values if cached is None else None, "inputs_embeds": inputs_embeds}
         ids = refuse_inputs(input_ids, position_ids, others)
+        if cached is not None:
+            return CausalOutput(logits=cached.append(ids, attention_mask), past_key_values=cached)  # type: ignore[arg-type]
         targets = shift_labels(labels) if shifted is None and labels is not None else shifted
         prepared = self.prepare(ids, attention_mask, position_ids, targets)
-        make_logits = partial(prepared.run, "logits", keep=logits_to_keep)
+
+        def run(output: Output, keep: int = 0) -> torch.Tensor:
+            """On the batch's GPU where that is another: transformers' trainers feed the first."""
+            found = prepared.run(output, keep)
+            return found.to(ids.device) if found.device.type == ids.device.type else found
+
+        make_logits = partial(run, "logits", keep=logits_to_keep)
         logits = make_logits() if wants_logits else None
         loss = None
         if targets is not None:
@@ -143,7 +153,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
                 flat = targets.flatten().to(logits.device, torch.long)
                 total = functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=IGNORE, reduction="sum")
             else:
-                total = prepared.run("loss")
+                total = run("loss")
             if items is None:
                 assert prepared.tokens.targets is not None
                 items = int((prepared.tokens.targets != IGNORE).sum())
@@ -181,9 +191,9 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
             return "auto" if name == "auto" else "none"
         return "full" if name == "none" else name
 
-    def generate(self, *inputs: Any, **settings: Any) -> Any:
-        """As transformers'. Nothing is cached yet: every token runs the whole row."""
-        return super().generate(*inputs, **settings | {"use_cache": False})  # type: ignore[misc]
+    def _prepare_cache_for_generation(self, generation_config: Any, *others: Any) -> None:
+        """transformers' `generate` asks it. Nothing is cached: every token runs the whole row."""
+        generation_config.use_cache = False
 
     def save_pretrained(self, *arguments: Any, **settings: Any) -> NoReturn:
         raise NotImplementedError(
