@@ -39,7 +39,7 @@ class FastModelForCausalLM(JaxslothForCausalLM):
         made.max_seq_length = max_seq_length
         made.behind = None
         if made.device.index:  # else transformers' Trainer would spread the model over all GPUs that it sees
-            made.hf_device_map = {"": made.device}
+            made.__dict__["hf_device_map"] = {"": made.device}
         return made
 
     def prepare(self, *arguments: Any, **settings: Any) -> Prepared:

@@ -117,12 +117,15 @@ def test_supervised_rows_get_them_too(kind):
     tagged = "{% if message['role'] == 'assistant' %}{% generation %}" + content + "{% endgeneration %}{% else %}"
     tokenizer.chat_template = VARIABLE.replace("{{ message['content'] +", tagged + content + "{% endif %}{{")
     question, answer = [said("user", "why")], [said("assistant", "the ducks lay")]
-    both = {"messages": question + answer} if kind != "prompt_completion" else {"prompt": question, "completion": answer}
+    both: dict[str, Any] = (
+        {"messages": question + answer} if kind != "prompt_completion" else {"prompt": question, "completion": answer}
+    )
     config = SFTConfig("unused", assistant_only_loss=kind == "answers")
-    rows = [both | {"chat_template_kwargs": {"mood": mood}} for mood in ("calm", "eager")]
+    rows: list[dict[str, Any]] = [both | {"chat_template_kwargs": {"mood": mood}} for mood in ("calm", "eager")]
     for example, row in zip(encode(rows, tokenizer, config, None, None, VOCAB, "rows"), rows, strict=True):
+        extra = dict(row["chat_template_kwargs"])
         expected = tokenizer.apply_chat_template(
-            question + answer, return_dict=True, return_assistant_tokens_mask=True, **row["chat_template_kwargs"]
+            question + answer, return_dict=True, return_assistant_tokens_mask=True, **extra
         )
         assert example.tokens.tolist() == expected["input_ids"]
         if kind == "answers":
