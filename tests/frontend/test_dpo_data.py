@@ -189,3 +189,19 @@ def test_bad_rows(name):
         encode_pairs(rows, byte_tokenizer(), DPOConfig("unused"), 512, VOCAB, "train_dataset")
     with pytest.raises(DataError, match=r"row 0 .*holds the token"):
         encode_pairs(texts(1), byte_tokenizer(), DPOConfig("unused"), 512, 20, "train_dataset")
+
+
+def test_a_template_that_drops_a_role():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    rows = conversations(2)  # the second has a system message
+    with pytest.raises(DataError, match=r"train_dataset, row 1 .*the chat template drops the role 'system'"):
+        encode_pairs(rows, tokenizer, DPOConfig("unused"), 512, VOCAB, "train_dataset")
+    for supervised in (
+        [{"messages": row["prompt"] + row["chosen"]} for row in rows],
+        [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows],
+    ):
+        with pytest.raises(DataError, match=r"train_dataset, row 1 .*the chat template drops the role 'system'"):
+            encode(supervised, tokenizer, SFTConfig("unused"), None, None, VOCAB, "train_dataset")

@@ -288,6 +288,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "smoothing": ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing belongs to the sigmoid loss"),
     "beta": ({"beta": 0.0}, "beta must be positive"),
     "truncation": ({"truncation_mode": "middle"}, "truncation_mode must be 'keep_start' or 'keep_end'"),
+    "both dtypes": ({"fp16": True, "bf16": True}, "fp16 and bf16 are both set"),
     "optimizer": ({"optim": "adafactor"}, "optim must be one of adamw_torch"),
     "no eval": ({"eval_strategy": "steps"}, "there is no eval_dataset"),
 }
@@ -298,6 +299,21 @@ def test_bad_settings(name, checkpoint, tmp_path):
     changes, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         small(checkpoint, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_the_end_is_learnt_whatever_pads(checkpoint, tmp_path, pad):
+    """A tokenizer without a padding token, and one whose padding is the EOS."""
+    model, tokenizer = native_model(checkpoint, "torch")
+    tokenizer.pad_token = pad
+    config = DPOConfig(str(tmp_path), **SETTINGS | {"max_steps": 1})
+    trainer = DPOTrainer(model, args=config, train_dataset=TEXTS[:4], processing_class=tokenizer)
+    assert all(example.tokens[-1] == tokenizer.eos_token_id and example.learn[-1] for example in trainer.examples)
+    window = trainer._windows().window(0)
+    lengths = (window.segments != 0).sum(axis=-1)
+    last = np.take_along_axis(window.targets, lengths[..., None] - 2, axis=-1)  # what the last but one token must predict
+    assert (last == tokenizer.eos_token_id).all()
+    assert trainer.train().global_step == 1
 
 
 def test_bad_models_and_arguments(checkpoint, tmp_path):

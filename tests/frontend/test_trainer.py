@@ -465,6 +465,7 @@ def test_packing_and_assistant_only(checkpoint, tmp_path):
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no such field": ({"rows": [{"body": "x", "title": "y"}]}, {}, "its fields are: body, title"),
+    "named field": ({"rows": [{"text": "x"}]}, {"dataset_text_field": "story"}, r"no field 'story'.*its fields are: text"),
     "wrong length": ({"rows": [{"input_ids": [1, 2, 3], "labels": [1, 2]}]}, {}, "labels must be as long as input_ids"),
     "no rows": ({"rows": []}, {}, "train_dataset has no rows"),
     "masked": ({"rows": [{"input_ids": [3, 4], "labels": [-100, -100]}]}, {}, "nothing is learnt from any of the 1 rows"),
