@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from itertools import takewhile
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
 logger = logging.getLogger("jaxsloth.kernels")
@@ -55,9 +55,12 @@ class Implementation:
     path: str
     refuses: Callable[[Facts], str | None] = always
 
+    def module(self) -> ModuleType:
+        """Where it is defined, beside functions that do the same on buffers of a caller's."""
+        return import_module(self.path.partition(":")[0])
+
     def load(self) -> Callable[..., Any]:
-        module, _, function = self.path.partition(":")
-        return getattr(import_module(module), function)
+        return getattr(self.module(), self.path.partition(":")[2])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxsloth.kernels.nf4.contract import MATVEC, NF4
 from jaxsloth.kernels.registry import Facts, choose_fused, select
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend.layer_pass import Kernels
-from jaxsloth.torch_backend.layers import Linear
+from jaxsloth.torch_backend.layers import Linear, Ops
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -183,14 +183,14 @@ class LayerStep:
 
 
 class Modules:
-    """The elementwise kernels of one kind of device."""
+    """The elementwise kernels of a device."""
 
     attention: ModuleType
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, ops: Ops, device: torch.device) -> None:
         from jaxsloth.kernels.attention import torch_ops as attention
 
-        self.kernels, self.attention = Kernels.of(device), attention
+        self.kernels, self.attention = Kernels.of(ops), attention
         if device.type == "cuda":
             from jaxsloth.kernels.attention import triton_kernel as attention
 
@@ -213,7 +213,7 @@ class Step:
         decoder, device = model.decoder, model.decoder.device
         self._decoder, self._spec = decoder, model.spec
         self.batch, self.capacity = batch, capacity
-        self._modules = Modules(device)
+        self._modules = Modules(decoder.ops, device)
         requested = (model.options.implementations or {}).get("nf4_matvec")
         self._layers = [
             LayerStep(block, layer, batch, decoder.dtype, requested, self._modules)
