@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from types import MappingProxyType
+from itertools import takewhile
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
 logger = logging.getLogger("jaxsloth.kernels")
@@ -54,9 +55,12 @@ class Implementation:
     path: str
     refuses: Callable[[Facts], str | None] = always
 
+    def module(self) -> ModuleType:
+        """Where it is defined, beside functions that do the same on buffers of a caller's."""
+        return import_module(self.path.partition(":")[0])
+
     def load(self) -> Callable[..., Any]:
-        module, _, function = self.path.partition(":")
-        return getattr(import_module(module), function)
+        return getattr(self.module(), self.path.partition(":")[2])
 
 
 @dataclass(frozen=True)
@@ -90,26 +94,52 @@ def select(op: Op, backend: BackendName, facts: Facts, requested: str | None = N
         requested: an implementation's name; then it runs or `RefusedError` says why not. None chooses the first
             that does not refuse, and logs once which preferred ones refused.
     """
-    candidates = op.of(backend)
+    candidates = {implementation.name: implementation for implementation in op.of(backend)}
+    reasons = {name: implementation.refuses(facts) for name, implementation in candidates.items()}
+    chosen = choose_named(op.name, backend, requested, reasons)
+    return Choice(candidates[chosen], () if requested is not None else _preferred(reasons))
+
+
+def choose_named(name: str, backend: BackendName, requested: str | None, reasons: Mapping[str, str | None]) -> str:
+    """`select` by names alone, for ops and for `WHOLE_PASSES`: the implementation of `name` that runs.
+
+    Args:
+        requested: as in `select`.
+        reasons: of every implementation, the preferred first: why it can't run, or None.
+
+    Raises:
+        RefusedError: there is none of the requested name, or it can't run; without a request: none can.
+    """
     if requested is not None:
-        named = [i for i in candidates if i.name == requested]
-        if not named:
-            names = ", ".join(i.name for i in candidates)
-            raise RefusedError(f"op {op.name} has no implementation {requested!r} for {backend}; it has: {names}")
-        reason = named[0].refuses(facts)
-        if reason is not None:
-            raise RefusedError(f"op {op.name}: the implementation {requested!r} can't run here: it {reason}")
-        return Choice(named[0], ())
-    refused: list[tuple[str, str]] = []
-    for implementation in candidates:
-        reason = implementation.refuses(facts)
-        if reason is None:
-            if refused:
-                why = "; ".join(f"{name} {reason}" for name, reason in refused)
-                logger.info("op %s on %s uses %s (%s)", op.name, backend, implementation.name, why)
-            return Choice(implementation, tuple(refused))
-        refused.append((implementation.name, reason))
-    raise RefusedError(f"op {op.name} has no implementation for {backend} that can run: {refused}")
+        if requested not in reasons:
+            raise RefusedError(f"op {name} has no implementation {requested!r} for {backend}; it has: {', '.join(reasons)}")
+        if reasons[requested] is not None:
+            raise RefusedError(f"op {name}: the implementation {requested!r} can't run here: it {reasons[requested]}")
+        return requested
+    chosen = next((one for one, reason in reasons.items() if reason is None), None)
+    if chosen is None:
+        raise RefusedError(f"op {name} has no implementation for {backend} that can run: {list(reasons.items())}")
+    refused = _preferred(reasons)
+    if refused:
+        why = "; ".join(f"{one} {reason}" for one, reason in refused)
+        logger.info("op %s on %s uses %s (%s)", name, backend, chosen, why)
+    return chosen
+
+
+def choose_fused(name: str, backend: BackendName, requested: str | None, reason: str | None, platform: str) -> bool:
+    """Whether a whole pass is "fused", written out for NVIDIA GPUs, or "composed" of ops. reason: why it can't be fused here.
+
+    Raises:
+        RefusedError: "fused" was asked for and can't run, or another name came.
+    """
+    if reason is None and requested is None and platform != "cuda":
+        reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
+    return choose_named(name, backend, requested, {"fused": reason, "composed": None}) == "fused"
+
+
+def _preferred(reasons: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
+    """(name, reason) of those that come before the first one that runs."""
+    return tuple((name, reason or "") for name, reason in takewhile(lambda item: item[1] is not None, reasons.items()))
 
 
 def resolve(op: Op, backend: BackendName, facts: Facts, requested: str | None = None) -> Callable[..., Any]:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from jaxsloth.kernels.nf4.contract import MATVEC, NF4
-from jaxsloth.kernels.registry import Facts, RefusedError, select
+from jaxsloth.kernels.registry import Facts, choose_fused, select
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend.layer_pass import Kernels
-from jaxsloth.torch_backend.layers import Linear
+from jaxsloth.torch_backend.layers import Linear, Ops
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -54,16 +54,7 @@ def take_step(model: TorchModel, batch: int, capacity: int) -> Step | None:
         RefusedError: "fused" was asked for and can't run this model, or another name came.
     """
     requested = (model.options.implementations or {}).get("decode_step")
-    if requested not in (None, "fused", "composed"):
-        raise RefusedError(f"op decode_step has no implementation {requested!r} for torch; it has: fused, composed")
-    reason = refusal(model.spec)
-    if requested == "fused" and reason is not None:
-        raise RefusedError(f"op decode_step: the implementation 'fused' can't run here: it {reason}")
-    if reason is None and requested is None and model.decoder.device.type != "cuda":
-        reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
-    if reason is not None or requested == "composed":
-        if reason is not None:
-            logger.info("op decode_step on torch uses composed (fused %s)", reason)
+    if not choose_fused("decode_step", "torch", requested, refusal(model.spec), model.decoder.device.type):
         return None
     step, model.idle_step = model.idle_step, None
     if step is None or not step.serves(model, batch, capacity):
@@ -192,14 +183,14 @@ class LayerStep:
 
 
 class Modules:
-    """The elementwise kernels of one kind of device."""
+    """The elementwise kernels of a device."""
 
     attention: ModuleType
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, ops: Ops, device: torch.device) -> None:
         from jaxsloth.kernels.attention import torch_ops as attention
 
-        self.kernels, self.attention = Kernels.of(device), attention
+        self.kernels, self.attention = Kernels.of(ops), attention
         if device.type == "cuda":
             from jaxsloth.kernels.attention import triton_kernel as attention
 
@@ -222,7 +213,7 @@ class Step:
         decoder, device = model.decoder, model.decoder.device
         self._decoder, self._spec = decoder, model.spec
         self.batch, self.capacity = batch, capacity
-        self._modules = Modules(device)
+        self._modules = Modules(decoder.ops, device)
         requested = (model.options.implementations or {}).get("nf4_matvec")
         self._layers = [
             LayerStep(block, layer, batch, decoder.dtype, requested, self._modules)

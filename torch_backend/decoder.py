@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: specs.ModelSpec, take: Take, ops: Ops, dtype: torch.dtype, recompute: bool) -> None:
         super().__init__()
         check_buildable(spec, "torch")
-        self.spec, self.dtype, self._ops, self._recompute = spec, dtype, ops, recompute
+        self.spec, self.dtype, self.ops, self._recompute = spec, dtype, ops, recompute
         self.model = Inner(spec, take, ops)
         self.lm_head = self.model.embed_tokens if spec.head.tied else Embedding(_dense(take(f"{LM_HEAD}.weight")))
         self._frequencies: dict[Any, tuple[torch.Tensor, float]] = {}
@@ -105,6 +105,6 @@ class Decoder(nn.Module):
         hidden = self.hidden(input_ids, context).flatten(0, 1).index_select(0, chosen)
         weight = self.lm_head.weight.to(self.dtype)
         targets, cap = targets.flatten().index_select(0, chosen), self.spec.head.soft_cap
-        return self._ops.linear_cross_entropy(
+        return self.ops.linear_cross_entropy(
             hidden, weight, targets, soft_cap=cap, per_token=per_token, label_smoothing=label_smoothing
         )

@@ -89,7 +89,7 @@ class Fp8Weights:
     """`Weights` in 8 bits. A dense group's two matrices are kept beside its weights (2 bytes a value more); a quantized one's
     are kept too, or written anew for each use in a shared buffer.
 
-    dense_kernels: the module with `Placement` and `dequantize_into` for this device.
+    dense_kernels: the module with `Placement` and `dequantize_into`.
     """
 
     def __init__(

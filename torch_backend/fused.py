@@ -52,7 +52,7 @@ class FusedPass:
         inputs_only: bool = False,
     ) -> None:
         self._decoder, self._spec, self._mode = decoder, spec, "full" if inputs_only else mode
-        self._kernels = Kernels.of(decoder.device)
+        self._kernels = Kernels.of(decoder.ops)
         self._layers = [
             LayerPass(block, layer, self._kernels) for block, layer in zip(decoder.model.layers, spec.layers, strict=True)
         ]

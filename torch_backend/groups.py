@@ -121,7 +121,7 @@ class ExactMatrix:
 class ExactWeights:
     """`Weights` in the compute dtype: extended matrices, kept for every group or rebuilt for each use in one shared buffer.
 
-    kernels: the module with `Placement` and `dequantize_into` for this device.
+    kernels: the module with `Placement` and `dequantize_into`.
     """
 
     def __init__(

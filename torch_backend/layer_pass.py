@@ -17,11 +17,10 @@ import torch
 
 from jaxsloth.kernels.attention import library_ops as attention_ops
 from jaxsloth.kernels.attention.library_ops import Layout, Settings
-from jaxsloth.kernels.linear_cross_entropy import torch_ops as loss_ops
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend import groups
 from jaxsloth.torch_backend.groups import Group, Weights
-from jaxsloth.torch_backend.layers import Block, Linear
+from jaxsloth.torch_backend.layers import Block, Linear, Ops
 
 # Elements of gate and up that an MLP whose activations are recomputed handles at once: 512 MiB of them in half precision.
 MLP_TILE = 2**28
@@ -29,7 +28,7 @@ MLP_TILE = 2**28
 
 @dataclass(frozen=True)
 class Kernels:
-    """The modules that do the elementwise work on one kind of device: Triton's on CUDA, plain torch elsewhere."""
+    """The modules of the implementations that the registry chose, whose functions work on a pass' own buffers."""
 
     norm: ModuleType
     rope: ModuleType
@@ -38,21 +37,14 @@ class Kernels:
     loss: ModuleType  # `softmax`
 
     @staticmethod
-    def of(device: torch.device) -> Kernels:
-        from jaxsloth.kernels.gated_activation import torch_ops as activation
-        from jaxsloth.kernels.lora_matmul import extended
-        from jaxsloth.kernels.rms_norm import torch_ops as norm
-        from jaxsloth.kernels.rope import torch_ops as rope
-
-        if device.type != "cuda":
-            return Kernels(norm, rope, activation, extended, loss_ops)
-        from jaxsloth.kernels.gated_activation import triton_kernel as activation
-        from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss
-        from jaxsloth.kernels.lora_matmul import triton_kernel as weights
-        from jaxsloth.kernels.rms_norm import triton_kernel as norm
-        from jaxsloth.kernels.rope import triton_kernel as rope
-
-        return Kernels(norm, rope, activation, weights, loss)
+    def of(ops: Ops) -> Kernels:
+        if ops.chosen["nf4_dequantize"].name == "triton":
+            from jaxsloth.kernels.lora_matmul import triton_kernel as weights
+        else:
+            from jaxsloth.kernels.lora_matmul import extended as weights
+        names = ("rms_norm", "rope", "gated_activation")
+        norm, rope, activation = (ops.chosen[name].module() for name in names)
+        return Kernels(norm, rope, activation, weights, ops.chosen["linear_cross_entropy"].module())
 
 
 @dataclass(frozen=True)

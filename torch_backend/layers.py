@@ -15,8 +15,8 @@ from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL, Dropout
-from jaxsloth.kernels.nf4.contract import NF4, Nested
-from jaxsloth.kernels.registry import Facts, Implementation, Op, resolve, select
+from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, Nested
+from jaxsloth.kernels.registry import Facts, Implementation, Op, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
@@ -32,11 +32,14 @@ class Ops:
 
     def __init__(self, facts: Facts, requested: Mapping[str, str]) -> None:
         def choose(op: Op) -> Callable[..., Any]:
-            return resolve(op, "torch", facts, requested.get(op.name))
+            self.chosen[op.name] = select(op, "torch", facts, requested.get(op.name)).implementation
+            return self.chosen[op.name].load()
 
+        self.chosen: dict[str, Implementation] = {}  # by the op's name
         self.gated_activation = choose(GATED_ACTIVATION)
         self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)
         self.lora_matmul = choose(LORA_MATMUL)
+        self.nf4_dequantize = choose(DEQUANTIZE)
         self.rms_norm = choose(RMS_NORM)
         self.rope = choose(ROPE)
         self._facts, self._attention = facts, requested.get(ATTENTION.name)

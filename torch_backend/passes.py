@@ -14,7 +14,7 @@ from jaxsloth.backend import BuildOptions, CheckpointingName, ComputeName
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
 from jaxsloth.kernels.nf4.contract import NF4
-from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.kernels.registry import RefusedError, choose_fused
 from jaxsloth.kernels.rope.torch_ops import tables
 from jaxsloth.models.buildable import fused_refusal
 from jaxsloth.models.memory import fitting_mode, offloaded_bytes
@@ -54,21 +54,13 @@ def runs_fused(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bool
     Raises:
         RefusedError: "fused", or compute fp8, was asked for and can't train this model, or another name came.
     """
-    requested = (options.implementations or {}).get("train_pass")
-    if requested not in (None, "fused", "composed"):
-        raise RefusedError(f"op train_pass has no implementation {requested!r} for torch; it has: fused, composed")
     reason = fused_refusal(spec)
     if options.compute == "fp8":
         reason = reason or fp8.layer_refusal(list(decoder.linears()))
         if reason is not None:
             raise RefusedError(f"compute fp8 can't train this model: it {reason}; set compute: exact")
-    if requested == "fused" and reason is not None:
-        raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
-    if reason is None and requested is None and decoder.device.type != "cuda":
-        reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
-    if reason is not None:
-        logger.info("op train_pass on torch uses composed (fused %s)", reason)
-    return reason is None and requested != "composed"
+    requested = (options.implementations or {}).get("train_pass")
+    return choose_fused("train_pass", "torch", requested, reason, decoder.device.type)
 
 
 class FastPass:

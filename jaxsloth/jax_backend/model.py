@@ -35,7 +35,7 @@ from jaxsloth.jax_backend.weights import load_weights
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
-from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, resolve
+from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_fused, choose_named, resolve
 from jaxsloth.models.memory import fitting_mode
 from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
@@ -204,12 +204,7 @@ class JaxModel:
     def choose_mode(self, spec: ModelSpec, checkpointing: CheckpointingName, tokens: int) -> str | None:
         """As `mode`, for this model with the adapters of `spec`."""
         requested = (self.options.implementations or {}).get("train_pass")
-        if requested not in (None, "fused", "composed"):
-            raise RefusedError(f"op train_pass has no implementation {requested!r} for jax; it has: fused, composed")
-        reason = fused.refusal(spec)
-        if requested == "fused" and reason is not None:
-            raise RefusedError(f"op train_pass: the implementation 'fused' can't run here: it {reason}")
-        if requested == "composed" or reason is not None or (requested is None and platform() != "cuda"):
+        if not choose_fused("train_pass", "jax", requested, fused.refusal(spec), platform()):
             return None
         if checkpointing != "auto":
             return checkpointing
@@ -226,9 +221,7 @@ class JaxModel:
         """
         keeps_much = platform() == "cuda" and mode in ("none", "selective")
         requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
-        if requested not in ("scan", "unrolled"):
-            raise RefusedError(f"op layer_loop has no implementation {requested!r} for jax; it has: scan, unrolled")
-        return requested == "unrolled"
+        return choose_named("layer_loop", "jax", requested, {"scan": None, "unrolled": None}) == "unrolled"
 
     def count_compilation(self, kind: str, shape: tuple[Any, ...]) -> None:
         self._compiled.add((kind, shape))

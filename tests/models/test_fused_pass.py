@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
-from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.kernels.registry import Facts, Implementation, Op, RefusedError
+from jaxsloth.kernels.rms_norm import torch_ops as norm_ops
+from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.parity.measure import relative_frobenius
-from jaxsloth.torch_backend import layer_pass
+from jaxsloth.torch_backend import layer_pass, layers
+from jaxsloth.torch_backend.layers import Ops
 from jaxsloth.torch_backend.optimizer import total_norm
 from tests.models.test_backends import LLAMA3, VOCAB, build
 from tests.support.sources import examples, first_batch, stream
@@ -71,6 +78,46 @@ def test_packed_documents():
 def test_the_mlp_in_tiles(monkeypatch):
     monkeypatch.setattr(layer_pass, "MLP_TILE", 256 * 13)
     assert compare(first_batch(stream(examples(4, VOCAB))), "full") <= BAR
+
+
+@pytest.mark.parametrize(
+    ("op", "part", "asked", "otherwise"),
+    [
+        ("rms_norm", "norm", "rms_norm.torch_ops", "rms_norm.triton_kernel"),
+        ("rope", "rope", "rope.torch_ops", "rope.triton_kernel"),
+        ("gated_activation", "activation", "gated_activation.torch_ops", "gated_activation.triton_kernel"),
+        ("linear_cross_entropy", "loss", "linear_cross_entropy.torch_ops", "linear_cross_entropy.triton_kernel"),
+        ("nf4_dequantize", "weights", "lora_matmul.extended", "lora_matmul.triton_kernel"),
+    ],
+)
+def test_an_op_asked_for_by_name_decides_the_passs_own_module(op, part, asked, otherwise):
+    """As on a GPU, where Triton is the first choice: what is not asked for keeps it."""
+    chosen, automatic = (layer_pass.Kernels.of(Ops(Facts("cuda"), requested)) for requested in ({op: "torch"}, {}))
+    assert getattr(chosen, part).__name__ == f"jaxsloth.kernels.{asked}"
+    assert getattr(automatic, part).__name__ == f"jaxsloth.kernels.{otherwise}"
+    assert {**vars(chosen), part: None} == {**vars(automatic), part: None}
+
+
+def test_the_pass_runs_the_norm_that_the_registry_chose(monkeypatch):
+    """A module that only the registry knows is called for every norm, both ways; nobody wants the first one's gradient."""
+    counted, calls = ModuleType("counted_norm"), Counter()
+
+    def counting(name):
+        def run(*args, **settings):
+            calls[name] += 1
+            return getattr(norm_ops, name)(*args, **settings)
+
+        return run
+
+    for name in ("rms_norm", "add_norm", "add_norm_backward"):
+        setattr(counted, name, counting(name))
+    monkeypatch.setitem(sys.modules, "counted_norm", counted)
+    own = Implementation("counted", "torch", "counted_norm:rms_norm")
+    monkeypatch.setattr(layers, "RMS_NORM", Op("rms_norm", (*RMS_NORM.implementations, own)))
+    model, *_ = build("torch", options=BuildOptions(implementations=FUSED | {"rms_norm": "counted"}))
+    model.gradients(first_batch(stream(examples(4, VOCAB))))
+    norms = 2 * len(model.spec.layers) + 1
+    assert calls == {"add_norm": norms, "add_norm_backward": norms - 1}
 
 
 def test_refusals():
