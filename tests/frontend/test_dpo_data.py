@@ -124,7 +124,7 @@ def test_supervised_rows_get_them_too(kind):
     rows: list[dict[str, Any]] = [both | {"chat_template_kwargs": {"mood": mood}} for mood in ("calm", "eager")]
     for example, row in zip(encode(rows, tokenizer, config, None, None, VOCAB, "rows"), rows, strict=True):
         extra = dict(row["chat_template_kwargs"])
-        expected = tokenizer.apply_chat_template(
+        expected: Any = tokenizer.apply_chat_template(
             question + answer, return_dict=True, return_assistant_tokens_mask=True, **extra
         )
         assert example.tokens.tolist() == expected["input_ids"]
