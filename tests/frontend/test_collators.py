@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -16,8 +15,9 @@ from transformers import DataCollatorWithFlattening
 
 from jaxsloth import SFTConfig, SFTTrainer
 from jaxsloth.data.errors import DataError
-from tests.frontend.test_trainer import BAR, ROWS, SETTINGS, adapted, logged, same_adapter
+from tests.frontend.test_trainer import BAR, ROWS, SETTINGS
 from tests.support.modules import BACKENDS, their_base
+from tests.support.native import logged, native_model, under_their_peft
 from tests.support.tiny import write_checkpoint
 
 STEPS = 8
@@ -58,9 +58,8 @@ def folder(tmp_path_factory):
 
 @cache
 def judged(name: str, checkpoint: str, folder: Path) -> list[dict[str, float]]:
-    ours, _ = adapted(checkpoint, "torch")
-    config = peft.LoraConfig(**{k: v for k, v in ours.peft_config["default"].to_dict().items() if k != "peft_type"})
-    theirs = same_adapter(ours, peft.get_peft_model(their_base(), config))
+    ours, _ = native_model(checkpoint, "torch")
+    theirs = under_their_peft(ours, their_base())
     rows = Dataset.from_list(ROWS["tokens"])
     trainer = transformers.Trainer(
         theirs,
@@ -76,7 +75,7 @@ def judged(name: str, checkpoint: str, folder: Path) -> list[dict[str, float]]:
 
 
 def ours(checkpoint, output, backend="torch", collator=None, **changes):
-    model, tokenizer = adapted(checkpoint, backend)
+    model, tokenizer = native_model(checkpoint, backend)
     extra = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 3}
     return SFTTrainer(
         model,
