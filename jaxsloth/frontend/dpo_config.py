@@ -44,7 +44,7 @@ REFUSED: Reasons = (
         "router_aux_loss_coef": (None, "there are no mixtures of experts"),
         "activation_offloading": (False, "ask for it by from_pretrained(use_gradient_checkpointing='offload')"),
         "label_smoothing_factor": (0.0, "tokens are not smoothed; label_smoothing smooths the preference"),
-        "neftune_noise_alpha": (None, "the backends add no noise to embeddings"),
+        "neftune_noise_alpha": (None, "a preference step adds no noise to embeddings; SFTTrainer does"),
     }
 )
 UNUSED: Reasons = (

@@ -60,7 +60,7 @@ class JaxModel:
         self._weights = load_weights(spec, source, self._dtype)
         self._frequencies: dict[Any, Any] = {}
         self._compiled: set[Any] = set()
-        self._mode: tuple[ModelSpec, str | None] | None = None
+        self._mode: tuple[ModelSpec, CheckpointingName, int, str | None] | None = None
         self._assemble({})
 
     def _assemble(self, trained: Mapping[str, Any]) -> None:
@@ -192,14 +192,15 @@ class JaxModel:
     def mode(self, tokens: int) -> str | None:
         """The `gradient_checkpointing` of the fused blocks, or None where the composed ones are trained.
 
-        tokens: those of a device's micro-batch, which "auto" asks the memory for.
+        tokens: those of a device's micro-batch, which "auto" asks the memory for; for fewer, what it chose stays.
 
         Raises:
             RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
         """
-        if self._mode is None or self._mode[0] is not self.spec:
-            self._mode = self.spec, self.choose_mode(self.spec, self.options.gradient_checkpointing, tokens)
-        return self._mode[1]
+        spec, wanted, known = self.spec, self.options.gradient_checkpointing, self._mode
+        if known is None or known[0] is not spec or known[1] != wanted or known[2] < tokens:
+            known = self._mode = spec, wanted, tokens, self.choose_mode(spec, wanted, tokens)
+        return known[3]
 
     def choose_mode(self, spec: ModelSpec, checkpointing: CheckpointingName, tokens: int) -> str | None:
         """As `mode`, for this model with the adapters of `spec`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -206,15 +207,6 @@ class RowLosses:
 
     def __init__(self, model: JaxModel, smoothing: float = 0.0) -> None:
         self._model, self._regularization = model, Regularization(label_smoothing=smoothing)
-        self._run = jax.jit(self._rows, static_argnames=("ropes", "plan"))
-
-    def _rows(self, trained: Any, frozen: Any, frequencies: Any, batch: Any, ropes: Any, plan: Plan) -> Any:
-        def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
-            rates = rates_of(ropes, frequencies)
-            losses = row_losses(self._model.structure, trained, frozen, rates, batch, None, plan, self._regularization)
-            return placement.gather_from_devices(losses, axis=0)
-
-        return placement.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
 
     def __call__(self, trained: Any, batch: Batch) -> Any:
         """trained: a state like the model's."""
@@ -225,7 +217,28 @@ class RowLosses:
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         put = tuple(placement.put_batch(array, 0) for array in arrays)
         model.count_compilation("evaluate", (*batch.input_ids.shape, plan, *(array.shape for array in documents)))
-        return self._run(trained, model.frozen, frequencies, put, ropes=ropes, plan=plan)
+        compiled_in = {"structure": model.structure, "ropes": ropes, "plan": plan, "regularization": self._regularization}
+        return _rows_of_devices(trained, model.frozen, frequencies, put, **compiled_in)
+
+
+# Not a method: trainers ask for a new step at every evaluation, and programs are kept by function.
+@partial(jax.jit, static_argnames=("structure", "ropes", "plan", "regularization"))
+def _rows_of_devices(
+    trained: Any,
+    frozen: Any,
+    frequencies: Any,
+    batch: Any,
+    structure: Any,
+    ropes: Any,
+    plan: Plan,
+    regularization: Regularization,
+) -> Any:
+    def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
+        rates = rates_of(ropes, frequencies)
+        losses = row_losses(structure, trained, frozen, rates, batch, None, plan, regularization)
+        return placement.gather_from_devices(losses, axis=0)
+
+    return placement.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
 
 
 class EvalStep:

@@ -94,7 +94,7 @@ _loss.defvjp(_forward, _backward)
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_losses(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> Array:
     def losses(part: Any) -> Array:
-        return _chunk_loss(part[0], weight, part[1], kind)[0]
+        return _chunk_loss(part[0], weight, part[1], kind, wants_slope=False)[0]
 
     return jax.lax.map(losses, _chunks(hidden, targets, chunk, kind.ignore_index)).reshape(-1)[: hidden.shape[0]]
 

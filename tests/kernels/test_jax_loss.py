@@ -28,6 +28,15 @@ def test_against_the_reference(case, monkeypatch, as_on_cuda):
     check(LINEAR_CROSS_ENTROPY, case, "float32", "xla")
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_loss_alone_writes_no_gradient(per_token, as_on_cuda):
+    """XLA keeps all that a kernel writes, so it must not be asked for."""
+    hidden, weight, targets = jnp.zeros((32, 64)), jnp.zeros((1000, 64)), jnp.zeros(32, jnp.int32)
+    loss = partial(xla_ops.linear_cross_entropy, chunk=16, per_token=per_token)
+    text = str(jax.make_jaxpr(loss)(hidden, weight, targets))
+    assert "softmax_loss" in text and "input_output_aliases=()" in text
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
 def test_it_lowers_for_cuda(dtype, soft_cap, as_on_cuda):

@@ -9,7 +9,9 @@ import pytest
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
+from jaxsloth.jax_backend import block_pass, placement
 from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
 from tests.models.test_backends import LLAMA3, VOCAB, build
 from tests.support.sources import examples, first_batch, stream
@@ -60,6 +62,13 @@ def test_some_layers_without_adapters(lora):
     assert compare(first_batch(stream(examples(4, VOCAB))), lora=lora) <= BAR
 
 
+@pytest.mark.slow
+def test_tiles_of_tokens(monkeypatch):
+    """256 tokens in three tiles, the last of them short."""
+    monkeypatch.setattr(block_pass, "MLP_TILE", 256 * 100)
+    assert compare(first_batch(stream(examples(4, VOCAB))), "selective") <= BAR
+
+
 def test_packed_documents():
     batch = first_batch(stream(examples(8, VOCAB), packing=True))
     assert batch.segments.max() > 1
@@ -72,3 +81,15 @@ def test_refusals(lora, reason):
         build("jax", lora=lora, options=BuildOptions(implementations=FUSED))[0].gradients(
             first_batch(stream(examples(4, VOCAB)))
         )
+
+
+def test_the_mode_follows_what_is_asked_for(monkeypatch):
+    """What was chosen first must not outlast another request, nor "auto" a micro-batch that needs more."""
+    model, *_ = build("jax", WIDTHS, options=BuildOptions(implementations=FUSED))
+    assert model.mode(64) == "none"
+    model.set_gradient_checkpointing("full")
+    assert model.mode(64) == "full"
+    model.set_gradient_checkpointing("auto")
+    need = activation_bytes(model.spec, "none", 1000, 4, attends_once=True)
+    monkeypatch.setattr(placement, "free_memory", lambda: need / FILLED + 1)
+    assert [model.mode(tokens) for tokens in (1000, 10, 1100, 1000)] == ["none", "none", "selective", "selective"]

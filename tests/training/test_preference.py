@@ -129,6 +129,25 @@ def test_log_probs_of_rows(backend, implementations, judge, reference):
     np.testing.assert_allclose(bare.row_log_probs()(batch), reference, rtol=1e-6)
 
 
+def test_steps_that_are_asked_for_again_share_a_program_on_jax(judge, monkeypatch):
+    """Trainers ask at every evaluation, and DPO at every step of its first epoch."""
+    from jaxsloth.jax_backend import train_step
+
+    traced, row_losses = [], train_step.row_losses
+    monkeypatch.setattr(train_step, "row_losses", lambda *given: traced.append(given) or row_losses(*given))
+    model, batch = build("jax"), batch_of(window_of(judge.examples, 1))
+    for _ in range(2):
+        model.row_log_probs()(batch)
+        model.row_log_probs(adapters=False)(batch)
+        model.eval_step()(batch)
+    assert len(traced) == model.compilations() == 1
+    model.eval_step(0.1)(batch)
+    assert len(traced) == 2
+    before, spec = model.row_log_probs()(batch), add_lora(replace(model.spec, lora=None), r=RANK, alpha=2 * ALPHA)
+    model.add_adapters(spec, values_of(spec))
+    assert max_abs(model.row_log_probs()(batch), before) > 1e-3  # the scale is compiled in
+
+
 def batch_of(window: Window, micro: int = 0) -> Batch:
     return Batch(
         *(array[micro] for array in (window.input_ids, window.targets, window.segments, window.positions, window.rows))
