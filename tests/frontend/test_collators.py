@@ -109,6 +109,7 @@ def test_a_collator_decides_what_is_learnt(checkpoint, tmp_path):
     assert np.abs(losses[0] - losses[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_accumulation_and_a_short_last_step(checkpoint, tmp_path):
     """45 rows are 12 steps of 4: the last has one row. The same rows in one batch or two give the same losses."""
     losses = []

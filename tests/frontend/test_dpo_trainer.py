@@ -142,8 +142,11 @@ def judges_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("judge")
 
 
+# Each is a run of TRL's and one of ours; two show most, the others more.
 @both
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if place < 2 else pytest.param(name, marks=pytest.mark.slow) for place, name in enumerate(CASES)]
+)
 def test_losses_and_rewards_are_trls(name, backend, checkpoint, second, tmp_path, judges_folder):
     case = CASES[name]
     history = judged(name, checkpoint, judges_folder)
@@ -214,6 +217,7 @@ def test_the_best_model_is_loaded_by_a_metric_of_the_rewards(checkpoint, tmp_pat
     assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(margins.min(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_each_answer_is_compared_once(checkpoint, tmp_path):
     trainer = small(checkpoint, tmp_path, max_steps=12)  # three epochs
     asked: list[Example] = []
@@ -248,6 +252,7 @@ def test_an_adapter_of_peft_config_is_compared_with_the_base(checkpoint, tmp_pat
     assert abs(trainer.state.log_history[0]["rewards/chosen"]) > 1e-3  # its B is random: it is not the base from the start
 
 
+@pytest.mark.slow
 def test_dropout_is_off_unless_asked_for(checkpoint, tmp_path):
     losses = {}
     for off in (True, False):

@@ -41,8 +41,8 @@ def unrounded(monkeypatch):
     monkeypatch.setattr(fp8, "check_options", lambda options, device: None)
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "offload", "full"])
-@pytest.mark.parametrize("nested", [None, False, True], ids=["dense", "nf4", "nested"])
+@pytest.mark.parametrize("mode", ["none", "full", *(pytest.param(m, marks=pytest.mark.slow) for m in ("selective", "offload"))])
+@pytest.mark.parametrize("nested", [None, pytest.param(False, marks=pytest.mark.slow), True], ids=["dense", "nf4", "nested"])
 def test_without_rounding_it_is_the_exact_pass(unrounded, mode, nested):
     expected, theirs = gradients(nested=nested)
     loss, ours = gradients("fp8", mode=mode, nested=nested)

@@ -94,13 +94,14 @@ def test_losses_and_gradients_are_trls(backend, name, judge, reference):
 
 @pytest.mark.parametrize(
     ("backend", "mode"),
-    [("torch", "none"), ("torch", "full"), ("jax", "none"), pytest.param("jax", "full", marks=pytest.mark.slow)],
+    [("torch", "none"), ("torch", "full"), *(pytest.param("jax", mode, marks=pytest.mark.slow) for mode in ("none", "full"))],
 )
 def test_the_fused_passes_are_trls(backend, mode, judge, reference):
     model = build(backend, mode=mode, implementations=FUSED)
     check(model, judge, LOSSES["ipo"], window_of(judge.examples, 2), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "implementations"), [("torch", None), ("torch", FUSED), ("jax", None)])
 def test_pairs_of_nothing_and_layouts_change_nothing(backend, implementations, judge, reference):
     """One micro-batch; and three of which the last holds nothing, its reference not a number."""
@@ -112,6 +113,7 @@ def test_pairs_of_nothing_and_layouts_change_nothing(backend, implementations, j
         check(build(backend, implementations=implementations), judge, LOSSES["sigmoid"], window, padded, SCALED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "implementations"), [("torch", None), ("torch", FUSED), ("jax", None)])
 def test_log_probs_of_rows(backend, implementations, judge, reference):
     model, window = build(backend, implementations=implementations), window_of(judge.examples, 1)
@@ -154,6 +156,7 @@ def batch_of(window: Window, micro: int = 0) -> Batch:
     )
 
 
+@pytest.mark.slow
 def test_a_trained_head_is_trls(tmp_path, judge, reference):
     trained = make_judge(tmp_path, **HEAD)
     for backend in BACKENDS:
@@ -163,6 +166,7 @@ def test_a_trained_head_is_trls(tmp_path, judge, reference):
         check(model, trained, LOSSES["ipo"], window_of(judge.examples, 2), reference)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_and_the_same_on_both_backends(judge, reference):
     window, losses = window_of(judge.examples, 1), {}
     for backend, rate in (("torch", 0.0), ("torch", 0.3), ("jax", 0.3)):
