@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -70,9 +71,11 @@ class BaseTrainer:
         self._check(others)
         self.base = ours(model, type(self).__name__)
         self.args = self.rules.accept(args, self.config)
-        for name in self.taken_over:
-            if others.get(name) is not None:
-                setattr(self.args, name, others[name])
+        given = {name: others[name] for name in self.taken_over if others.get(name) is not None}
+        if given:
+            self.args = copy.copy(self.args)  # the user's own may serve another trainer
+            for name, value in given.items():
+                setattr(self.args, name, value)
         check_precision(self.args, self.base.engine.model.options.dtype)
         if peft_config is not None:
             import peft

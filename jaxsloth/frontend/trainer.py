@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -97,7 +98,7 @@ class SFTTrainer(BaseTrainer):
         del held_out
         step = self.base.engine.model.eval_step(self.args.label_smoothing_factor)  # as transformers evaluates
         results = [(step(batch), real_rows(batch)) for batch in batches]
-        sums = [(float(total) / tokens, rows) for (total, tokens), rows in results]
+        sums = [(float(total) / tokens if tokens else math.nan, rows) for (total, tokens), rows in results]
         return {"loss": sum(mean * rows for mean, rows in sums) / sum(rows for _, rows in sums)}
 
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:

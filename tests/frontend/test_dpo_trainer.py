@@ -321,6 +321,13 @@ def test_the_end_is_learnt_whatever_pads(checkpoint, tmp_path, pad):
     assert trainer.train().global_step == 1
 
 
+def test_what_the_trainer_is_given_stays_out_of_the_users_config(checkpoint, tmp_path):
+    model, tokenizer = native_model(checkpoint, "torch")
+    config = DPOConfig(str(tmp_path), beta=0.3, report_to="none")
+    trainer = DPOTrainer(model, args=config, beta=0.5, train_dataset=TEXTS[:2], processing_class=tokenizer)
+    assert (trainer.args.beta, config.beta) == (0.5, 0.3)
+
+
 def test_bad_models_and_arguments(checkpoint, tmp_path):
     model, _ = native_model(checkpoint, "torch")
     with pytest.raises(ValueError, match="ref_model is the model itself, or shares its base"):
