@@ -56,7 +56,7 @@ CONTENDERS = {
         Contender("floor", "benchmarks.peers.floor:build", ("torch",), ("none", "offload")),
     )
 }
-DEFAULT = "jaxsloth-torch,jaxsloth-jax,hf,unsloth"
+DEFAULT = "jaxsloth-torch,jaxsloth-jax,unsloth,hf"
 
 
 @dataclass(frozen=True)

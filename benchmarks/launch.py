@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,66 @@ from benchmarks.work import Work
 from jaxsloth.backend import DtypeName
 
 ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Started:
+    """A contender whose process imports its libraries and then waits; `process` is None where something is missing."""
+
+    about: dict[str, Any]
+    own: tempfile.TemporaryDirectory[str]
+    process: subprocess.Popen[bytes] | None = None
+
+    def finish(self, timeout: float) -> dict[str, Any]:
+        """Lets it go on to the GPU. What it measured, or {"error": the last line of what it said}; always with "label" and
+        "contender"."""
+        if self.process is None:
+            return self.about
+        folder = Path(self.own.name)
+        with self.own:
+            try:
+                self.process.communicate(b"go\n", timeout=timeout)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+                return self.about | {"error": f"not done after {timeout:.0f} s", "log": _tail(folder / "log")}
+            code = self.process.returncode
+            if code != 0:
+                lines = _tail(folder / "log")
+                return self.about | {"error": _last_line(lines, code), "log": lines}
+            return self.about | json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def start_entry(
+    entry: Entry, work: Work, folder: Path, scratch: Path, *, gradients: Path | None = None, profile: bool = False
+) -> Started:
+    """The entry's worker in a process of its own, that takes no GPU before `Started.finish`."""
+    about: dict[str, Any] = {"label": entry.label, "contender": entry.contender.name, "checkpointing": work.checkpointing}
+    own = tempfile.TemporaryDirectory(dir=scratch)
+    missing = entry.contender.missing()
+    if missing:
+        return Started(about | {"error": f"{', '.join(missing)} is not installed"}, own)
+    place = Path(own.name)
+    task = {
+        "contender": entry.contender.name,
+        "work": work.to_json(),
+        "folder": str(folder),
+        "result": str(place / "result.json"),
+        "gradients": None if gradients is None else str(gradients),
+        "profile": profile,
+        "started": time.time(),
+    }
+    (place / "task.json").write_text(json.dumps(task), encoding="utf-8")
+    with (place / "log").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", str(place / "task.json")],
+            cwd=place,
+            env=_environment(work, _import_folder(scratch)),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+        )
+    return Started(about, own, process)
 
 
 def run_entry(
@@ -28,43 +89,8 @@ def run_entry(
     profile: bool = False,
     timeout: float = 600.0,
 ) -> dict[str, Any]:
-    """What the entry's worker measured, or {"error": the last line of what it said}; always with "label" and "contender"."""
-    about: dict[str, Any] = {"label": entry.label, "contender": entry.contender.name, "checkpointing": work.checkpointing}
-    missing = entry.contender.missing()
-    if missing:
-        return about | {"error": f"{', '.join(missing)} is not installed"}
-    with tempfile.TemporaryDirectory(dir=scratch) as own:
-        task = {
-            "contender": entry.contender.name,
-            "work": work.to_json(),
-            "folder": str(folder),
-            "result": str(Path(own) / "result.json"),
-            "gradients": None if gradients is None else str(gradients),
-            "profile": profile,
-            "started": time.time(),
-        }
-        file = Path(own) / "task.json"
-        file.write_text(json.dumps(task), encoding="utf-8")
-        log = Path(own) / "log"
-        command = [sys.executable, "-m", "benchmarks.worker", str(file)]
-        try:
-            with log.open("wb") as output:
-                code = subprocess.run(
-                    command,
-                    cwd=own,
-                    env=_environment(work, _import_folder(scratch)),
-                    stdout=output,
-                    stderr=output,
-                    timeout=timeout,
-                    check=False,
-                ).returncode
-        except subprocess.TimeoutExpired:
-            return about | {"error": f"not done after {timeout:.0f} s", "log": _tail(log)}
-        if code != 0:
-            lines = _tail(log)
-            return about | {"error": _last_line(lines, code), "log": lines}
-        found = json.loads(Path(task["result"]).read_text(encoding="utf-8"))
-    return about | found
+    """`start_entry` and `Started.finish` in one."""
+    return start_entry(entry, work, folder, scratch, gradients=gradients, profile=profile).finish(timeout)
 
 
 def _import_folder(scratch: Path) -> Path:

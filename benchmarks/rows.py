@@ -34,20 +34,20 @@ def _row(
     length: int,
     recompute: bool,
     quantization: Literal["nf4", "none"] = "nf4",
-    floor: bool = True,
+    further: str = "",
+    warmup: int = 3,
 ) -> Row:
-    work = Work(shape=shape, batch=batch, length=length, quantization=quantization)
-    return Row(name, work, recompute, f"{DEFAULT},floor" if floor else DEFAULT)
+    work = Work(shape=shape, batch=batch, length=length, quantization=quantization, warmup=warmup)
+    return Row(name, work, recompute, ",".join([DEFAULT, further] if further else [DEFAULT]))
 
 
 ROWS = {
     row.name: row
     for row in (
         _row("8b-recompute", "8b", 4, 2048, True),
-        _row("8b-fast", "8b", 4, 2048, False),
-        Row("8b-fp8", Work(shape="8b", batch=4, length=2048), False, "jaxsloth-torch:none:compute=fp8,jaxsloth-torch,unsloth"),
-        _row("8b-bf16", "8b", 4, 2048, True, "none", floor=False),
-        _row("1b", "1b", 2, 512, False, floor=False),
-        _row("8b-32k", "8b", 1, 32768, True, floor=False),
+        _row("8b-fast", "8b", 4, 2048, False, further="jaxsloth-torch:none:compute=fp8,floor"),
+        _row("8b-bf16", "8b", 4, 2048, True, "none"),
+        _row("1b", "1b", 2, 512, False),
+        _row("8b-32k", "8b", 1, 32768, True, warmup=2),
     )
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -90,8 +91,17 @@ class RandomSource:
         return self._shapes[name]
 
     def read(self, name: str) -> np.ndarray:
+        return np.concatenate(list(self.pieces(name))).reshape(self._shapes[name])
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The flat values in order, as views: nothing the size of a weight is made."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            return np.ones(shape, ml_dtypes.bfloat16)
-        shift = (hash(shape) + len(name) * 7919 + sum(name.encode()) * 104729) % self._pool.size
-        return np.resize(np.roll(self._pool, shift), shape)
+            yield np.ones(shape, ml_dtypes.bfloat16)
+            return
+        left = math.prod(shape)
+        start = -(hash(shape) + len(name) * 7919 + sum(name.encode()) * 104729) % self._pool.size
+        while left:
+            piece = self._pool[start : start + left]
+            yield piece
+            left, start = left - piece.size, 0

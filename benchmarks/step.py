@@ -18,7 +18,7 @@ from benchmarks import report
 from benchmarks.agreement import compare
 from benchmarks.checkpoint import ensure_checkpoint, scratch_folder
 from benchmarks.contenders import DEFAULT, parse_entries
-from benchmarks.launch import default_dtype, run_entry
+from benchmarks.launch import Started, default_dtype, start_entry
 from benchmarks.rows import ROWS, Row
 from benchmarks.work import Work
 
@@ -28,13 +28,23 @@ def run_row(row: Row, contenders: str | None, scratch: Path, *, profile: bool, t
     folder = ensure_checkpoint(row.work.shape, scratch)
     results, gradients = [], {}
     with tempfile.TemporaryDirectory(dir=scratch) as temporary:
-        for place, entry in enumerate(parse_entries(contenders or row.contenders)):
-            file = Path(temporary) / f"{place}.npz"
-            work = row.work_of(entry)
-            result = run_entry(entry, work, folder, scratch, gradients=file, profile=profile, timeout=timeout)
+        entries = parse_entries(contenders or row.contenders)
+        files = [Path(temporary) / f"{place}.npz" for place in range(len(entries))]
+
+        def start(place: int) -> Started:
+            entry = entries[place]
+            return start_entry(entry, row.work_of(entry), folder, scratch, gradients=files[place], profile=profile)
+
+        # Only imports overlap with the contender before, most of them with its own start: the GPU has one at a time.
+        waiting = start(0)
+        for place, entry in enumerate(entries):
+            current = waiting
+            if place + 1 < len(entries):
+                waiting = start(place + 1)
+            result = current.finish(timeout)
             results.append(result)
-            if "error" not in result and file.is_file():
-                gradients[entry.label] = file
+            if "error" not in result and files[place].is_file():
+                gradients[entry.label] = files[place]
         differences = compare(gradients)
     for result in results:
         result["differences"] = differences.get(result["label"], {})
@@ -42,14 +52,15 @@ def run_row(row: Row, contenders: str | None, scratch: Path, *, profile: bool, t
     return {"title": row.title(), "work": row.work.to_json(), "results": results}
 
 
-def chosen_rows(name: str | None, work: Work, recompute: bool) -> list[Row]:
+def chosen_rows(name: str | None, work: Work, recompute: bool, warmup: int | None) -> list[Row]:
     """The named row, all of them, or one made of `work`."""
     if name is None:
         return [Row("step", work, recompute)]
     if name != "all" and name not in ROWS:
         raise typer.BadParameter(f"--row must be one of {[*ROWS, 'all']}, not {name!r}")
     picked = list(ROWS.values()) if name == "all" else [ROWS[name]]
-    return [replace(row, work=replace(row.work, dtype=work.dtype, steps=work.steps, warmup=work.warmup)) for row in picked]
+    own = {"dtype": work.dtype, "steps": work.steps} | ({} if warmup is None else {"warmup": warmup})
+    return [replace(row, work=replace(row.work, **own)) for row in picked]
 
 
 def main(
@@ -64,7 +75,7 @@ def main(
     quantization: Annotated[str, typer.Option(help="nf4 or none")] = "nf4",
     recompute: Annotated[bool, typer.Option(help="without --row: each contender's lowest-memory mode")] = False,
     steps: int = 8,
-    warmup: int = 3,
+    warmup: Annotated[int | None, typer.Option(help="default: the row's own, or 3")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: bfloat16 on a GPU")] = None,
     profile: Annotated[bool, typer.Option(help="trace one more step and print the kernels that ran")] = False,
     scratch: Annotated[Path | None, typer.Option(help="where checkpoints are written; default: in memory")] = None,
@@ -73,9 +84,10 @@ def main(
 ) -> None:
     """Times a training step of every contender on the same work."""
     root = scratch_folder(scratch)
-    work = Work(shape, batch, length, quantization, dtype or default_dtype(), warmup=warmup, steps=steps)  # type: ignore[arg-type]
+    dtype = dtype or default_dtype()
+    work = Work(shape, batch, length, quantization, dtype, warmup=3 if warmup is None else warmup, steps=steps)  # type: ignore[arg-type]
     rows: dict[str, Any] = {}
-    for each in chosen_rows(row, work, recompute):
+    for each in chosen_rows(row, work, recompute, warmup):
         rows[each.name] = run_row(each, contenders, root, profile=profile, timeout=timeout)
         report.print_training(each.title(), rows[each.name]["results"], each.work)
         if profile:
