@@ -139,29 +139,50 @@ def _stack(fixed: Pass, adapters: Any, x: Any, frozen: Any, shared: Any) -> Any:
 
 def _forward(fixed: Pass, adapters: Any, x: Any, frozen: Any, shared: Any, mode: str | None) -> tuple[Any, Any]:
     """(the stream, what is kept of every repetition of the period); mode None keeps nothing."""
-
-    def period(x: Any, delta: Any, index: Any, own: Any) -> tuple[Any, Any, Any]:
-        kept = []
-        for place, kind in enumerate(fixed.kinds):
-            block = BlockPass(fixed, kind, frozen[place], own[place], index, shared)
-            x, delta, saved = block.forward(x, delta)
-            saved = {name: saved[name] for name in KEPT[mode]} if mode else {}
-            kept.append(_to_host(saved) if fixed.offloads else saved)
-        return x, delta, tuple(kept)
-
+    leave = _to_host if fixed.offloads and mode else lambda kept: kept
     if fixed.unrolled:
         delta, every = None, []
         for index in range(fixed.count):
-            x, delta, kept = period(x, delta, jnp.int32(index), _select(adapters, index))
-            every.append(kept)
+            own = _select(adapters, index)
+            x, delta, kept = _period_forward(fixed, mode, x, delta, jnp.int32(index), own, frozen, shared)
+            every.append(leave(kept))
         return x + delta, every
 
     def body(carried: Any, scanned: Any) -> tuple[Any, Any]:
-        x, delta, kept = period(*carried, *scanned)
-        return (x, delta), kept
+        x, delta, kept = _period_forward(fixed, mode, *carried, *scanned, frozen, shared)
+        return (x, delta), leave(kept)
 
     (x, delta), kept = jax.lax.scan(body, (x, jnp.zeros_like(x)), (jnp.arange(fixed.count, dtype=jnp.int32), adapters))
     return x + delta, kept
+
+
+# A function of its own under jit, both of them: layers that follow one another are traced and lowered once instead of each
+# (XLA puts them into the program before it optimizes anything).
+@partial(jax.jit, static_argnums=(0, 1))
+def _period_forward(
+    fixed: Pass, mode: str | None, x: Any, delta: Any, index: Any, own: Any, frozen: Any, shared: Any
+) -> tuple[Any, Any, Any]:
+    """(x2, the last block's output, what each block keeps) of one repetition of the period."""
+    kept = []
+    for place, kind in enumerate(fixed.kinds):
+        block = BlockPass(fixed, kind, frozen[place], own[place], index, shared)
+        x, delta, saved = block.forward(x, delta)
+        kept.append({name: saved[name] for name in KEPT[mode]} if mode else {})
+    return x, delta, tuple(kept)
+
+
+@partial(jax.jit, static_argnums=(0,))
+def _period_backward(fixed: Pass, d: Any, index: Any, own: Any, saved: Any, frozen: Any, shared: Any) -> tuple[Any, Any]:
+    """(the gradient of the stream before the period, those of its adapters)."""
+    if fixed.mode != "none":
+        # Nothing is formed again before its gradient has come: else it would be kept after all.
+        saved, d = jax.lax.optimization_barrier((saved, d))
+    gradients = []
+    for place in reversed(range(len(fixed.kinds))):
+        block = BlockPass(fixed, fixed.kinds[place], frozen[place], own[place], index, shared)
+        d, found = block.backward(d, saved[place])
+        gradients.insert(0, found)
+    return d, tuple(gradients)
 
 
 def _select(tree: Any, index: int) -> Any:
@@ -177,22 +198,11 @@ def _stack_backward(fixed: Pass, residuals: Any, d: Any) -> tuple[Any, ...]:
     adapters, frozen, shared, kept = residuals
     d = jnp.pad(d, ((0, 0), (0, ROOM)))
 
-    def period(d: Any, index: Any, own: Any, saved: Any) -> tuple[Any, Any]:
-        if fixed.mode != "none":
-            # Nothing is formed again before its gradient has come: else it would be kept after all.
-            saved, d = jax.lax.optimization_barrier((saved, d))
-        gradients = []
-        for place in reversed(range(len(fixed.kinds))):
-            block = BlockPass(fixed, fixed.kinds[place], frozen[place], own[place], index, shared)
-            d, found = block.backward(d, saved[place])
-            gradients.insert(0, found)
-        return d, tuple(gradients)
-
     if not fixed.unrolled:
 
         def body(d: Any, scanned: Any) -> tuple[Any, Any]:
             index, own, saved = scanned
-            return period(d, index, own, _to_device(saved) if fixed.offloads else saved)
+            return _period_backward(fixed, d, index, own, _to_device(saved) if fixed.offloads else saved, frozen, shared)
 
         scanned = jnp.arange(fixed.count, dtype=jnp.int32), adapters, kept
         return jax.lax.scan(body, d, scanned, reverse=True)[1], None, None, None
@@ -206,7 +216,8 @@ def _stack_backward(fixed: Pass, residuals: Any, d: Any) -> tuple[Any, ...]:
             if fixed.offloads:
                 coming, d = jax.lax.optimization_barrier((coming, d))
                 coming = _to_device(coming)
-        d, every[index] = period(d, jnp.int32(index), _select(adapters, index), saved)
+        own = _select(adapters, index)
+        d, every[index] = _period_backward(fixed, d, jnp.int32(index), own, saved, frozen, shared)
     return jax.tree.map(lambda *parts: jnp.stack(parts), *every), None, None, None
 
 
