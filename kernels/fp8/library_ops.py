@@ -16,6 +16,8 @@ def scaled_product(a: Rows, b: Rows, bias: torch.Tensor | None, out: torch.Tenso
     target = out
     if not out.is_contiguous() and not takes_strides(out.device):
         target = torch.empty_like(out, memory_format=torch.contiguous_format)
+    # cuBLASLt has no small product of widths that are odd multiples of 16 which adds a bias (H200, CUDA 13.0).
+    late, bias = (bias, None) if a.values.shape[1] % 32 else (None, bias)
     torch._scaled_mm(
         a.values,
         b.values.T,
@@ -26,6 +28,8 @@ def scaled_product(a: Rows, b: Rows, bias: torch.Tensor | None, out: torch.Tenso
         use_fast_accum=True,
         out=target,
     )
+    if late is not None:
+        target += late
     if target is not out:
         out.copy_(target)
 
