@@ -112,7 +112,7 @@ class JaxModel:
                 raise ValueError(
                     f"biases of {key} are trained in {filled} of {count} stacked blocks; train all or none of them"
                 )
-        return {key: jnp.asarray(value) for key, value in found.items()}
+        return {key: placement.put(value) for key, value in found.items()}
 
     def stack(self, values: Mapping[str, np.ndarray]) -> Any:
         """Values by PEFT name as a state like that of the trained variables."""

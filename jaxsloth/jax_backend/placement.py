@@ -54,6 +54,8 @@ def keep_compiled_programs() -> None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "jaxsloth" / "xla"))
+    # By default what took under a second to compile is not kept: dozens of small programs load a model.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
 def device_info() -> DeviceInfo:
@@ -62,6 +64,11 @@ def device_info() -> DeviceInfo:
     where = platform()
     name = "CPU" if where == "cpu" else device.device_kind
     return DeviceInfo(where, name, len(devices()), jax.process_index(), jax.process_count(), stats.get("bytes_limit"))
+
+
+def put(array: np.ndarray) -> Any:
+    """An array on the first device that shares its memory with nobody. jnp.asarray would compile a program for every shape."""
+    return jax.device_put(array, may_alias=False)
 
 
 def put_batch(array: np.ndarray, axis: int) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsloth.backend import TensorSource
+from jaxsloth.jax_backend import placement
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import QUANTIZE, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
@@ -19,9 +22,19 @@ from jaxsloth.models.names import stacked_name, tensor_shapes
 from jaxsloth.models.spec import ModelSpec
 
 
+@partial(jax.jit, static_argnums=(1,))
+def _room(parts: Any, count: int) -> Any:
+    return jax.tree.map(lambda part: jnp.zeros((count, *part.shape), part.dtype), parts)
+
+
 @partial(jax.jit, donate_argnums=(0,))
-def _put(buffer: Any, value: Any, index: Any) -> Any:
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, index, 0)
+def _put(stack: Any, parts: Any, place: Any) -> Any:
+    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, place, 0), stack, parts)
+
+
+@jax.jit
+def _finite(array: Any) -> Any:
+    return jnp.isfinite(array).all()
 
 
 def load_weights(spec: ModelSpec, source: TensorSource, dtype: Any) -> dict[str, Any]:
@@ -32,52 +45,61 @@ def load_weights(spec: ModelSpec, source: TensorSource, dtype: Any) -> dict[str,
     """
     period = spec.layer_period()
     count = len(spec.layers) // period
-    take = _reader(spec, source, dtype)
-    found: dict[str, Any] = {}
-    for name in tensor_shapes(spec):
-        key, place = stacked_name(name, period)
-        value = take(name)
-        if not name.startswith("model.layers."):
-            found[key] = value
-            continue
-        found[key] = _add_to_stack(found.get(key), value, place, count)
-    return found
-
-
-def _add_to_stack(stack: Any, value: Any, place: int, count: int) -> Any:
-    """The stack with one more block's weight in it; begun with room for `count` where there is none."""
-    if not isinstance(value, NF4):
-        if stack is None:
-            stack = jnp.zeros((count, *value.shape), value.dtype)
-        return _put(stack, value, place)
-    codes = _add_to_stack(None if stack is None else stack.codes, value.codes, place, count)
-    absmax = _add_to_stack(None if stack is None else stack.absmax, value.absmax, place, count)
-    nested = value.nested
-    if nested is not None:
-        before = None if stack is None else stack.nested
-        outer = _add_to_stack(None if before is None else before.absmax, nested.absmax, place, count)
-        offset = _add_to_stack(None if before is None else before.offset, nested.offset, place, count)
-        nested = Nested(outer, offset, nested.code)  # one code book serves all blocks
-    return NF4(codes, absmax, nested, value.shape)
-
-
-def _reader(spec: ModelSpec, source: TensorSource, dtype: Any) -> Callable[[str], Any]:
-    shapes, present = tensor_shapes(spec), set(source.names())
+    quantize = resolve(QUANTIZE, "jax", Facts(platform()))
     nested = spec.quantization.nested if spec.quantization is not None else False
     quantized = {f"{module}.weight" for module in spec.quantization.modules} if spec.quantization is not None else set()
-    quantize = resolve(QUANTIZE, "jax", Facts(platform()))
+    found: dict[str, Any] = {}
+    stacks: dict[str, Any] = {}
+    checks: dict[str, Any] = {}
+    for name, value in _arrivals(spec, source):
+        if not isinstance(value, NF4):
+            checks[name] = _finite(value)
+            value = quantize(value, nested=nested) if name in quantized else value.astype(dtype)
+        key, place = stacked_name(name, period)
+        found.setdefault(key, value)
+        if name.startswith("model.layers."):
+            parts = _parts(value)
+            stacks[key] = _put(stacks[key] if key in stacks else _room(parts, count), parts, place)
+    for name, finite in checks.items():  # at the end, since each answer is waited for
+        if not finite:
+            raise ValueError(f"tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    return found | {key: _whole(stack, found[key]) for key, stack in stacks.items()}
+
+
+def _arrivals(spec: ModelSpec, source: TensorSource) -> Iterator[tuple[str, Any]]:
+    """(name, weight on the device) of every tensor; the next one is on its way while one is used."""
+    names, present = tensor_shapes(spec), set(source.names())
 
     def take(name: str) -> Any:
         if name not in present:
             raise ValueError(f"the checkpoint lacks the tensor {name}")
-        if tuple(source.shape(name)) != shapes[name]:
-            raise ValueError(f"tensor {name} must have the shape {shapes[name]}, and it has {tuple(source.shape(name))}")
+        if tuple(source.shape(name)) != names[name]:
+            raise ValueError(f"tensor {name} must have the shape {names[name]}, and it has {tuple(source.shape(name))}")
         value = source.read(name)
-        if isinstance(value, NF4):
-            return jax.tree.map(jnp.asarray, value)
-        array = jnp.asarray(np.asarray(value))
-        if not bool(jnp.isfinite(array).all()):
-            raise ValueError(f"tensor {name} holds NaN or infinite values; the checkpoint is damaged")
-        return quantize(array, nested=nested) if name in quantized else array.astype(dtype)
+        return jax.tree.map(placement.put, value if isinstance(value, NF4) else np.asarray(value))
 
-    return take
+    with ThreadPoolExecutor(1) as reader:
+        coming: deque[tuple[str, Future[Any]]] = deque()
+        for name in names:
+            coming.append((name, reader.submit(take, name)))
+            if len(coming) > 1:
+                first, value = coming.popleft()
+                yield first, value.result()
+        for name, value in coming:
+            yield name, value.result()
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    """What of a block's weight is stacked; one code book serves all blocks."""
+    if not isinstance(value, NF4):
+        return (value,)
+    nested = value.nested
+    return (value.codes, value.absmax, *(() if nested is None else (nested.absmax, nested.offset)))
+
+
+def _whole(stack: tuple[Any, ...], one: Any) -> Any:
+    """`_parts` of all blocks as a weight like `one` of them."""
+    if not isinstance(one, NF4):
+        return stack[0]
+    codes, absmax, *outer = stack
+    return NF4(codes, absmax, None if one.nested is None else Nested(outer[0], outer[1], one.nested.code), one.shape)

@@ -36,40 +36,46 @@ def quantize(weight: Float[Array, "out in"], *, nested: bool = False, offset: Fl
     if offset is not None and not nested:
         raise ValueError("offset belongs to nested quantization: pass nested=True with it, or leave it out")
     shape = (weight.shape[0], weight.shape[1])
-    absmax = _block_maxima(weight.reshape(-1), BLOCK)
-    flat = weight.reshape(-1)
+    absmax = _block_maxima(weight, BLOCK)
     tail = None
-    if flat.size % BLOCK:
+    if weight.size % BLOCK:
         # bitsandbytes multiplies whole blocks by a rounded reciprocal, divides a last, partial one, and keeps its scale from 0.
         last = np.maximum(np.asarray(absmax[-1]), SMALLEST_ABSMAX)
-        tail = jnp.asarray(np.asarray(flat[-(flat.size % BLOCK) :], np.float32) / last)
+        tail = jnp.asarray(np.asarray(weight.reshape(-1)[-(weight.size % BLOCK) :], np.float32) / last)
         absmax = absmax.at[-1].set(last)
-    codes = _codes(flat, _reciprocals(np.maximum(np.asarray(absmax), SMALLEST_ABSMAX)), tail)
+    codes = _codes(weight, _reciprocals(np.maximum(np.asarray(absmax), SMALLEST_ABSMAX)), tail)
     if not nested:
         return NF4(codes, absmax, None, shape)
-    offset = jnp.mean(absmax) if offset is None else offset
-    centred = absmax - offset
-    outer = _block_maxima(centred, NESTED_BLOCK)
+    centred, outer, offset = _centre(absmax, offset)
     absmax_codes = _nested_codes(centred, outer, _reciprocals(np.asarray(outer)))
-    return NF4(codes, absmax_codes, Nested(outer, offset, jnp.asarray(dynamic_code())), shape)
+    return NF4(codes, absmax_codes, Nested(outer, offset, jax.device_put(dynamic_code())), shape)
 
 
 def _reciprocals(values: np.ndarray) -> Array:
     """1 / values, 0 for 0, correctly rounded: XLA's division on a GPU is not, and it reads denormals as 0."""
     with np.errstate(divide="ignore"):
-        return jnp.asarray(np.where(values > 0, np.float32(1.0) / values, np.float32(0.0)).astype(np.float32))
+        return jax.device_put(np.where(values > 0, np.float32(1.0) / values, np.float32(0.0)).astype(np.float32))
 
 
 @partial(jax.jit, static_argnames=("size",))
-def _block_maxima(flat: Array, size: int) -> Array:
+def _block_maxima(values: Array, size: int) -> Array:
     """The largest magnitude of every `size` values, float32."""
-    flat = flat.astype(jnp.float32)
+    flat = values.reshape(-1).astype(jnp.float32)
     return jnp.max(jnp.abs(jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size)), axis=1)
 
 
 @jax.jit
-def _codes(flat: Array, reciprocals: Array, tail: Array | None) -> Array:
+def _centre(absmax: Array, offset: Array | None) -> tuple[Array, Array, Array]:
+    """(the maxima less an offset, their mean where none is given; the largest magnitude of every 256 of them; the offset)."""
+    offset = jnp.mean(absmax) if offset is None else offset
+    centred = absmax - offset
+    return centred, _block_maxima(centred, NESTED_BLOCK), offset
+
+
+@jax.jit
+def _codes(values: Array, reciprocals: Array, tail: Array | None) -> Array:
     """uint8 ``[bytes]`` from the values, the reciprocal of every block's maximum, and a partial block already scaled."""
+    flat = values.reshape(-1)
     padded = jnp.pad(flat.astype(jnp.float32), (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
     scaled = (padded * reciprocals[:, None]).reshape(-1)[: flat.size + flat.size % 2]
     if tail is not None:
