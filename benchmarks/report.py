@@ -114,23 +114,23 @@ def print_training(title: str, results: Sequence[dict[str, Any]], work: Work) ->
         span = f"{r['min_s'] * 1e3:.1f}–{r['max_s'] * 1e3:.1f}"
         cells = [r["label"], r["checkpointing"], f"{r['median_s'] * 1e3:.1f}", span, f"{r['tokens_per_s']:.0f}"]
         cells += [gib(r["peak_bytes"]), f"{r['first_step_s']:.1f}", f"{r['load_s']:.1f}", f"{r['of_limit']:.2f}"]
-        rows.append((*cells, times(r, "unsloth"), times(r, "hf"), times(r, "floor"), _difference(r)))
-    print_table(title, (*columns, "×Unsloth", "×HF", "×floor", "Δ gradient"), rows)
+        deltas = [f"{_difference(r, kind):.1e}" if r.get("differences") else "" for kind in ("layer", "tensor")]
+        rows.append((*cells, times(r, "unsloth"), times(r, "hf"), times(r, "floor"), *deltas))
+    print_table(title, (*columns, "×Unsloth", "×HF", "×floor", "Δ layer", "Δ tensor"), rows)
     print_failures(results)
     for r in results:
         if r.get("losses"):
             console.print(f"  {r['label']}: losses {' '.join(f'{loss:.4f}' for loss in r['losses'][:8])}")
-        worst = max((value[0] for value in r.get("differences", {}).values()), default=0.0)
-        if worst > BAR:
-            console.print(f"  [bold red]{r['label']}: gradients differ by more than {BAR}: not the same work[/]")
+        if _difference(r, "layer") > BAR:
+            console.print(f"  [bold red]{r['label']}: a layer's gradients differ by more than {BAR}[/]")
     limit = next((r["limit_s"] for r in results if "error" not in r), None)
     if limit is not None:
         console.print(f"  limit: {limit * 1e3:.1f} ms, the counted FLOPs at {PEAK_FLOPS / 1e12:.0f} TFLOP/s")
 
 
-def _difference(result: dict[str, Any]) -> str:
-    found = result.get("differences", {})
-    return f"{max(value[0] for value in found.values()):.1e}" if found else ""
+def _difference(result: dict[str, Any], kind: str) -> float:
+    """The largest of a result's differences from the others (benchmarks.agreement)."""
+    return max((found[kind][0] for found in result.get("differences", {}).values()), default=0.0)
 
 
 def print_failures(results: Sequence[dict[str, Any]]) -> None:

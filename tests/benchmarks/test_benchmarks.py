@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import context, decode, facade, ops, packing, step
-from benchmarks.agreement import difference
+from benchmarks.agreement import by_layer, difference
 from benchmarks.contenders import parse_entries
 from benchmarks.peers.own import build_options
 from benchmarks.rows import ROWS, Row
@@ -52,8 +52,9 @@ def test_contenders_do_the_same_work(results):
     assert judge["losses"][-1] < judge["losses"][0]
     for label in LABELS:
         np.testing.assert_allclose(results[label]["losses"], judge["losses"], rtol=1e-5)
-        for other, (found, where) in results[label]["differences"].items():
-            assert found < 1e-4, (label, other, where)
+        assert len(results[label]["differences"]) == len(LABELS) - 1
+        for other, found in results[label]["differences"].items():
+            assert found["layer"][0] < 1e-4 and found["tensor"][0] < 1e-4, (label, other, found)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,18 @@ def test_difference(theirs, bar):
     assert found == pytest.approx(bar, rel=0.2)
     assert where == ("a" if bar else "")
     assert difference({}, {"a": np.ones(2)})[0] == np.inf
+
+
+def test_layers_are_compared_as_one_vector():
+    """A small tensor that is all rounding does not decide about its layer; the worst layer decides about the model."""
+    theirs = {
+        "m.layers.0.q.lora_A": np.array([3.0]),
+        "m.layers.0.v.lora_A": np.array([4.0]),
+        "m.layers.1.q.lora_A": np.array([2.0]),
+    }
+    ours = {**theirs, "m.layers.0.q.lora_A": np.array([3.5]), "m.layers.1.q.lora_A": np.array([2.1])}
+    assert difference(by_layer(ours), by_layer(theirs)) == (pytest.approx(0.1), ".layers.0")
+    assert difference(ours, theirs) == (pytest.approx(0.5 / 3), "m.layers.0.q.lora_A")
 
 
 def test_contenders_decode_the_same_tokens(scratch):
@@ -154,5 +167,5 @@ def test_module_and_native_steps_do_the_same_work(scratch, tmp_path):
         assert "error" not in results[module], results[module]
         np.testing.assert_allclose(results[module]["losses"], results[native]["losses"], rtol=1e-5)
         assert results[module]["of_native"] == results[module]["median_s"] / results[native]["median_s"]
-        assert all(found < 1e-4 for found, _ in results[module]["differences"].values())
+        assert all(found["tensor"][0] < 1e-4 for found in results[module]["differences"].values())
     assert "of_native" not in results["jaxsloth-jax"]
