@@ -188,6 +188,17 @@ def test_gradients_are_the_parameters_own(backend):
     assert_close(gradients(ours), {name: 3 * value for name, value in found.items()})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_and_scalings_that_differ_by_layer(backend, fused_modes):
+    modes = next(fused_modes)
+    changes = {"r": 32, "rank_pattern": {"q_proj": 64, "layers.1.mlp.down_proj": 8}, "alpha_pattern": {"v_proj": 3}}
+    ours, theirs = model(backend, "fused", **changes), adapted(their_base(), target_modules=TARGETS, **changes)
+    for one in (ours, theirs):
+        one(**batch()).loss.backward()
+    assert modes == ["none"]
+    assert_close(gradients(ours), gradients(theirs))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["none", "selective", "offload", "full", "auto"])

@@ -155,8 +155,8 @@ def test_trained_biases_are_pefts(backend, bias):
     check_gradients(backend, VARIANTS["biased"], {"targets": ["o_proj", "up_proj"], "bias": bias})
 
 
-def check_gradients(backend, changes, lora):
-    model, spec, weights, values = build(backend, changes, lora=lora)
+def check_gradients(backend, changes, lora, options=None):
+    model, spec, weights, values = build(backend, changes, lora=lora, options=options)
     batch = first_batch(stream(examples(4, VOCAB)))
     judge = peft_model(CONFIG | changes, weights, spec, values)
     expected = judge_loss(judge, batch)

@@ -25,9 +25,9 @@ MODES = ("none", "selective", "offload", "full", "auto")
 FLOAT32_BAR, BFLOAT16_BAR = 3e-5, 8e-2  # bfloat16: each of two correct passes is up to 4e-2 from float32
 
 
-def gradients(backend, batch: Batch, dtype: str, mode: str, train_pass: str, nested=True) -> tuple[float, dict]:
+def gradients(backend, batch: Batch, dtype: str, mode: str, train_pass: str, nested=True, lora=None) -> tuple[float, dict]:
     options = BuildOptions(dtype=dtype, gradient_checkpointing=mode, implementations={"train_pass": train_pass})
-    return build(backend, WIDE, nested=nested, options=options)[0].gradients(batch)
+    return build(backend, WIDE, lora=lora, nested=nested, options=options)[0].gradients(batch)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["padded", "packed"])
@@ -56,6 +56,18 @@ def test_dense_bases(backend, batch):
     loss, ours = gradients(backend, batch, "float32", "selective", "fused", nested=None)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= FLOAT32_BAR
+
+
+@pytest.mark.parametrize(("dtype", "bar"), [("float32", FLOAT32_BAR), ("bfloat16", BFLOAT16_BAR)])
+@pytest.mark.parametrize("lora", [{"r": 32}, {"r": 64}, {"r": 256}, {"r": 64, "targets": ["q_proj", "v_proj"]}])
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_ranks(backend, lora, dtype, bar, batch):
+    """Rooms of 0 to 768 columns."""
+    lora = lora | {"alpha": float(lora["r"])}
+    expected, theirs = gradients("torch", batch, "float32", "none", "composed", lora=lora)
+    loss, ours = gradients(backend, batch, dtype, "offload", "fused", lora=lora)
+    assert loss == pytest.approx(expected, rel=1e-5 if dtype == "float32" else 5e-3)
+    assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= bar
 
 
 @pytest.mark.parametrize("mode", ["none", "offload"])
