@@ -14,6 +14,8 @@ from jaxsloth.backend import BuildOptions
 from jaxsloth.jax_backend import bridge as jax_bridge
 from jaxsloth.jax_backend import fused as jax_fused
 from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.models.memory import FILLED, activation_bytes
+from jaxsloth.torch_backend import passes as torch_passes
 from jaxsloth.torch_backend.fused import FusedPass
 from tests.support.modules import BACKENDS, adapted, batch, our_base, their_base
 
@@ -151,6 +153,23 @@ def test_the_checkpointing_asked_for_reaches_the_pass(backend, asked, switched_o
     ours(**batch()).loss.backward()
     assert modes == [mode]
     theirs(**batch()).loss.backward()
+    assert_close(gradients(ours), gradients(theirs))
+
+
+def test_auto_chooses_again_while_a_forward_waits_for_its_backward(monkeypatch, fused_modes):
+    modes = next(fused_modes)
+    options = BuildOptions(gradient_checkpointing="auto", implementations={"train_pass": "fused"})
+    ours, theirs = adapted(our_base("torch", options=options)).train(), adapted(their_base())
+    ours.get_base_model().model.gradient_checkpointing = True
+    need = activation_bytes(ours.get_base_model().engine.model.spec, "none", 64, 4)
+    monkeypatch.setattr(torch_passes, "free_memory", lambda device: need / FILLED + 1)
+    for of in (ours, theirs):
+        with torch.no_grad():
+            of(**batch())
+        waiting = of.get_base_model().model(batch((60,))["input_ids"]).last_hidden_state.square().mean()
+        of(**batch((70, 60))).loss.backward()
+        waiting.backward()
+    assert modes == [None, "none", "offload"]
     assert_close(gradients(ours), gradients(theirs))
 
 
