@@ -308,3 +308,15 @@ def test_an_unsupported_part_is_named(backend):
     layer = replace(spec.layers[0], placement="post")
     with pytest.raises(ValueError, match="placement 'post'"):
         load_backend(backend).build(replace(spec, layers=(layer,) * 4), DictSource(random_weights(CONFIG, 1)), BuildOptions())
+
+
+def test_compilations_are_those_of_xla():
+    """A step object has a program of its own, though its shapes are another's."""
+    model, *_ = build("jax", {"num_hidden_layers": 2})
+    window, counts = stream(examples(8, VOCAB)).window(0), []
+    for _ in range(2):
+        step = model.train_step(OptimizerOptions())
+        for place in range(2):
+            step(window, learning_rate=1e-3, step=place, seed=0)
+            counts.append(model.compilations())
+    assert counts == [1, 1, 2, 2]
