@@ -18,7 +18,7 @@ from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.fp8 import Fp8Weights
 from jaxsloth.torch_backend.groups import ExactWeights, Weights
-from jaxsloth.torch_backend.layer_pass import Batch, Kernels, LayerPass, Saved, wide_rows
+from jaxsloth.torch_backend.layer_pass import Batch, Kernels, LayerPass, wide_rows
 from jaxsloth.torch_backend.objective import Objective, Tensors, by_row
 from jaxsloth.torch_backend.offload import Stash
 
@@ -26,32 +26,24 @@ from jaxsloth.torch_backend.offload import Stash
 @dataclass
 class Forward:
     """What a forward pass leaves to the backward. normed: the final norm's output ``[tokens + 1, hidden]``, and later its
-    gradient; x: the stream before that norm, rstd its reciprocals; layers: what each layer keeps."""
+    gradient; x: the stream before that norm, rstd its reciprocals; layers: what each layer keeps, on the host where there is a
+    stash."""
 
     normed: torch.Tensor
     x: torch.Tensor
     rstd: torch.Tensor
     layers: list[Any]
+    stash: Stash | None
 
 
 class FusedPass:
     """Loss and gradients of a whole model.
 
-    mode: a `gradient_checkpointing`. keeps_weights: hold every weight as products take it, instead of rebuilding it for each
-    use. compute: a `ComputeName`. inputs_only: mode "offload" keeps what "full" does, and sends that to the host.
+    keeps_weights: hold every weight as products take it, instead of rebuilding it for each use. compute: a `ComputeName`.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        spec: specs.ModelSpec,
-        mode: str,
-        keeps_weights: bool,
-        compute: str = "exact",
-        *,
-        inputs_only: bool = False,
-    ) -> None:
-        self._decoder, self._spec, self._mode = decoder, spec, "full" if inputs_only else mode
+    def __init__(self, decoder: Decoder, spec: specs.ModelSpec, keeps_weights: bool, compute: str = "exact") -> None:
+        self._decoder, self._spec, self._mode = decoder, spec, "none"
         self._kernels = Kernels.of(decoder.ops)
         self._layers = [
             LayerPass(block, layer, self._kernels) for block, layer in zip(decoder.model.layers, spec.layers, strict=True)
@@ -59,9 +51,21 @@ class FusedPass:
         every = [group for layer in self._layers for group in layer.groups]
         make = Fp8Weights if compute == "fp8" else ExactWeights
         self._weights: Weights = make(every, decoder.dtype, decoder.device, keeps_weights, self._kernels.weights)
-        self._stash = Stash(decoder.device) if mode == "offload" and decoder.device.type == "cuda" else None
+        self._stash: Stash | None = None
+        self._made: Stash | None = None  # outlives its use: graphs that were recorded with it need its memory
         trained = [index for index, layer in enumerate(self._layers) if any(group.rank for group in layer.groups)]
         self._first = trained[0] if trained else len(self._layers)
+
+    def keep(self, mode: str, inputs_only: bool = False) -> None:
+        """What forward passes keep from now on; forwards that wait for their backward are not touched.
+
+        mode: a `gradient_checkpointing`. inputs_only: mode "offload" keeps what "full" does, and sends that to the host.
+        """
+        self._mode = "full" if inputs_only else mode
+        offloads = mode == "offload" and self._decoder.device.type == "cuda"
+        if offloads and self._made is None:
+            self._made = Stash(self._decoder.device)
+        self._stash = self._made if offloads else None
 
     def begin(self) -> None:
         """Takes over the adapters' current values; call it once a step."""
@@ -112,7 +116,7 @@ class FusedPass:
         )
         del forward.normed, forward.x
         for index in range(len(self._layers) - 1, self._first - 1, -1):
-            saved = self._fetch(kept, index)
+            saved = kept[index] if forward.stash is None else forward.stash.get(kept, index, self._first)
             self._layers[index].backward(d, saved, batch, self._weights, index == self._first)
             kept[index] = None
 
@@ -136,12 +140,7 @@ class FusedPass:
         rstd = self._kernels.norm.add_norm(
             x, delta, decoder.model.norm.weight, normed[:-1], eps=norm.eps, offset=norm.weight_offset, total=total
         )
-        return Forward(normed, total, rstd, kept)
-
-    def _fetch(self, kept: list[Any], index: int) -> Saved:
-        if self._stash is None:
-            return kept[index]
-        return self._stash.get(kept, index, self._first)
+        return Forward(normed, total, rstd, kept, self._stash)
 
     def _head(
         self, normed: torch.Tensor, batch: Batch, smoothing: float, gradient: bool

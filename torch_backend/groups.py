@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from jaxsloth.kernels.lora_matmul import extended
-from jaxsloth.kernels.lora_matmul.extended import Piece, room_for
+from jaxsloth.kernels.lora_matmul.contract import room_for
+from jaxsloth.kernels.lora_matmul.extended import Piece
 from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.torch_matmul import add_matmul_float32
 from jaxsloth.torch_backend.layers import Linear

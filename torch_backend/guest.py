@@ -65,12 +65,12 @@ class Guest:
 
     def loss(self, adapters: Stacks, batch: Batch) -> torch.Tensor:
         """The summed cross entropy, float32."""
-        self._begin(adapters, batch)
+        self._begin(adapters, 0)
         return self._fast.row_losses(batch).sum()
 
     def loss_and_gradients(self, adapters: Stacks, batch: Batch) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """(the summed cross entropy, each group's stacked gradients of A and B), in memory of their own."""
-        self._begin(adapters, batch)
+        self._begin(adapters, batch.input_ids.size)
         self._flat.gradient.zero_()
         loss = self._fast.add_gradients(batch, SUMMED, {"factor": self._one}).clone()
         return loss, self._stacked()
@@ -79,11 +79,12 @@ class Guest:
         self, adapters: Stacks, batch: Batch, learns: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], dict[str, list[torch.Tensor]]]]:
         """(normed hidden states ``[tokens, hidden]``, a function from their gradient to the groups', to be called once)."""
-        self._begin(adapters, batch)
+        tokens = batch.input_ids.size if learns else 0
+        self._begin(adapters, tokens)
         found, backward = self._fast.hidden(batch, learns)
 
         def pull(dhidden: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-            self._begin(adapters, batch)  # another forward may have brought its own since
+            self._begin(adapters, tokens)  # another forward may have brought its own since
             self._flat.gradient.zero_()
             backward(dhidden)
             return self._stacked()
@@ -91,15 +92,16 @@ class Guest:
         return found, pull
 
     @torch.no_grad()
-    def _begin(self, adapters: Stacks, batch: Batch) -> None:
-        """Takes the values over; without any the adapters are nothing, and the pass is the base model's."""
+    def _begin(self, adapters: Stacks, tokens: int) -> None:
+        """Takes the values over; without any the adapters are nothing, and the pass is the base model's. tokens: as in
+        `FastPass.begin`."""
         if adapters:
             rows = [row for stacks in adapters.values() for stack in stacks for row in stack.unbind()]
             own = [self.leaves[module][part].data for group in adapters for part in (0, 1) for module in members(group)]
             torch._foreach_copy_(own, rows)
         else:
             self._flat.buffer.zero_()
-        self._fast.begin(batch.input_ids.size)
+        self._fast.begin(tokens)
 
     def _stacked(self) -> dict[str, list[torch.Tensor]]:
         return {group: [torch.stack(views) for views in both] for group, both in self._gradients.items()}

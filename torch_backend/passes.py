@@ -23,7 +23,7 @@ from jaxsloth.torch_backend import fp8, layer_pass
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.objective import Objective, Tensors
-from jaxsloth.torch_backend.placement import host_memory, to_device
+from jaxsloth.torch_backend.placement import free_memory, host_memory, to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
@@ -70,6 +70,8 @@ class FastPass:
         self._decoder, self._spec, self._device = decoder, spec, decoder.device
         self._checkpointing, self._compute = checkpointing, compute
         self._pass: FusedPass | None = None
+        self._tokens = 0  # the most that `mode` was chosen for
+        self._inputs_only = False
         self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, Tensors, torch.Tensor]] = OrderedDict()
         self._seen: set[Any] = set()
         self._refused: set[Any] = set()
@@ -80,20 +82,16 @@ class FastPass:
         self.mode = ""
 
     def begin(self, tokens: int) -> None:
-        """Takes over the adapters' values; tokens: the most that a micro-batch of this process has."""
+        """Takes over the adapters' values. tokens: the most that a micro-batch of this process has, 0 where no gradients are
+        asked for; for more than ever before what is kept is chosen anew, and graphs of fewer stay as they were recorded."""
+        longer = tokens > self._tokens
+        if longer:
+            self._tokens = tokens
+            self._choose(tokens)  # before the pass is made, whose copies of weights are counted apart
         if self._pass is None:
-            self.mode, keeps = self._choose(tokens)
-            spec, size = self._spec, torch.empty(0, dtype=self._decoder.dtype).element_size()
-            need, free = offloaded_bytes(spec, tokens, size), host_memory()
-            inputs_only = self.mode == "offload" and need > free * HOST_PART
-            if inputs_only:
-                logger.warning(
-                    "gradient_checkpointing offload would pin %.0f GiB of host memory, and %.0f GiB are free: only the layers' "
-                    "inputs go there, the rest is formed again",
-                    need / 2**30,
-                    free / 2**30,
-                )
-            self._pass = FusedPass(self._decoder, spec, self.mode, keeps, self._compute, inputs_only=inputs_only)
+            self._pass = FusedPass(self._decoder, self._spec, self._keeps_weights, self._compute)
+        if longer:
+            self._pass.keep(self.mode, self.mode == "offload" and self._inputs_only)
         self._pass.begin()
 
     def row_losses(self, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
@@ -192,27 +190,47 @@ class FastPass:
             tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"], tensors.get("noise")
         )
 
-    def _choose(self, tokens: int) -> tuple[str, bool]:
-        """(the checkpointing mode, whether quantized weights are kept as products take them)."""
-        wanted, decoder = self._checkpointing, self._decoder
-        values = sum(linear.shape[0] * linear.shape[1] for linear in decoder.linears())
-        size = torch.empty(0, dtype=decoder.dtype).element_size()
-        on_gpu = self._device.type == "cuda"
-        total = torch.cuda.get_device_properties(self._device).total_memory if on_gpu else 0
-        keeps = values * size <= total * KEPT_WEIGHTS
-        if wanted != "auto":
-            return wanted, keeps
-        if not on_gpu:
-            return "none", False
-        # Copies of quantized weights in the compute dtype, where they are kept, and of dense ones in 8 bits, both ways.
-        quantized = sum(one.shape[0] * one.shape[1] for one in decoder.linears() if isinstance(one.base(), NF4))
-        copies = quantized * size if keeps else 0
-        if self._compute == "fp8":
-            copies += 2 * (values - quantized)
-        room = torch.cuda.mem_get_info(self._device)[0] - copies
-        mode = fitting_mode(self._spec, AUTO_ORDER, tokens, size, room)
-        logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
-        return mode, keeps
+    @property
+    def _size(self) -> int:
+        """Bytes of a value in the compute dtype."""
+        return torch.empty(0, dtype=self._decoder.dtype).element_size()
+
+    @property
+    def _keeps_weights(self) -> bool:
+        """Whether quantized weights are kept as products take them."""
+        if self._device.type != "cuda":
+            return False
+        values = sum(linear.shape[0] * linear.shape[1] for linear in self._decoder.linears())
+        return values * self._size <= torch.cuda.get_device_properties(self._device).total_memory * KEPT_WEIGHTS
+
+    def _choose(self, tokens: int) -> None:
+        """Sets what a pass over so many tokens keeps, and where."""
+        mode: str = self._checkpointing
+        if mode == "auto":
+            free = free_memory(self._device) - (self._copies() if self._pass is None else 0)
+            mode = fitting_mode(self._spec, AUTO_ORDER, tokens, self._size, free)
+            if mode != self.mode:
+                logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
+        self.mode = mode
+        if mode != "offload" or self._inputs_only:
+            return
+        need, free = offloaded_bytes(self._spec, tokens, self._size), host_memory()
+        self._inputs_only = need > free * HOST_PART
+        if self._inputs_only:
+            logger.warning(
+                "gradient_checkpointing offload would pin %.0f GiB of host memory, and %.0f GiB are free: only the layers' "
+                "inputs go there, the rest is formed again",
+                need / 2**30,
+                free / 2**30,
+            )
+
+    def _copies(self) -> int:
+        """Bytes of weights' copies: of quantized ones in the compute dtype, where they are kept, of dense ones in 8 bits."""
+        linears = list(self._decoder.linears())
+        values = sum(one.shape[0] * one.shape[1] for one in linears)
+        quantized = sum(one.shape[0] * one.shape[1] for one in linears if isinstance(one.base(), NF4))
+        copies = quantized * self._size if self._keeps_weights else 0
+        return copies + (2 * (values - quantized) if self._compute == "fp8" else 0)
 
 
 def prepare(batch: Batch) -> tuple[Arrays, tuple[Any, ...]]:

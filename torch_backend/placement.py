@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from functools import cache
@@ -103,6 +104,15 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(device())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU's memory that nothing holds, what torch keeps for later given back first; infinite on the CPU."""
+    if device.type != "cuda":
+        return math.inf
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def host_memory() -> int:

@@ -13,7 +13,7 @@ from jaxsloth.kernels.attention import jax_library_ops as attention_ops
 from jaxsloth.kernels.gated_activation.pallas_kernel import activate_merged, activate_merged_backward
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.lora_matmul import pallas_kernel as wide
-from jaxsloth.kernels.lora_matmul.pallas_kernel import ROOM, Group
+from jaxsloth.kernels.lora_matmul.pallas_kernel import Group
 from jaxsloth.kernels.rms_norm.pallas_kernel import add_norm, add_norm_backward
 from jaxsloth.kernels.rope import pallas_kernel as rope_kernel
 from jaxsloth.kernels.rope.xla_ops import rope
@@ -63,8 +63,8 @@ def ropes_of(kinds: tuple[Kind, ...]) -> list[Any]:
 class BlockPass:
     """One block, both ways.
 
-    frozen: the stack's arrays, read at `index`. adapters: this block's own. Arrays called wide have ROOM free columns behind
-    their rows.
+    frozen: the stack's arrays, read at `index`. adapters: this block's own. Arrays called wide have free columns behind
+    their rows: as many as the group of linears that takes them has room.
     """
 
     def __init__(self, fixed: Pass, kind: Kind, frozen: Tree, adapters: Any, index: Any, shared: Tree) -> None:
@@ -85,13 +85,14 @@ class BlockPass:
         qkv, low_qkv, normed1 = self._linear(QKV, normed1)
         q, k, v = self._split(qkv)
         attention = attention_ops.forward(q, k, v, kind.attention, self._segments, self._documents)
-        rows = jnp.pad(self._attended(attention), ((0, 0), (0, ROOM)))
+        rows = jnp.pad(self._attended(attention), ((0, 0), (0, kind.groups[OUT].room)))
         out, low_o, _ = self._linear(OUT, rows)
         x2, normed2, rstd2 = self._norm(x1, out, 2)
         parts = []
         for tile in self._tiles(normed2.shape[0]):
             merged, low_gate_up, part = self._linear(GATE_UP, _rows(normed2, tile, parts))
-            h = activate_merged(merged, kind.spec.mlp.width, kind.spec.mlp.activation, ROOM, interpret=kind.interpret)
+            room = kind.groups[DOWN].room
+            h = activate_merged(merged, kind.spec.mlp.width, kind.spec.mlp.activation, room, interpret=kind.interpret)
             out, low_down, _ = self._linear(DOWN, h)
             parts.append((out, low_gate_up, low_down, merged, part))
         out, low_gate_up, low_down, merged, normed2 = _join(parts)
@@ -119,7 +120,8 @@ class BlockPass:
             normed, low = _rows(normed2, tile, parts), _rows(low_gate_up, tile)
             merged = saved["merged"] if self._whole else self._linear(GATE_UP, normed, low)[0]
             dh, d_tile = self._linear_backward(DOWN, _rows(d, tile))
-            dmerged, h = activate_merged_backward(merged, dh, kind.spec.mlp.activation, ROOM, interpret=kind.interpret)
+            room = kind.groups[GATE_UP].room
+            dmerged, h = activate_merged_backward(merged, dh, kind.spec.mlp.activation, room, interpret=kind.interpret)
             of_down = self._gradients(DOWN, h, _rows(low_down, tile), d_tile)
             dnormed, dmerged = self._linear_backward(GATE_UP, dmerged)
             of_gate_up = self._gradients(GATE_UP, normed, low, dmerged)
@@ -159,7 +161,8 @@ class BlockPass:
     def _norm(self, x: Any, delta: Any, which: int) -> tuple[Any, Any, Any]:
         norm, weight = (self._kind.spec.attention_norm, self._norm1) if which == 1 else (self._kind.spec.mlp_norm, self._norm2)
         assert norm is not None
-        return add_norm(x, delta, weight, eps=norm.eps, offset=norm.weight_offset, room=ROOM, interpret=self._kind.interpret)
+        room = self._kind.groups[QKV if which == 1 else GATE_UP].room
+        return add_norm(x, delta, weight, eps=norm.eps, offset=norm.weight_offset, room=room, interpret=self._kind.interpret)
 
     def _norm_backward(self, x: Any, rstd: Any, dnormed: Any, d: Any, which: int) -> Any:
         norm, weight = (self._kind.spec.attention_norm, self._norm1) if which == 1 else (self._kind.spec.mlp_norm, self._norm2)
@@ -180,12 +183,12 @@ class BlockPass:
     def _merge(self, dq: Any, dk: Any, dv: Any) -> Any:
         """The gradient of the merged projection, wide."""
         own, (cos, sin) = self._kind.spec.attention, self._tables
-        tokens = dq.shape[0] * dq.shape[1]
+        tokens, room = dq.shape[0] * dq.shape[1], self._kind.groups[QKV].room
         if rope_kernel.refuses(own.head_dim, cos.shape[-1]) is None:
             heads = rope_kernel.Heads(own.heads, own.kv_heads, own.head_dim, self._kind.interpret)
-            return rope_kernel.merge(heads, ROOM, *(d.reshape(tokens, -1) for d in (dq, dk, dv)), *self._flat_tables())
+            return rope_kernel.merge(heads, room, *(d.reshape(tokens, -1) for d in (dq, dk, dv)), *self._flat_tables())
         parts = [rope(dq, cos, -sin), rope(dk, cos, -sin), dv]
-        return jnp.concatenate([*(part.reshape(tokens, -1) for part in parts), jnp.zeros((tokens, ROOM), dq.dtype)], axis=1)
+        return jnp.concatenate([*(part.reshape(tokens, -1) for part in parts), jnp.zeros((tokens, room), dq.dtype)], axis=1)
 
     def _flat_tables(self) -> list[Any]:
         return [table.reshape(self._shape[0] * self._shape[1], -1) for table in self._tables]
@@ -203,11 +206,14 @@ class BlockPass:
 
 
 def _rows(x: Any, tile: slice, before: Any = None) -> Any:
-    """The rows of a tile; not before those of the tile that came `before` are done, so that one is worked on at a time."""
+    """The rows of a tile; not before those of the tile that came `before` are done, so that one is worked on at a time. x may
+    be None, what a group without room has instead of its product with A."""
+    if x is None:
+        return None
     if tile.start == 0 and tile.stop == x.shape[0]:
         return x
     return jax.lax.optimization_barrier((x[tile], before[-1]))[0] if before else x[tile]
 
 
 def _join(parts: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    return parts[0] if len(parts) == 1 else tuple(jnp.concatenate(each) for each in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each), *parts)

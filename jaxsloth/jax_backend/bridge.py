@@ -72,14 +72,17 @@ class Bridge:
 
     def run(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> Any:
         arguments, choices = self._prepare(output, adapters, batch, options, learns=False)
-        return _forward(*arguments, **choices)
+        with self._model.compiles():
+            return _forward(*arguments, **choices)
 
     def differentiate(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> tuple[Any, Pullback]:
         arguments, choices = self._prepare(output, adapters, batch, options, learns=True)
         if output == "loss":
-            loss, gradients = _loss_and_gradients(*arguments, **choices)
+            with self._model.compiles():
+                loss, gradients = _loss_and_gradients(*arguments, **choices)
             return loss, lambda cotangent: _by_group(_scaled(gradients, _take(cotangent)))
-        value, residuals = _with_residuals(*arguments, **choices)
+        with self._model.compiles():
+            value, residuals = _with_residuals(*arguments, **choices)
         return value, lambda cotangent: _by_group(_pull(residuals, arguments[1], _take(cotangent)))
 
     def _program(self, adapters: Stacks, options: PassOptions) -> _Program:
@@ -121,8 +124,6 @@ class Bridge:
             "documents": documents,
         }
         frequencies, ropes = self._model.frequencies(batch.longest)
-        shapes = tuple(array.shape for array in documents)
-        self._model.count_compilation(f"{output} of {len(adapters)} groups", (*batch.input_ids.shape, plan, *shapes))
         choices = {"structure": program.structure, "ropes": ropes, "output": output, "count": options.count, "plan": plan}
         return (nnx.from_flat_state(flat), program.frozen, frequencies, arrays), choices
 

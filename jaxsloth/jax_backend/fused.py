@@ -9,7 +9,7 @@ for the backward is said here instead of being found by tracing. x1 and x2 are t
     offload    the same, in pinned host memory, fetched a layer ahead
     full       x1, x2, attention's output and statistics
 
-In every mode the products with A, 64 columns each, are kept too.
+In every mode the products with A, as wide as the groups' rooms, are kept too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxsloth.jax_backend.block_pass import BlockPass, Kind, Pass, Tree, ropes_of
+from jaxsloth.jax_backend.block_pass import DOWN, OUT, BlockPass, Kind, Pass, Tree, ropes_of
 from jaxsloth.jax_backend.layers import Block, Context, Linear
 from jaxsloth.kernels.attention import jax_library_ops as attention_ops
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.lora_matmul import pallas_kernel as wide
-from jaxsloth.kernels.lora_matmul.pallas_kernel import ROOM, Group
+from jaxsloth.kernels.lora_matmul.contract import room_for
+from jaxsloth.kernels.lora_matmul.pallas_kernel import Group
 from jaxsloth.models import spec as specs
 from jaxsloth.models.buildable import fused_refusal
-from jaxsloth.models.names import layer_linears
+from jaxsloth.models.names import layer_linears, stacked_name
 
 if TYPE_CHECKING:
     from jaxsloth.jax_backend.decoder import Decoder
@@ -43,19 +44,16 @@ def refusal(spec: specs.ModelSpec) -> str | None:
     reason, lora = fused_refusal(spec), spec.lora
     if reason is not None or lora is None:
         return reason
-    for index, layer in enumerate(spec.layers):
+    period = spec.layer_period()
+    adapted = {stacked_name(module, period)[0] for module in lora.modules}
+    for index, layer in enumerate(spec.layers[:period]):
         if layer.mlp.activation == "gelu":
             return "has no erf in its kernels"
-        linears = layer_linears(spec, index)
-        for shared in (linears[: 1 if layer.attention.fused_qkv else 3], linears[-3 if not layer.mlp.fused else -2 : -1]):
-            reason = wide.refuses(shared[0].in_features, tuple(lora.r for _ in shared))
+        linears, first = layer_linears(spec, index), 1 if layer.attention.fused_qkv else 3
+        for shared in (linears[:first], linears[first : first + 1], linears[first + 1 : -1], linears[-1:]):
+            reason = wide.refuses(shared[0].in_features, sum(lora.r for one in shared if one.name in adapted))
             if reason is not None:
                 return reason
-        reason = wide.refuses(linears[-1].in_features, (lora.r,)) or wide.refuses(
-            layer.attention.heads * layer.attention.head_dim, (lora.r,)
-        )
-        if reason is not None:
-            return reason
     return None
 
 
@@ -71,7 +69,9 @@ def hidden(decoder: Decoder, input_ids: Any, context: Context, mode: str, docume
     if context.noise is not None:
         x = x + context.noise.reshape(x.shape).astype(decoder.dtype)
     blocks = tuple(decoder.model.layers)
-    kinds = tuple(_kind(block, plain, decoder.dtype) for block in blocks)
+    # o_proj and down_proj take the stream's gradient, which is as wide in every block.
+    room = room_for(max(sum(_ranks(_parts(block)[which])) for block in blocks for which in (OUT, DOWN)))
+    kinds = tuple(_kind(block, plain, decoder.dtype, room) for block in blocks)
     count = len(decoder.spec.layers) // len(blocks)
     fixed = Pass(kinds, count, mode, unrolled, (input_ids.shape[0], input_ids.shape[1]))
     shared = {
@@ -91,13 +91,18 @@ def _parts(block: Block) -> tuple[list[Linear], ...]:
     return qkv, [attention.o_proj], gate_up, [mlp.down_proj]
 
 
-def _kind(block: Block, plain: bool, dtype: Any) -> Kind:
-    def group(linears: list[Linear]) -> Group:
+def _ranks(linears: list[Linear]) -> tuple[int, ...]:
+    return tuple(one.lora_A[...].shape[-2] if one._adapted else 0 for one in linears)
+
+
+def _kind(block: Block, plain: bool, dtype: Any, stream_room: int) -> Kind:
+    def group(which: int, linears: list[Linear]) -> Group:
         return Group(
             linears[0]._shape[1],
             tuple(one._shape[0] for one in linears),
-            tuple(one.lora_A[...].shape[-2] if one._adapted else 0 for one in linears),
+            _ranks(linears),
             tuple(one._scale if one._adapted else 1.0 for one in linears),
+            stream_room if which in (OUT, DOWN) else room_for(sum(_ranks(linears))),
             platform() != "cuda",
         )
 
@@ -105,7 +110,7 @@ def _kind(block: Block, plain: bool, dtype: Any) -> Kind:
     refused = attention_ops.refuses(platform(), dtype, spec.head_dim, spec.causal, spec.soft_cap)
     kernel = block.self_attn._implementation.load()
     settings = attention_ops.Settings(spec.scale, spec.causal, spec.window, spec.soft_cap, plain, refused is None, kernel)
-    return Kind(block._spec, tuple(group(part) for part in _parts(block)), settings)
+    return Kind(block._spec, tuple(group(which, part) for which, part in enumerate(_parts(block))), settings)
 
 
 def _adapters(linears: list[Linear]) -> tuple[Any, ...]:
@@ -196,7 +201,7 @@ def _stack_forward(fixed: Pass, adapters: Any, x: Any, frozen: Any, shared: Any)
 
 def _stack_backward(fixed: Pass, residuals: Any, d: Any) -> tuple[Any, ...]:
     adapters, frozen, shared, kept = residuals
-    d = jnp.pad(d, ((0, 0), (0, ROOM)))
+    d = jnp.pad(d, ((0, 0), (0, fixed.kinds[-1].groups[DOWN].room)))
 
     if not fixed.unrolled:
 

@@ -113,13 +113,13 @@ class DecodeState:
         row's, since slots count only where the host says so."""
         model, waiting = self._model, None
         frequencies, ropes = model.frequencies(1)
-        model.count_compilation("say", self._segments.shape)
         while count > 0 or waiting is not None:
             launched = None
             if count > 0:
-                said, inputs, self._caches = _say(
-                    model.trained, model.frozen, self._caches, inputs, frequencies, model.structure, ropes, BURST
-                )
+                with model.compiles():
+                    said, inputs, self._caches = _say(
+                        model.trained, model.frozen, self._caches, inputs, frequencies, model.structure, ropes, BURST
+                    )
                 launched, count = said[:, :count], count - BURST
             if waiting is not None:
                 yield np.asarray(waiting)
@@ -145,9 +145,9 @@ class DecodeState:
             "kv_segments": jnp.array(self._segments),
             "used": jnp.int32(self._used),
         }
-        model.count_compilation("decode", (*input_ids.shape, self._segments.shape[1]))
-        logits, self._caches = _forward(
-            model.trained, model.frozen, self._caches, inputs, frequencies, structure=model.structure, ropes=ropes
-        )
+        with model.compiles():
+            logits, self._caches = _forward(
+                model.trained, model.frozen, self._caches, inputs, frequencies, structure=model.structure, ropes=ropes
+            )
         self._used += input_ids.shape[1]
         return np.asarray(logits)

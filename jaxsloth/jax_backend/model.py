@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.jax_backend import fused, placement
 from jaxsloth.jax_backend.bridge import Bridge
+from jaxsloth.jax_backend.compilations import Compilations
 from jaxsloth.jax_backend.decoder import Decoder
 from jaxsloth.jax_backend.generate import DecodeState
 from jaxsloth.jax_backend.layers import TRAINED, Context, Ops, Trained
@@ -59,7 +61,7 @@ class JaxModel:
         self._ops = Ops(facts, options.implementations or {})
         self._weights = load_weights(spec, source, self._dtype)
         self._frequencies: dict[Any, Any] = {}
-        self._compiled: set[Any] = set()
+        self._compilations = Compilations()
         self._mode: tuple[ModelSpec, CheckpointingName, int, str | None] | None = None
         self._assemble({})
 
@@ -224,12 +226,13 @@ class JaxModel:
         requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
         return choose_named("layer_loop", "jax", requested, {"scan": None, "unrolled": None}) == "unrolled"
 
-    def count_compilation(self, kind: str, shape: tuple[Any, ...]) -> None:
-        self._compiled.add((kind, shape))
+    def compiles(self) -> AbstractContextManager[None]:
+        """What is compiled meanwhile counts as this model's."""
+        return self._compilations.counting()
 
     def compilations(self) -> int:
-        """How many programs have been compiled for this model: one a kind of pass and shape."""
-        return len(self._compiled)
+        """How many programs were compiled for this model's steps, evaluations, passes and decoding."""
+        return self._compilations.count
 
     def logits(self, batch: Batch) -> np.ndarray:
         frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)

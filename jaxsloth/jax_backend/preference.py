@@ -42,8 +42,6 @@ def pair_losses(options: PreferenceOptions, log_probs: Any, reference: Any, coun
 class PreferenceStep(WindowStep):
     """See `jaxsloth.backend.PreferenceStep`."""
 
-    kind = "preference"
-
     def __init__(self, model: JaxModel, options: OptimizerOptions, preference: PreferenceOptions) -> None:
         super().__init__(model, options)
         self._preference = preference

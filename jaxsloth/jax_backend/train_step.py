@@ -90,8 +90,6 @@ def rates_of(ropes: Any, frequencies: Any) -> Any:
 class WindowStep(ABC):
     """One optimizer step, compiled once a shape: a scan over micro-batches, one sum over devices, one update."""
 
-    kind: str
-
     def __init__(self, model: JaxModel, options: OptimizerOptions) -> None:
         self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
@@ -155,10 +153,10 @@ class WindowStep(ABC):
         plan, documents = make_plan(model.mode, model.unrolled, window.targets, window.segments, model.devices)
         arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents, *more)
         put = tuple(placement.put_batch(array, 1) for array in arrays)
-        model.count_compilation(self.kind, (*window.input_ids.shape, plan, *(array.shape for array in documents)))
-        model.trained, self._state, result, known = self._run(
-            model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes, plan=plan
-        )
+        with model.compiles():
+            model.trained, self._state, result, known = self._run(
+                model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes, plan=plan
+            )
         return result, known
 
     def state(self) -> dict[str, np.ndarray]:
@@ -189,8 +187,6 @@ class WindowStep(ABC):
 class TrainStep(WindowStep):
     """See `jaxsloth.backend.TrainStep`."""
 
-    kind = "train"
-
     def __init__(self, model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> None:
         super().__init__(model, options)
         self._regularization = regularization
@@ -216,9 +212,9 @@ class RowLosses:
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         put = tuple(placement.put_batch(array, 0) for array in arrays)
-        model.count_compilation("evaluate", (*batch.input_ids.shape, plan, *(array.shape for array in documents)))
         compiled_in = {"structure": model.structure, "ropes": ropes, "plan": plan, "regularization": self._regularization}
-        return _rows_of_devices(trained, model.frozen, frequencies, put, **compiled_in)
+        with model.compiles():
+            return _rows_of_devices(trained, model.frozen, frequencies, put, **compiled_in)
 
 
 # Not a method: trainers ask for a new step at every evaluation, and programs are kept by function.

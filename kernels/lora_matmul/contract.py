@@ -22,6 +22,14 @@ from typing import Any
 from jaxsloth.kernels.registry import Implementation, Op
 from jaxsloth.kernels.tolerance import Tolerance
 
+# Columns that written-out passes put behind rows are a multiple of this many (why: docs/decisions.md).
+ROOM = 64
+
+
+def room_for(rank: int) -> int:
+    """Columns that hold `rank` of them."""
+    return -(-rank // ROOM) * ROOM
+
 
 @dataclass(frozen=True)
 class Dropout:

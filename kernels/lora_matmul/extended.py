@@ -20,13 +20,6 @@ import torch
 
 from jaxsloth.kernels.nf4 import torch_ops as nf4_torch
 
-ROOM = 64
-
-
-def room_for(rank: int) -> int:
-    """Columns that hold `rank` of them."""
-    return -(-rank // ROOM) * ROOM
-
 
 @dataclass(frozen=True)
 class Piece:

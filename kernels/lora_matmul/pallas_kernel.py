@@ -8,7 +8,8 @@ With the layers' weights stacked to ``W [out, in]``, their A to ``[rank, in]`` a
 x and dy are wide: ``[tokens, width + room]`` with columns past `width` that hold nothing, so that ``x·Aᵀ`` and ``dy·sB`` are
 written behind the rows in place by a kernel (`append_product`), and no product's operand is cut, padded or copied. The adapter
 costs a few more columns of the product instead of reading and writing y once more. y and dx have no room: 64
-columns more would cost their products even tiles.
+columns more would cost their products even tiles. The kernels form `ROOM` columns a program, so that a wider room takes more
+programs, not more shared memory.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsloth.kernels.jax_platform import dot_float32, precision_of
+from jaxsloth.kernels.lora_matmul.contract import ROOM
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
 
-ROOM = 64
+# The most columns that layers with one input may ask for: r=256 on each of q, k and v. The columns are theirs block by block,
+# so that two thirds of those 768 are zeros that a product multiplies: beyond, the composed ops do less.
+MOST = 768
 # Tuned on an H200 (benchmarks, docs/performance.md).
 DEPTH = 128  # columns of x that a step of the products takes
 WIDTH, HEIGHT = 64, 32  # columns of x whose gradients a program forms, rows that a step of the sum takes
@@ -36,12 +40,16 @@ PRODUCT_PROGRAMS, GRADIENT_PROGRAMS = 256, 528  # that a kernel should at least 
 
 @dataclass(frozen=True)
 class Group:
-    """What is fixed about layers that share their input: outs and ranks one by one (rank 0: no adapter), scales likewise."""
+    """What is fixed about layers that share their input: outs and ranks one by one (rank 0: no adapter), scales likewise.
+
+    room: the columns behind the rows of x and dy, a multiple of `ROOM` that is no less than the ranks' sum.
+    """
 
     in_features: int
     outs: tuple[int, ...]
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
+    room: int
     interpret: bool = False
 
     @property
@@ -53,9 +61,10 @@ class Group:
         return sum(self.ranks)
 
 
-def refuses(in_features: int, ranks: tuple[int, ...]) -> str | None:
-    if sum(ranks) > ROOM:
-        return f"has room for ranks of {ROOM} in all, and layers that share an input have {sum(ranks)}"
+def refuses(in_features: int, rank: int) -> str | None:
+    """rank: the sum of those of the layers."""
+    if rank > MOST:
+        return f"has room for ranks of {MOST} in all, and layers that share an input have {rank}"
     return None if in_features % 64 == 0 else f"needs inputs that are a multiple of 64 wide, and one has {in_features}"
 
 
@@ -65,15 +74,27 @@ def _tile(ref: Any, rows: Any, columns: Any, row_end: int, column_end: int) -> A
     return plgpu.load(ref.at[jnp.where(rows < row_end, rows, 0)[:, None], columns[None, :]], mask=inside, other=0.0)
 
 
+def _share(room: int) -> Any:
+    """Which rows or columns of x are this program's: neighbours have the same ones, and share what they read."""
+    return pl.program_id(0) if room == ROOM else pl.program_id(0) // (room // ROOM)
+
+
+def _columns(room: int) -> Any:
+    """The `ROOM` columns of the room that are this program's."""
+    own = jnp.arange(ROOM, dtype=jnp.int32)
+    return own if room == ROOM else pl.program_id(0) % (room // ROOM) * ROOM + own
+
+
 def _append_kernel(x: Any, matrix: Any, out: Any, *, rows: int, width: int, height: int, steps: int, splits: int) -> None:
     """One program: `height` rows times a part of the columns. Without splits the products go behind the rows of x."""
-    row = pl.program_id(0) * height + jnp.arange(height, dtype=jnp.int32)
-    low = jnp.arange(ROOM, dtype=jnp.int32)
+    room = matrix.shape[0]
+    row = _share(room) * height + jnp.arange(height, dtype=jnp.int32)
+    low = _columns(room)
     first = pl.program_id(1) * steps
 
     def add(step: Any, total: Any) -> Any:
         column = (first + step) * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
-        return total + dot_float32(_tile(x, row, column, rows, width), _tile(matrix, low, column, ROOM, width), (1, 1))
+        return total + dot_float32(_tile(x, row, column, rows, width), _tile(matrix, low, column, room, width), (1, 1))
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((height, ROOM), jnp.float32))
     inside = jnp.broadcast_to((row < rows)[:, None], (height, ROOM))
@@ -84,20 +105,21 @@ def _append_kernel(x: Any, matrix: Any, out: Any, *, rows: int, width: int, heig
 
 
 def append_product(x: Any, matrix: Any, *, interpret: bool = False) -> Any:
-    """x ``[tokens, width + ROOM]`` with ``x[:, :width]·matrixᵀ`` in its last columns, in place where x is not used again.
+    """x ``[tokens, width + room]`` with ``x[:, :width]·matrixᵀ`` in its last columns, in place where x is not used again.
 
-    matrix ``[ROOM, width]`` in x's dtype.
+    matrix ``[room, width]`` in x's dtype; room a multiple of `ROOM`.
     """
-    rows, width = x.shape[0], x.shape[1] - ROOM
+    room, width = matrix.shape
+    rows, tiles = x.shape[0], room // ROOM
     height = 16 if rows <= FEW_ROWS else 64
     steps = pl.cdiv(width, DEPTH)
     # Where the rows make few programs the columns are shared out too, and the parts summed behind.
-    splits = min(steps, pl.cdiv(PRODUCT_PROGRAMS, pl.cdiv(rows, height)))
+    splits = min(steps, pl.cdiv(PRODUCT_PROGRAMS, pl.cdiv(rows, height) * tiles))
     steps = pl.cdiv(steps, splits)
     call = pl.pallas_call(
         partial(_append_kernel, rows=rows, width=width, height=height, steps=steps, splits=splits),
-        out_shape=jax.ShapeDtypeStruct(*((x.shape, x.dtype) if splits == 1 else ((splits, rows, ROOM), jnp.float32))),
-        grid=(pl.cdiv(rows, height), splits),
+        out_shape=jax.ShapeDtypeStruct(*((x.shape, x.dtype) if splits == 1 else ((splits, rows, room), jnp.float32))),
+        grid=(pl.cdiv(rows, height) * tiles, splits),
         input_output_aliases={0: 0} if splits == 1 else {},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
@@ -109,8 +131,8 @@ def append_product(x: Any, matrix: Any, *, interpret: bool = False) -> Any:
 
 def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps: int) -> None:
     """One program: `WIDTH` columns of x, a part of the rows."""
-    columns = pl.program_id(0) * WIDTH + jnp.arange(WIDTH, dtype=jnp.int32)
-    room = jnp.arange(ROOM, dtype=jnp.int32)
+    columns = _share(low.shape[1] - first) * WIDTH + jnp.arange(WIDTH, dtype=jnp.int32)
+    room = _columns(low.shape[1] - first)
     start = pl.program_id(1) * steps
 
     def add(step: Any, total: Any) -> Any:
@@ -123,16 +145,17 @@ def _gradient_kernel(x: Any, low: Any, out: Any, *, rows: int, first: int, steps
     plgpu.store(out.at[pl.program_id(1), columns[:, None], room[None, :]], total, mask=inside)
 
 
-def low_rank_gradient(x: Any, low: Any, *, interpret: bool = False) -> Any:
-    """``xᵀ·low[:, -ROOM:]``, float32 ``[columns of x, ROOM]``; x and low ``[tokens, …]`` of one dtype."""
-    rows = x.shape[0]
+def low_rank_gradient(x: Any, low: Any, room: int, *, interpret: bool = False) -> Any:
+    """``xᵀ·low[:, -room:]``, float32 ``[columns of x, room]``; x and low ``[tokens, …]`` of one dtype, room a multiple of
+    `ROOM`."""
+    rows, tiles = x.shape[0], room // ROOM
     across, steps = pl.cdiv(x.shape[1], WIDTH), pl.cdiv(rows, HEIGHT)
-    splits = min(steps, pl.cdiv(GRADIENT_PROGRAMS, across))
+    splits = min(steps, pl.cdiv(GRADIENT_PROGRAMS, across * tiles))
     steps = pl.cdiv(steps, splits)
     call = pl.pallas_call(
-        partial(_gradient_kernel, rows=rows, first=low.shape[1] - ROOM, steps=steps),
-        out_shape=jax.ShapeDtypeStruct((splits, x.shape[1], ROOM), jnp.float32),
-        grid=(across, splits),
+        partial(_gradient_kernel, rows=rows, first=low.shape[1] - room, steps=steps),
+        out_shape=jax.ShapeDtypeStruct((splits, x.shape[1], room), jnp.float32),
+        grid=(across * tiles, splits),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="lora_gradient",
@@ -143,8 +166,8 @@ def low_rank_gradient(x: Any, low: Any, *, interpret: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Margins:
-    """What a group's adapters put around its weights: low_a ``[ROOM, in]``, the layers' A one below the other, then zeros;
-    high_b ``[out, ROOM]``, their scaled B block by block, zeros around. In the compute dtype."""
+    """What a group's adapters put around its weights: low_a ``[room, in]``, the layers' A one below the other, then zeros;
+    high_b ``[out, room]``, their scaled B block by block, zeros around. In the compute dtype."""
 
     low_a: Any
     high_b: Any
@@ -153,11 +176,11 @@ class Margins:
 def margins(group: Group, adapters: Any, dtype: Any) -> Margins:
     """adapters: (A float32 ``[r, in]``, B float32 ``[out, r]``) or None, each layer's."""
     rows = [a.astype(dtype) for a, _ in (pair for pair in adapters if pair is not None)]
-    rows.append(jnp.zeros((ROOM - group.rank, group.in_features), dtype))
+    rows.append(jnp.zeros((group.room - group.rank, group.in_features), dtype))
     blocks, start = [], 0
     for out, rank, scale, pair in zip(group.outs, group.ranks, group.scales, adapters, strict=True):
         own = jnp.zeros((out, 0), dtype) if pair is None else (scale * pair[1]).astype(dtype)
-        blocks.append(jnp.pad(own, ((0, 0), (start, ROOM - start - rank))))
+        blocks.append(jnp.pad(own, ((0, 0), (start, group.room - start - rank))))
         start += rank
     return Margins(jnp.concatenate(rows), jnp.concatenate(blocks))
 
@@ -165,29 +188,28 @@ def margins(group: Group, adapters: Any, dtype: Any) -> Margins:
 def forward(
     group: Group, x: Any, bases: Any, around: Margins, bias: Any = None, layer: Any = None, low: Any = None
 ) -> tuple[Any, Any, Any]:
-    """(y ``[tokens, out]``; ``x·Aᵀ [tokens, ROOM]``; x with that behind its rows) from x ``[tokens, in + ROOM]``, wide.
+    """(y ``[tokens, out]``; ``x·Aᵀ [tokens, room]``, None where there is no room; x with that behind its rows) from x
+    ``[tokens, in + room]``, wide.
 
     bases: dense ``[out, in]`` or NF4 each, stacked where `layer` is given. bias: ``[out]`` or None. low: ``x·Aᵀ`` where it is
     known.
     """
-    if low is None:
+    if group.room and low is None:
         x = append_product(x, around.low_a, interpret=group.interpret)
         low = x[:, group.in_features :]
-    else:
+    elif group.room:
         x = jax.lax.dynamic_update_slice(x, low, (0, group.in_features))
-    shape = (group.out_features, group.in_features + ROOM)
-    matrix = _stacked(group, bases, shape, layer, x.dtype, around.high_b)
-    y = _product(x, matrix, (1, 1))
+    y = _product(x, _stacked(group, bases, layer, x.dtype, around.high_b, below=False), (1, 1))
     # Who goes on with y has low: cut out only when the backward asks for it, it would keep all of x alive until then.
     y, low = jax.lax.optimization_barrier((y, low))
     return y if bias is None else y + bias.astype(y.dtype), low, x
 
 
 def backward(group: Group, dy: Any, bases: Any, around: Margins, layer: Any = None) -> tuple[Any, Any]:
-    """(dx ``[tokens, in]``, dy with ``dy·sB`` behind its rows) from dy ``[tokens, out + ROOM]``, wide."""
-    dy = append_product(dy, around.high_b.T, interpret=group.interpret)
-    shape = (group.out_features + ROOM, group.in_features)
-    return _product(dy, _stacked(group, bases, shape, layer, dy.dtype, around.low_a), (1, 0)), dy
+    """(dx ``[tokens, in]``, dy with ``dy·sB`` behind its rows) from dy ``[tokens, out + room]``, wide."""
+    if group.room:
+        dy = append_product(dy, around.high_b.T, interpret=group.interpret)
+    return _product(dy, _stacked(group, bases, layer, dy.dtype, around.low_a, below=True), (1, 0)), dy
 
 
 def gradients(group: Group, x: Any, low: Any, dy: Any) -> tuple[Any, ...]:
@@ -195,8 +217,10 @@ def gradients(group: Group, x: Any, low: Any, dy: Any) -> tuple[Any, ...]:
 
     x ``[tokens, in or more]``, low and dy as `forward` and `backward` returned them.
     """
-    da = low_rank_gradient(x, dy, interpret=group.interpret)[: group.in_features].T
-    db = low_rank_gradient(dy, low, interpret=group.interpret)
+    if group.rank == 0:
+        return (None,) * len(group.outs)
+    da = low_rank_gradient(x, dy, group.room, interpret=group.interpret)[: group.in_features].T
+    db = low_rank_gradient(dy, low, group.room, interpret=group.interpret)
     found, row, column = [], 0, 0
     for rows, rank, scale in zip(group.outs, group.ranks, group.scales, strict=True):
         own = db[row : row + rows, column : column + rank]
@@ -205,12 +229,14 @@ def gradients(group: Group, x: Any, low: Any, dy: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _stacked(group: Group, bases: Any, shape: tuple[int, int], layer: Any, dtype: Any, margin: Any) -> Any:
-    """The layers' weights one below the other in the first rows and columns of a matrix of `shape`, `margin` in the rest."""
-    place = (group.out_features, 0) if shape[0] > group.out_features else (0, group.in_features)
+def _stacked(group: Group, bases: Any, layer: Any, dtype: Any, margin: Any, below: bool) -> Any:
+    """The layers' weights one below the other, and `margin` below them or beside."""
+    place, shape = (0, group.in_features), (group.out_features, group.in_features + group.room)
+    if below:
+        place, shape = (group.out_features, 0), (group.out_features + group.room, group.in_features)
     if not any(isinstance(base, NF4) for base in bases):
         weights = [_one(base, layer).astype(dtype) for base in bases]
-        return jnp.concatenate([jnp.concatenate(weights), margin], axis=0 if place[1] == 0 else 1)
+        return jnp.concatenate([jnp.concatenate(weights), margin], axis=0 if below else 1)
     matrix, start = None, 0
     for base, rows in zip(bases, group.outs, strict=True):
         if isinstance(base, NF4):

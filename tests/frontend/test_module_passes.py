@@ -14,6 +14,8 @@ from jaxsloth.backend import BuildOptions
 from jaxsloth.jax_backend import bridge as jax_bridge
 from jaxsloth.jax_backend import fused as jax_fused
 from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.models.memory import FILLED, activation_bytes
+from jaxsloth.torch_backend import passes as torch_passes
 from jaxsloth.torch_backend.fused import FusedPass
 from tests.support.modules import BACKENDS, adapted, batch, our_base, their_base
 
@@ -154,6 +156,23 @@ def test_the_checkpointing_asked_for_reaches_the_pass(backend, asked, switched_o
     assert_close(gradients(ours), gradients(theirs))
 
 
+def test_auto_chooses_again_while_a_forward_waits_for_its_backward(monkeypatch, fused_modes):
+    modes = next(fused_modes)
+    options = BuildOptions(gradient_checkpointing="auto", implementations={"train_pass": "fused"})
+    ours, theirs = adapted(our_base("torch", options=options)).train(), adapted(their_base())
+    ours.get_base_model().model.gradient_checkpointing = True
+    need = activation_bytes(ours.get_base_model().engine.model.spec, "none", 64, 4)
+    monkeypatch.setattr(torch_passes, "free_memory", lambda device: need / FILLED + 1)
+    for of in (ours, theirs):
+        with torch.no_grad():
+            of(**batch())
+        waiting = of.get_base_model().model(batch((60,))["input_ids"]).last_hidden_state.square().mean()
+        of(**batch((70, 60))).loss.backward()
+        waiting.backward()
+    assert modes == [None, "none", "offload"]
+    assert_close(gradients(ours), gradients(theirs))
+
+
 @pytest.mark.parametrize(("mode", "loop"), [("none", "unrolled"), ("full", "scan")])
 def test_what_is_kept_between_jaxs_programs_holds_no_base_weight(mode, loop, monkeypatch):
     kept: list[Any] = []
@@ -186,6 +205,17 @@ def test_gradients_are_the_parameters_own(backend):
         p.grad.mul_(2)
     loss.backward()
     assert_close(gradients(ours), {name: 3 * value for name, value in found.items()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_and_scalings_that_differ_by_layer(backend, fused_modes):
+    modes = next(fused_modes)
+    changes = {"r": 32, "rank_pattern": {"q_proj": 64, "layers.1.mlp.down_proj": 8}, "alpha_pattern": {"v_proj": 3}}
+    ours, theirs = model(backend, "fused", **changes), adapted(their_base(), target_modules=TARGETS, **changes)
+    for one in (ours, theirs):
+        one(**batch()).loss.backward()
+    assert modes == ["none"]
+    assert_close(gradients(ours), gradients(theirs))
 
 
 @pytest.mark.gpu

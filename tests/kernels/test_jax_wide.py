@@ -11,8 +11,9 @@ import pytest
 
 from jaxsloth.kernels.gated_activation.pallas_kernel import activate_merged, activate_merged_backward
 from jaxsloth.kernels.gated_activation.xla_ops import gated_activation
+from jaxsloth.kernels.lora_matmul.contract import ROOM, room_for
 from jaxsloth.kernels.lora_matmul.pallas_kernel import (
-    ROOM,
+    MOST,
     Group,
     append_product,
     backward,
@@ -37,9 +38,9 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def poisoned(x: jax.Array) -> jax.Array:
+def poisoned(x: jax.Array, room: int = ROOM) -> jax.Array:
     """The wide array of x, NaN in the room behind its rows."""
-    return jnp.pad(x, ((0, 0), (0, ROOM)), constant_values=jnp.nan)
+    return jnp.pad(x, ((0, 0), (0, room)), constant_values=jnp.nan)
 
 
 def error(got: jax.Array, expected: jax.Array) -> float:
@@ -47,18 +48,18 @@ def error(got: jax.Array, expected: jax.Array) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - wide) / np.linalg.norm(wide))
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (37, 192), (33, 1000)])
-def test_append_product(rows, width):
-    x, matrix = normal(rows, width), normal(ROOM, width, seed=1)
-    got = append_product(poisoned(x), matrix, interpret=True)
+@pytest.mark.parametrize(("rows", "width", "room"), [(1, 64, 64), (37, 192, 64), (33, 1000, 64), (37, 192, 192), (99, 64, 128)])
+def test_append_product(rows, width, room):
+    x, matrix = normal(rows, width), normal(room, width, seed=1)
+    got = append_product(poisoned(x, room), matrix, interpret=True)
     assert jnp.array_equal(got[:, :width], x)
     assert error(got[:, width:], x @ matrix.T) <= BAR
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (70, 200)])
-def test_low_rank_gradient(rows, width):
-    x, low = normal(rows, width), normal(rows, 30 + ROOM, seed=1)
-    assert error(low_rank_gradient(x, low, interpret=True), x.T @ low[:, 30:]) <= BAR
+@pytest.mark.parametrize(("rows", "width", "room"), [(1, 64, 64), (70, 200, 64), (70, 200, 192)])
+def test_low_rank_gradient(rows, width, room):
+    x, low = normal(rows, width), normal(rows, 30 + room, seed=1)
+    assert error(low_rank_gradient(x, low, room, interpret=True), x.T @ low[:, 30:]) <= BAR
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -134,7 +135,7 @@ def test_group(quantized):
     bases = tuple(packed[i] if i in quantized else dense[i] for i in range(2))
     weights = [nf4.dequantize(packed[i], jnp.float32) if i in quantized else dense[i] for i in range(2)]
     a, b, x, dy = normal(8, 128, seed=2), normal(48, 8, seed=3), normal(33, 128, seed=4), normal(33, 128, seed=5)
-    group = Group(128, (48, 80), (8, 0), (2.0, 1.0), True)
+    group = Group(128, (48, 80), (8, 0), (2.0, 1.0), ROOM, True)
 
     def plain(x, a, b):
         return jnp.concatenate([x @ weights[0].T + 2.0 * (x @ a.T) @ b.T, x @ weights[1].T], axis=1)
@@ -151,21 +152,64 @@ def test_group(quantized):
         assert error(got, judge) <= BAR
 
 
-def test_everything_lowers_for_cuda():
-    half = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("ranks", [(40, 32), (64, 0), (100, 100)])
+def test_wide_groups(ranks):
+    """A product of several tiles, one layer's columns ending inside one of them."""
+    weights, group = normal(128, 128), Group(128, (48, 80), ranks, (2.0, 0.5), room_for(sum(ranks)), True)
+    x, dy = normal(33, 128, seed=4), normal(33, 128, seed=5)
+    pairs = tuple(
+        (normal(rank, 128, seed=rank), normal(out, rank, seed=9)) if rank else None
+        for out, rank in zip(group.outs, ranks, strict=True)
+    )
+
+    def plain(x, pairs):
+        parts = [scale * (x @ pair[0].T) @ pair[1].T for pair, scale in zip(pairs, group.scales, strict=True) if pair]
+        return x @ weights.T + jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, 128 - sum(p.shape[1] for p in parts))))
+
+    expected, pull = jax.vjp(plain, x, pairs)
+    around, bases = margins(group, pairs, jnp.float32), (weights[:48], weights[48:])
+    y, low, wide = forward(group, poisoned(x, group.room), bases, around)
+    dx, wide_dy = backward(group, poisoned(dy, group.room), bases, around)
+    found = (y, (dx, gradients(group, wide, low, wide_dy)))
+    for got, judge in zip(jax.tree.leaves(found), jax.tree.leaves((expected, pull(dy))), strict=True):
+        assert error(got, judge) <= BAR
+
+
+@pytest.mark.parametrize("nested", [None, True])
+def test_a_group_without_adapters_has_no_room(nested):
+    weights = normal(128, 128)
+    base = weights if nested is None else nf4.quantize(weights, nested=nested)
+    whole = weights if nested is None else nf4.dequantize(base, jnp.float32)
+    group, x = Group(128, (128,), (0,), (1.0,), 0, True), normal(33, 128, seed=4)
+    around = margins(group, (None,), jnp.float32)
+    y, low, wide = forward(group, x, (base,), around)
+    dx, wide_dy = backward(group, x, (base,), around)
+    assert low is None and wide is x and wide_dy is x
+    assert error(y, x @ whole.T) <= BAR and error(dx, x @ whole) <= BAR
+    assert gradients(group, wide, low, wide_dy) == (None,)
+
+
+@pytest.mark.parametrize("rank", [8, 32, 192, MOST])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("rows", [64, 8192])  # the columns are shared out among more programs where there are few rows
+def test_groups_lower_for_cuda(rank, dtype, rows):
     weights = nf4.quantize(normal(128, 192), nested=True)
-    group = Group(192, (128,), (8,), (2.0,))
-    for rows in (64, 8192):  # the columns are shared out among more programs where there are few rows
+    group = Group(192, (128,), (rank,), (2.0,), room_for(rank))
 
-        def both(x, dy, a, b):
-            around = margins(group, ((a, b),), jnp.bfloat16)
-            _, low, x = forward(group, x, (weights,), around)
-            dx, dy = backward(group, dy, (weights,), around)
-            return dx, gradients(group, x, low, dy)
+    def both(x, dy, a, b):
+        around = margins(group, ((a, b),), dtype)
+        _, low, x = forward(group, x, (weights,), around)
+        dx, dy = backward(group, dy, (weights,), around)
+        return dx, gradients(group, x, low, dy)
 
-        text = lowered_for_cuda(both, half((rows, 192 + ROOM)), half((rows, 128 + ROOM)), normal(8, 192), normal(128, 8))
-        for kernel in ("lora_append", "lora_gradient", "nf4_dequantize_rows"):
-            assert kernel in text
+    x, dy = (jax.ShapeDtypeStruct((rows, width + group.room), dtype) for width in (192, 128))
+    text = lowered_for_cuda(both, x, dy, normal(rank, 192), normal(128, rank))
+    for kernel in ("lora_append", "lora_gradient", "nf4_dequantize_rows"):
+        assert kernel in text
+
+
+def test_everything_else_lowers_for_cuda():
+    half = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
 
     def block(x, delta, weight, dh):
         total, normed, rstd = add_norm(x, delta, weight, eps=1e-5, offset=0.0, room=ROOM)

@@ -42,11 +42,13 @@ VARIANTS = {
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def build(backend, changes=None, *, lora=None, nested=None, options=None, stir=True, seed=0):
-    """(a model, its spec, its weights, its adapter); lora are `add_lora`'s arguments."""
+def build(backend, changes=None, *, lora=None, nested=None, options=None, stir=True, seed=0, revise=None):
+    """(a model, its spec, its weights, its adapter); lora are `add_lora`'s arguments, revise a function of the base's spec."""
     config = CONFIG | (changes or {})
     weights = random_weights(config, 1)
     base = spec_from_config(config)
+    if revise is not None:
+        base = revise(base)
     if nested is not None:
         base = quantize(base, nested=nested)
     model = load_backend(backend).build(base, DictSource(weights), options or BuildOptions())
@@ -60,11 +62,15 @@ def build(backend, changes=None, *, lora=None, nested=None, options=None, stir=T
 
 
 def peft_model(config, weights, spec, values):
+    return peft_over(transformers_llama(config, weights), spec, values)
+
+
+def peft_over(base, spec, values):
     from peft import PeftModel
 
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder) / "adapter", spec, values, base_model="none")
-        return PeftModel.from_pretrained(transformers_llama(config, weights), Path(folder) / "adapter", is_trainable=True)
+        return PeftModel.from_pretrained(base, Path(folder) / "adapter", is_trainable=True)
 
 
 def judge_loss(model, batch):
@@ -155,10 +161,13 @@ def test_trained_biases_are_pefts(backend, bias):
     check_gradients(backend, VARIANTS["biased"], {"targets": ["o_proj", "up_proj"], "bias": bias})
 
 
-def check_gradients(backend, changes, lora):
-    model, spec, weights, values = build(backend, changes, lora=lora)
+def check_gradients(backend, changes, lora, options=None):
+    model, spec, weights, values = build(backend, changes, lora=lora, options=options)
+    compare_gradients(model, peft_model(CONFIG | changes, weights, spec, values))
+
+
+def compare_gradients(model, judge):
     batch = first_batch(stream(examples(4, VOCAB)))
-    judge = peft_model(CONFIG | changes, weights, spec, values)
     expected = judge_loss(judge, batch)
     expected.backward()
     loss, gradients = model.gradients(batch)
@@ -299,3 +308,15 @@ def test_an_unsupported_part_is_named(backend):
     layer = replace(spec.layers[0], placement="post")
     with pytest.raises(ValueError, match="placement 'post'"):
         load_backend(backend).build(replace(spec, layers=(layer,) * 4), DictSource(random_weights(CONFIG, 1)), BuildOptions())
+
+
+def test_compilations_are_those_of_xla():
+    """A step object has a program of its own, though its shapes are another's."""
+    model, *_ = build("jax", {"num_hidden_layers": 2})
+    window, counts = stream(examples(8, VOCAB)).window(0), []
+    for _ in range(2):
+        step = model.train_step(OptimizerOptions())
+        for place in range(2):
+            step(window, learning_rate=1e-3, step=place, seed=0)
+            counts.append(model.compilations())
+    assert counts == [1, 1, 2, 2]

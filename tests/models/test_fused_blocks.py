@@ -13,7 +13,7 @@ from jaxsloth.jax_backend import block_pass, placement
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
-from tests.models.test_backends import LLAMA3, VOCAB, build
+from tests.models.test_backends import LLAMA3, VOCAB, build, check_gradients
 from tests.support.sources import examples, first_batch, stream
 
 FUSED = {"train_pass": "fused"}
@@ -21,16 +21,17 @@ WIDTHS = {"num_hidden_layers": 2, "intermediate_size": 128}
 BAR = 3e-5  # sums of another order; a wrong term is worth 1e-2 and more
 
 
-def slow(value: object) -> object:
+def slow(*values: object) -> object:
     """A parameter for the slow tests: each compiles two interpreted programs."""
-    return pytest.param(value, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def compare(batch: Batch, mode: str = "none", changes=None, **how) -> float:
+def compare(batch: Batch, mode: str = "none", changes=None, loop: str = "scan", **how) -> float:
     """The largest difference of a gradient from the composed blocks'; the loss is asserted here."""
     changes = WIDTHS | (changes or {})
     judge, *_ = build("jax", changes, **how)
-    model, *_ = build("jax", changes, options=BuildOptions(gradient_checkpointing=mode, implementations=FUSED), **how)
+    options = BuildOptions(gradient_checkpointing=mode, implementations=FUSED | {"layer_loop": loop})
+    model, *_ = build("jax", changes, options=options, **how)
     (expected, theirs), (loss, ours) = judge.gradients(batch), model.gradients(batch)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert any(gradient.any() for gradient in theirs.values())
@@ -62,6 +63,29 @@ def test_some_layers_without_adapters(lora):
     assert compare(first_batch(stream(examples(4, VOCAB))), lora=lora) <= BAR
 
 
+@pytest.mark.parametrize(
+    ("mode", "lora"),
+    [
+        ("none", {"r": 22, "alpha": 8.0}),
+        ("selective", {"r": 64, "alpha": 32.0, "targets": ["q_proj", "v_proj"]}),
+        slow("full", {"r": 8, "alpha": 64.0, "targets": ["o_proj", "gate_proj"]}),
+        slow("none", {"r": 32, "alpha": 16.0, "targets": ["q_proj", "down_proj"]}),
+        slow("selective", {"r": 64, "alpha": 16.0}),
+    ],
+)
+def test_ranks_are_pefts(mode, lora):
+    """Rooms of none, one, two and three times 64 columns."""
+    check_gradients("jax", WIDTHS, lora, BuildOptions(gradient_checkpointing=mode, implementations=FUSED))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["scan", "unrolled"])
+def test_ranks_over_quantized_bases_and_tiles(loop, monkeypatch):
+    monkeypatch.setattr(block_pass, "MLP_TILE", 256 * 100)
+    lora = {"r": 32, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "model.layers.1.mlp.down_proj"]}
+    assert compare(first_batch(stream(examples(4, VOCAB))), "selective", nested=True, lora=lora, loop=loop) <= BAR
+
+
 @pytest.mark.slow
 def test_tiles_of_tokens(monkeypatch):
     """256 tokens in three tiles, the last of them short."""
@@ -75,7 +99,10 @@ def test_packed_documents():
     assert compare(batch) <= BAR
 
 
-@pytest.mark.parametrize(("lora", "reason"), [({"dropout": 0.1}, "dropout"), ({"r": 40}, "room for ranks of 64")])
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [({"dropout": 0.1}, "dropout"), ({"r": 257}, "ranks of 768 in all, and .* have 771")],
+)
 def test_refusals(lora, reason):
     with pytest.raises(RefusedError, match=reason):
         build("jax", lora=lora, options=BuildOptions(implementations=FUSED))[0].gradients(

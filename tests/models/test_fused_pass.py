@@ -15,8 +15,9 @@ from jaxsloth.batch import Batch
 from jaxsloth.kernels.registry import Facts, Implementation, Op, RefusedError
 from jaxsloth.kernels.rms_norm import torch_ops as norm_ops
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
+from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
-from jaxsloth.torch_backend import layer_pass, layers
+from jaxsloth.torch_backend import layer_pass, layers, passes
 from jaxsloth.torch_backend.layers import Ops
 from jaxsloth.torch_backend.optimizer import total_norm
 from tests.models.test_backends import LLAMA3, VOCAB, build
@@ -118,6 +119,25 @@ def test_the_pass_runs_the_norm_that_the_registry_chose(monkeypatch):
     model.gradients(first_batch(stream(examples(4, VOCAB))))
     norms = 2 * len(model.spec.layers) + 1
     assert calls == {"add_norm": norms, "add_norm_backward": norms - 1}
+
+
+def test_auto_chooses_again_for_longer_batches(monkeypatch):
+    """What fits 64 tokens and no more; an evaluation, which keeps nothing, has no say."""
+    options = BuildOptions(gradient_checkpointing="auto", implementations=FUSED)
+    judge, model = build("torch")[0], build("torch", options=options)[0]
+    need = activation_bytes(model.spec, "none", 64, 4)
+    monkeypatch.setattr(passes, "free_memory", lambda device: need / FILLED + 1)
+    longer, shorter = (first_batch(stream(examples(rows, VOCAB), batch_size=rows)) for rows in (4, 1))
+    assert longer.input_ids.size > 64 >= shorter.input_ids.size
+    fast, modes = model.fast_pass(), []
+    model.eval_step()(longer)
+    for batch in (shorter, longer, shorter):
+        (expected, theirs), (loss, ours) = judge.gradients(batch), model.gradients(batch)
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= BAR
+        modes.append((fast.mode, fast._pass._mode))
+    assert modes == [("none", "none"), ("full", "full"), ("full", "full")]
+    assert model.fast_pass() is fast
 
 
 def test_refusals():

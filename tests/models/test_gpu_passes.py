@@ -7,7 +7,9 @@ import pytest
 
 from jaxsloth.backend import BuildOptions, OptimizerOptions
 from jaxsloth.batch import Batch
+from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
+from jaxsloth.torch_backend import passes
 from tests.models.test_backends import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
@@ -25,9 +27,9 @@ MODES = ("none", "selective", "offload", "full", "auto")
 FLOAT32_BAR, BFLOAT16_BAR = 3e-5, 8e-2  # bfloat16: each of two correct passes is up to 4e-2 from float32
 
 
-def gradients(backend, batch: Batch, dtype: str, mode: str, train_pass: str, nested=True) -> tuple[float, dict]:
+def gradients(backend, batch: Batch, dtype: str, mode: str, train_pass: str, nested=True, lora=None) -> tuple[float, dict]:
     options = BuildOptions(dtype=dtype, gradient_checkpointing=mode, implementations={"train_pass": train_pass})
-    return build(backend, WIDE, nested=nested, options=options)[0].gradients(batch)
+    return build(backend, WIDE, lora=lora, nested=nested, options=options)[0].gradients(batch)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["padded", "packed"])
@@ -58,6 +60,18 @@ def test_dense_bases(backend, batch):
     assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= FLOAT32_BAR
 
 
+@pytest.mark.parametrize(("dtype", "bar"), [("float32", FLOAT32_BAR), ("bfloat16", BFLOAT16_BAR)])
+@pytest.mark.parametrize("lora", [{"r": 32}, {"r": 64}, {"r": 256}, {"r": 64, "targets": ["q_proj", "v_proj"]}])
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_ranks(backend, lora, dtype, bar, batch):
+    """Rooms of 0 to 768 columns."""
+    lora = lora | {"alpha": float(lora["r"])}
+    expected, theirs = gradients("torch", batch, "float32", "none", "composed", lora=lora)
+    loss, ours = gradients(backend, batch, dtype, "offload", "fused", lora=lora)
+    assert loss == pytest.approx(expected, rel=1e-5 if dtype == "float32" else 5e-3)
+    assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= bar
+
+
 @pytest.mark.parametrize("mode", ["none", "offload"])
 def test_graphs_replay_what_they_recorded(mode):
     """Three batches of one shape and one of another, twice round: eager first, then recorded, then replayed."""
@@ -72,6 +86,29 @@ def test_graphs_replay_what_they_recorded(mode):
         ]
         if train_pass == "fused":
             assert model.fast_pass().captured >= 2
+    assert np.allclose(losses["fused"], losses["composed"], rtol=0, atol=2e-4)
+
+
+def test_auto_chooses_again_beside_what_was_recorded(monkeypatch):
+    """Graphs of short batches, longer ones that are offloaded, recorded too, and the short ones' graphs again."""
+    monkeypatch.setattr(passes, "KEPT_WEIGHTS", 0)  # no copies of weights, which would take of the free memory below
+    windows = [stream(examples(16, VOCAB), batch_size=size).window(0) for size in (1, 1, 1, 4, 4, 4, 1, 4)]
+    losses = {}
+    for train_pass in ("fused", "composed"):
+        options = BuildOptions(dtype="float32", gradient_checkpointing="auto", implementations={"train_pass": train_pass})
+        model, *_ = build("torch", WIDE, nested=True, options=options)
+        longest = windows[3].input_ids.size
+        free = activation_bytes(model.spec, "offload", longest, 4) / FILLED + 1
+        monkeypatch.setattr(passes, "free_memory", lambda device, free=free: free)
+        step, modes = model.train_step(OptimizerOptions()), []
+        losses[train_pass] = []
+        for place, window in enumerate(windows):
+            losses[train_pass].append(step(window, learning_rate=1e-2, step=place, seed=0).floats()[0])
+            if train_pass == "fused":
+                modes.append(model.fast_pass().mode)
+        if train_pass == "fused":
+            assert modes == ["none"] * 3 + ["offload"] * 5
+            assert model.fast_pass().captured == 2
     assert np.allclose(losses["fused"], losses["composed"], rtol=0, atol=2e-4)
 
 
