@@ -25,7 +25,8 @@ def activation_bytes(spec: ModelSpec, mode: str, tokens: int, size: int, *, atte
 
     attends_once: mode "full" keeps attention's output and the stream behind it too, as JAX does.
     """
-    total = working = 0
+    total = 0 if spec.lora is None else spec.lora.r * len(spec.lora.modules)  # the products with A, kept in every mode
+    working = 0
     for layer in spec.layers:
         attention, mlp = layer.attention, layer.mlp
         q, kv = attention.heads * attention.head_dim, 2 * attention.kv_heads * attention.head_dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxsloth.models.memory import activation_bytes, fitting_mode, offloaded_bytes
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.transforms import add_lora
 from tests.support.tiny import CONFIG
 
 SPEC = spec_from_config(CONFIG)
@@ -17,6 +18,9 @@ def test_bytes_count_what_is_kept():
     for mode, numbers in kept.items():
         assert activation_bytes(SPEC, mode, 10, 2) == 10 * 2 * (numbers + working)
     assert activation_bytes(SPEC, "full", 10, 2, attends_once=True) == 10 * 2 * (4 * (2 * 64 + 64) + working)
+    adapted = add_lora(SPEC, r=32, alpha=16.0)
+    for mode in kept:  # seven products with A a layer, 32 wide
+        assert activation_bytes(adapted, mode, 10, 2) - activation_bytes(SPEC, mode, 10, 2) == 10 * 2 * 4 * 7 * 32
     assert offloaded_bytes(SPEC, 10, 2) == activation_bytes(SPEC, "selective", 10, 2) - 10 * 2 * working
 
 
