@@ -139,7 +139,8 @@ class DPOTrainer(BaseTrainer):
         ends = np.cumsum([real_rows(batch) for batch in batches])[:-1]
         parts = zip(np.split(policy, ends), np.split(reference, ends), strict=True)
         found = means([pair_metrics(own, other, self._options.beta) for own, other in parts])
-        return {"loss": float(pair_losses(policy, reference, tokens, self._options).mean())} | found
+        loss = float(pair_losses(policy, reference, tokens, self._options).mean())
+        return {"loss": loss, "num_tokens": float(self.state.num_input_tokens_seen)} | found
 
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
         shown = []

@@ -180,7 +180,7 @@ def test_losses_and_rewards_are_trls(name, backend, checkpoint, second, tmp_path
             bar *= 2 if "margins" in metric else 1
             assert len(theirs) == len(logged(history, f"{prefix}loss")) >= 2
             assert logged(found, prefix + metric) == pytest.approx(theirs, abs=bar), prefix + metric
-    for other in ("learning_rate", "epoch"):
+    for other in ("learning_rate", "epoch", "num_tokens", "eval_num_tokens"):
         assert logged(found, other) == pytest.approx(logged(history, other), rel=1e-9)
     assert logged(found, "grad_norm") == pytest.approx(logged(history, "grad_norm"), abs=1e-3)
     assert done.training_loss == pytest.approx(losses.mean(), abs=BAR)
