@@ -217,15 +217,20 @@ def test_native_training_is_trls_and_peft_reads_what_is_saved(backend, checkpoin
 
 
 @both
-@pytest.mark.parametrize("trainer", ["sft", "transformers"])
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "transformers"])
 def test_trainers_of_others(backend, trainer, tmp_path):
-    """TRL's reads the head's weight itself, and asks the module for hidden states alone."""
+    """TRL's read the head's weight themselves, and ask the module for hidden states alone; the reference of its DPO is a second
+    copy of all that is trained."""
 
     def run(model: Any) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         data = Dataset.from_list([{**row, "labels": row["input_ids"]} for row in ROWS])
         if trainer == "sft":
             args = trl.SFTConfig(str(tmp_path), **SETTINGS | JUDGES)
             made: Any = trl.SFTTrainer(model, args=args, train_dataset=data, processing_class=byte_tokenizer())
+        elif trainer == "dpo":
+            args = trl.DPOConfig(str(tmp_path), **SETTINGS | JUDGES | {"learning_rate": 2e-3, "max_steps": 6})
+            pairs = Dataset.from_list(PAIRS)
+            made = trl.DPOTrainer(moved(model), args=args, train_dataset=pairs, processing_class=byte_tokenizer())
         else:
             own = {name: value for name, value in SETTINGS.items() if name != "max_length"}
             args = transformers.TrainingArguments(str(tmp_path), **own | JUDGES)
