@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend.adapters import base_of
+from jaxsloth.frontend.module.passes import Pass, to_torch
 from tests.support.modules import BACKENDS, adapted, batch, lora, our_base, pair, their_base
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, write_checkpoint
@@ -159,6 +160,31 @@ def test_torch_holds_nothing_beside_what_is_trained():
     prepared = base_of(model).prepare(batch()["input_ids"], None, None)
     weight = model.get_output_embeddings().weight
     assert weight.data_ptr() in [w.data_ptr() for w in prepared.active.whole.values()]
+
+
+@both
+def test_what_is_trained_whole_may_be_written_when_a_pass_has_returned(backend):
+    """A result that is still being computed must not see it."""
+    model = adapted(our_base(backend), modules_to_save=BOTH_ENDS)
+    rows, weight = batch((250,) * 6), model.get_output_embeddings().weight
+    prepared = base_of(model).prepare(rows["input_ids"], rows["attention_mask"], None)
+    groups = prepared.bridge.groups(list(prepared.active.adapters))
+    asked = Pass(
+        prepared.bridge,
+        "logits",
+        groups,
+        prepared.active.adapters,
+        prepared.active.whole,
+        prepared.tokens,
+        prepared.options,
+    )
+    with torch.no_grad():
+        expected, kept = asked().clone(), weight.clone()
+        for _ in range(5):
+            result = prepared.bridge.run("logits", asked.weights(), prepared.tokens, prepared.options)
+            weight.zero_()
+            torch.testing.assert_close(to_torch(result), expected)
+            weight.copy_(kept)
 
 
 @both
