@@ -74,7 +74,7 @@ def _write(shape: str, names: list[str], file: Path) -> int:
         output.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for piece in source.pieces(name):
-                output.write(piece.view(np.uint8))
+                output.write(piece.view(np.uint8).data)
     return end
 
 

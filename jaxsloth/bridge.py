@@ -12,7 +12,8 @@ from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import IGNORE, Batch
 
 Output = Literal["loss", "hidden", "logits"]
-Pullback = Callable[[Any], Mapping[str, tuple[Any, Any]]]
+Weights = Mapping[str, tuple[Any, ...]]
+Pullback = Callable[[Any], Weights]
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ class PassOptions:
 
 
 class Bridge(Protocol):
-    """A model's passes as pure functions of adapters that someone else owns: what a torch module of it is made of.
+    """A model's passes as pure functions of weights that someone else owns: what a torch module of it is made of.
 
-    Adapters come in groups: name of the group -> (A ``[n, r, in]``, B ``[n, out, r]``) float32, scaling folded into B. "loss"
-    is the cross-entropy summed over the targets (float32 scalar), "hidden" the normed states ``[batch, length, hidden]`` in the
-    compute dtype, "logits" float32 ``[batch, length, vocab]``. Adapters, outputs and gradients cross by DLPack.
+    Adapters come in groups: name of the group -> (A ``[n, r, in]``, B ``[n, out, r]``) float32, scaling folded into B. What
+    stands in place of the base's embedding or head comes under that tensor's own name -> (``[vocab, hidden]`` float32,), and is
+    read where it lies: a call returns when it has been, and its owner may write it then. "loss" is the cross-entropy summed
+    over the targets (float32 scalar), "hidden" the normed states ``[batch, length, hidden]`` in the compute dtype (the head is
+    not to be given for them), "logits" float32 ``[batch, length, vocab]``. Weights, outputs and gradients cross by DLPack.
 
     A pass is the one that a train step would take, where the batch allows it (`Tokens.as_batch`), else the composed ops. What
     comes out where no query sees the token is then unspecified; a loss takes the composed ops where it is scored.
@@ -85,19 +88,17 @@ class Bridge(Protocol):
         """The length that rows are to be padded to, on the right, so that few programs compile."""
         ...
 
-    def head_weight(self) -> Any:
-        """``[vocab, hidden]`` in the compute dtype: the model's own memory, not to be written."""
+    def base_weight(self, module: str) -> Any:
+        """``[vocab, hidden]`` of the base's embedding or head in the compute dtype: its own memory, not to be written."""
         ...
 
     def fingerprint(self) -> bytes:
         """32 bytes that differ where any base weight does."""
         ...
 
-    def run(self, output: Output, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions) -> Any: ...
+    def run(self, output: Output, weights: Weights, batch: Tokens, options: PassOptions) -> Any: ...
 
-    def differentiate(
-        self, output: Output, adapters: Mapping[str, tuple[Any, Any]], batch: Tokens, options: PassOptions
-    ) -> tuple[Any, Pullback]:
-        """(the output, a function from its cotangent to the gradients of every group's A and B; of "hidden" and "logits" it may
-        be called once)."""
+    def differentiate(self, output: Output, weights: Weights, batch: Tokens, options: PassOptions) -> tuple[Any, Pullback]:
+        """(the output, a function from its cotangent to the gradients of `weights`; of "hidden" and "logits" it may be called
+        once)."""
         ...

@@ -43,6 +43,26 @@ def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def saved_modules(spec: ModelSpec, modules: Sequence[str]) -> tuple[str, ...]:
+    """The full names of modules that are to be trained whole, in a fixed order.
+
+    Raises:
+        ValueError: one is unknown, or a tied head would be trained apart.
+    """
+    saved = set()
+    for module in modules:
+        full = next((name for name in SAVEABLE if _ends_with(name, module)), None)
+        if full is None:
+            raise ValueError(f"lora.modules_to_save: {module!r} can't be trained whole; allowed: {list(SAVEABLE)}")
+        if spec.head.tied:
+            raise ValueError(
+                f"lora.modules_to_save: {module!r} is tied (embedding and head share one weight) and training one alone would "
+                "untie them; target linear layers instead"
+            )
+        saved.add(full)
+    return tuple(name for name in SAVEABLE if name in saved)
+
+
 def add_lora(
     spec: ModelSpec,
     *,
@@ -59,24 +79,13 @@ def add_lora(
     Raises:
         ValueError: a target matches nothing, a module to save is unknown, or a tied head would be trained apart.
     """
-    saved = []
-    for module in modules_to_save:
-        full = next((name for name in SAVEABLE if _ends_with(name, module)), None)
-        if full is None:
-            raise ValueError(f"lora.modules_to_save: {module!r} can't be trained whole; allowed: {list(SAVEABLE)}")
-        if spec.head.tied:
-            raise ValueError(
-                f"lora.modules_to_save: {module!r} is tied (embedding and head share one weight) and training one alone would "
-                "untie them; target linear layers instead"
-            )
-        saved.append(full)
     lora = Lora(
         r=r,
         alpha=alpha,
         scale=alpha / (math.sqrt(r) if rslora else r),
         dropout=dropout,
         modules=match_modules(spec, targets),
-        modules_to_save=tuple(saved),
+        modules_to_save=saved_modules(spec, modules_to_save),
         bias=bias,
         rslora=rslora,
     )

@@ -1,8 +1,8 @@
 """What a torch module over this backend calls: passes that are pure in the adapters and the batch, as on JAX.
 
-The decoder's layers hold an adapter only while a pass or its backward runs: blocks that are run again in the backward must meet
-the adapters of their own forward, whatever is active by then. A pass is the written-out one (guest.py) where a train step would
-take it, else the composed ops under autograd.
+The decoder holds an adapter, or an embedding and a head that are trained whole, only while a pass or its backward runs: blocks
+that are run again in the backward must meet the adapters of their own forward, whatever is active by then. A pass is the
+written-out one (guest.py) where a train step would take it, else the composed ops under autograd.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import nn
 
 from jaxsloth.batch import IGNORE, Batch
-from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens
-from jaxsloth.models.names import stacked_name
-from jaxsloth.torch_backend.guest import SEPARATOR, Guest, Stacks, guest_spec, members
-from jaxsloth.torch_backend.layers import Context
+from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
+from jaxsloth.models.names import EMBEDDING, stacked_name
+from jaxsloth.torch_backend.guest import SEPARATOR, Guest, guest_spec, members
+from jaxsloth.torch_backend.layers import Adapter, Context, Linear
 from jaxsloth.torch_backend.passes import runs_fused
 from jaxsloth.torch_backend.placement import to_device
 
 if TYPE_CHECKING:
     from jaxsloth.torch_backend.model import TorchModel
 
-Adapters = Mapping[str, tuple[nn.Parameter, nn.Parameter]]
+Leaves = Mapping[str, tuple[nn.Parameter, ...]]  # a layer's A and B, or what stands in place of a base tensor, by name
 
 
 class Bridge:
@@ -35,7 +35,8 @@ class Bridge:
 
     def __init__(self, model: TorchModel) -> None:
         self._model, self._decoder = model, model.decoder
-        self._layers = model.decoder.linears()
+        self._layers, self._base = model.decoder.linears(), model.keep_base()
+        self._owners = {name: model.decoder.get_submodule(name.removesuffix(".weight"))._parameters for name in self._base}
         self._groups: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
         self._fused: dict[Any, bool] = {}
         self._guest: tuple[Any, Guest] | None = None  # the last one, and what it was made for
@@ -54,8 +55,9 @@ class Bridge:
     def padded_length(self, length: int) -> int:
         return length
 
-    def head_weight(self) -> torch.Tensor:
-        return self._decoder.lm_head.weight.detach().to(self._decoder.dtype)
+    def base_weight(self, module: str) -> torch.Tensor:
+        name = EMBEDDING if self._model.spec.head.tied else module
+        return self._base[f"{name}.weight"].detach()
 
     @torch.no_grad()
     def fingerprint(self) -> bytes:
@@ -67,49 +69,49 @@ class Bridge:
         return digest.digest()
 
     @torch.no_grad()
-    def run(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> torch.Tensor:
+    def run(self, output: Output, weights: Weights, batch: Tokens, options: PassOptions) -> torch.Tensor:
         rows = batch.as_batch()
-        guest = None if rows is None else self._guest_of(adapters, options, learns=False)
+        guest = None if rows is None else self._guest_of(weights, options, learns=False)
         if guest is None or rows is None:
-            with self._holding(_leaves(adapters), options):
+            with self._holding(_leaves(weights), options):
                 return self._evaluate(output, batch, options)
         with self._holding(guest.leaves, PassOptions()):
             if output == "loss":
-                return guest.loss(adapters, rows)
-            hidden, _ = guest.hidden(adapters, rows, learns=False)
+                return guest.loss(weights, rows)
+            hidden, _ = guest.hidden(weights, rows, learns=False)
             return self._shown(output, hidden.unflatten(0, rows.input_ids.shape), options)
 
     def differentiate(
-        self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions
+        self, output: Output, weights: Weights, batch: Tokens, options: PassOptions
     ) -> tuple[torch.Tensor, Pullback]:
         rows = batch.as_batch()
-        guest = None if rows is None else self._guest_of(adapters, options, learns=True)
+        guest = None if rows is None else self._guest_of(weights, options, learns=True)
         if guest is None or rows is None:
-            return self._differentiate_composed(output, adapters, batch, options)
+            return self._differentiate_composed(output, weights, batch, options)
         if output != "loss":
-            return self._differentiate_hidden(output, guest, adapters, rows, options)
+            return self._differentiate_hidden(output, guest, weights, rows, options)
         with self._holding(guest.leaves, PassOptions()):
-            loss, gradients = guest.loss_and_gradients(adapters, rows)
+            loss, gradients = guest.loss_and_gradients(weights, rows)
 
         def scaled(cotangent: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
             return {group: (a * cotangent, b * cotangent) for group, (a, b) in gradients.items()}
 
         return loss, scaled
 
-    def _guest_of(self, adapters: Stacks, options: PassOptions, learns: bool) -> Guest | None:
+    def _guest_of(self, weights: Weights, options: PassOptions, learns: bool) -> Guest | None:
         """The written-out pass for these adapters, or None where a train step would not take it either.
 
-        One is held, since each may hold weights. Without adapters it is the last one, so that a reference rounds as its policy.
+        One is held, since each may hold weights. Without any it is the last one, so that a reference rounds as its policy.
 
         Raises:
             RefusedError: it was asked for by name and can't train this model.
         """
-        if not adapters:
+        if not weights:
             return None if self._guest is None else self._guest[1]
-        shapes = tuple((group, a.shape[1]) for group, (a, _) in adapters.items())
+        shapes = tuple((name, *(tensor.shape for tensor in own)) for name, own in weights.items())
         asked = (shapes, options.dropout)
         if asked not in self._fused:
-            spec = guest_spec(self._model.spec, adapters, options.dropout)
+            spec = guest_spec(self._model.spec, weights, options.dropout)
             self._fused[asked] = runs_fused(self._decoder, spec, self._model.options)
         if not self._fused[asked]:
             return None
@@ -117,11 +119,11 @@ class Bridge:
         if self._guest is None or self._guest[0][0] != shapes or (learns and self._guest[0] != key):
             self._guest = None  # its memory goes before the next one's comes
             own = replace(self._model.options, gradient_checkpointing=options.checkpointing)
-            self._guest = key, Guest(self._decoder, self._model.spec, adapters, own)
+            self._guest = key, Guest(self._decoder, self._model.spec, weights, own)
         return self._guest[1]
 
     def _differentiate_hidden(
-        self, output: Output, guest: Guest, adapters: Stacks, rows: Batch, options: PassOptions
+        self, output: Output, guest: Guest, adapters: Weights, rows: Batch, options: PassOptions
     ) -> tuple[torch.Tensor, Pullback]:
         with self._holding(guest.leaves, PassOptions()):
             hidden, backward = guest.hidden(adapters, rows, learns=True)
@@ -138,33 +140,39 @@ class Bridge:
         return value.detach(), pull
 
     def _differentiate_composed(
-        self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions
+        self, output: Output, weights: Weights, batch: Tokens, options: PassOptions
     ) -> tuple[torch.Tensor, Pullback]:
-        leaves = _leaves(adapters)
-        flat = [leaf for pair in leaves.values() for leaf in pair]
+        leaves = _leaves(weights)
+        flat = [leaf for own in leaves.values() for leaf in own]
         with torch.enable_grad(), self._holding(leaves, options):
             value = self._evaluate(output, batch, options)
 
-        def pull(cotangent: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        def pull(cotangent: torch.Tensor) -> Weights:
             with self._holding(leaves, options):
-                gradients = torch.autograd.grad(value, flat, cotangent, retain_graph=True)
-            pairs = dict(zip(leaves, zip(gradients[::2], gradients[1::2], strict=True), strict=True))
-            found = {}
-            for group in adapters:
-                own = [pairs[module] for module in members(group)]
-                found[group] = torch.stack([a for a, _ in own]), torch.stack([b for _, b in own])
+                gradients = iter(torch.autograd.grad(value, flat, cotangent, retain_graph=True))
+            by_leaf = {name: [next(gradients) for _ in own] for name, own in leaves.items()}
+            found: dict[str, tuple[torch.Tensor, ...]] = {}
+            for name, own in weights.items():
+                if len(own) == 1:
+                    found[name] = tuple(by_leaf[name])
+                else:
+                    parts = zip(*(by_leaf[module] for module in members(name)), strict=True)
+                    found[name] = tuple(torch.stack(part) for part in parts)
             return found
 
         return value.detach(), pull
 
     @contextmanager
-    def _holding(self, adapters: Adapters, options: PassOptions) -> Iterator[None]:
-        """The decoder with these adapters and no others, in its own dtypes; afterwards it has what it had."""
+    def _holding(self, leaves: Leaves, options: PassOptions) -> Iterator[None]:
+        """The decoder with these weights over its base and no others, in its own dtypes; afterwards it has what it had."""
         before, self._decoder._recompute = self._decoder._recompute, options.checkpointing not in ("none", "auto")
-        swapped = []
+        swapped: list[tuple[Linear, Adapter]] = []
+        whole = {name: self._owners[name]["weight"] for name in self._base}
         try:
+            for name, base in self._base.items():
+                (self._owners[name]["weight"],) = leaves.get(name, (base,))
             for layer in self._layers:
-                a, b = adapters.get(layer.name, (None, None))
+                a, b = leaves.get(layer.name, (None, None))
                 swapped.append((layer, layer.swap_adapter((a, b, 1.0, options.dropout))))  # the scaling is folded into B
             with torch.autocast(self._decoder.device.type, enabled=False):
                 yield
@@ -172,6 +180,8 @@ class Bridge:
             self._decoder._recompute = before
             for layer, adapter in swapped:
                 layer.swap_adapter(adapter)
+            for name, weight in whole.items():
+                self._owners[name]["weight"] = weight
 
     def _evaluate(self, output: Output, batch: Tokens, options: PassOptions) -> torch.Tensor:
         decoder, device = self._decoder, self._decoder.device
@@ -195,10 +205,13 @@ class Bridge:
         return self._decoder.logits(hidden) if output == "logits" else hidden
 
 
-def _leaves(adapters: Stacks) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Every layer's own A and B, the parts of the stacks."""
-    found = {}
-    for group, (a, b) in adapters.items():
-        for module, own_a, own_b in zip(members(group), a, b, strict=True):
-            found[module] = nn.Parameter(own_a), nn.Parameter(own_b)
+def _leaves(weights: Weights) -> Leaves:
+    """Every layer's own A and B, the parts of the stacks, and what is trained whole as it is."""
+    found: dict[str, tuple[nn.Parameter, ...]] = {}
+    for group, own in weights.items():
+        if len(own) == 1:
+            found[group] = (nn.Parameter(own[0]),)
+            continue
+        for module, a, b in zip(members(group), *own, strict=True):
+            found[module] = nn.Parameter(a), nn.Parameter(b)
     return found

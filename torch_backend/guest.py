@@ -7,7 +7,7 @@ runs. A copy reads and writes the adapters once: 168 MB at rank 16 of an 8B mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
+from jaxsloth.bridge import Weights
 from jaxsloth.models.names import lora_names
 from jaxsloth.models.spec import Lora, ModelSpec
 from jaxsloth.torch_backend.decoder import Decoder
@@ -23,7 +24,6 @@ from jaxsloth.torch_backend.objective import SUMMED
 from jaxsloth.torch_backend.optimizer import Flat
 from jaxsloth.torch_backend.passes import FastPass
 
-Stacks = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 SEPARATOR = "|"  # of the layers that a group's name is made of
 
 
@@ -31,11 +31,13 @@ def members(group: str) -> list[str]:
     return group.split(SEPARATOR)
 
 
-def guest_spec(spec: ModelSpec, adapters: Stacks, dropout: float) -> ModelSpec:
-    """The model's spec with these adapters; their scaling is folded into B."""
+def guest_spec(spec: ModelSpec, weights: Weights, dropout: float) -> ModelSpec:
+    """The model's spec with these adapters, whose scaling is folded into B, and with what stands in place of base tensors."""
+    adapters = {group: pair for group, pair in weights.items() if len(pair) == 2}
     modules = tuple(module for group in adapters for module in members(group))
+    saved = tuple(name.removesuffix(".weight") for name in weights if name not in adapters)
     rank = max((a.shape[1] for a, _ in adapters.values()), default=0)
-    return replace(spec, lora=Lora(rank, 1.0, 1.0, dropout, modules) if modules else None)
+    return replace(spec, lora=Lora(rank, 1.0, 1.0, dropout, modules, modules_to_save=saved) if weights else None)
 
 
 class Guest:
@@ -44,7 +46,7 @@ class Guest:
     While it runs, the decoder's layers must hold `leaves`.
     """
 
-    def __init__(self, decoder: Decoder, spec: ModelSpec, adapters: Stacks, options: BuildOptions) -> None:
+    def __init__(self, decoder: Decoder, spec: ModelSpec, adapters: Weights, options: BuildOptions) -> None:
         values: dict[str, np.ndarray] = {}
         for group, pair in adapters.items():
             for module in members(group):
@@ -63,12 +65,12 @@ class Guest:
         self._fast = FastPass(decoder, guest_spec(spec, adapters, 0.0), options.gradient_checkpointing, options.compute)
         self._one = torch.ones((), dtype=torch.float32, device=decoder.device)
 
-    def loss(self, adapters: Stacks, batch: Batch) -> torch.Tensor:
+    def loss(self, adapters: Weights, batch: Batch) -> torch.Tensor:
         """The summed cross entropy, float32."""
         self._begin(adapters, 0)
         return self._fast.row_losses(batch).sum()
 
-    def loss_and_gradients(self, adapters: Stacks, batch: Batch) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+    def loss_and_gradients(self, adapters: Weights, batch: Batch) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
         """(the summed cross entropy, each group's stacked gradients of A and B), in memory of their own."""
         self._begin(adapters, batch.input_ids.size)
         self._flat.gradient.zero_()
@@ -76,7 +78,7 @@ class Guest:
         return loss, self._stacked()
 
     def hidden(
-        self, adapters: Stacks, batch: Batch, learns: bool
+        self, adapters: Weights, batch: Batch, learns: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], dict[str, list[torch.Tensor]]]]:
         """(normed hidden states ``[tokens, hidden]``, a function from their gradient to the groups', to be called once)."""
         tokens = batch.input_ids.size if learns else 0
@@ -92,7 +94,7 @@ class Guest:
         return found, pull
 
     @torch.no_grad()
-    def _begin(self, adapters: Stacks, tokens: int) -> None:
+    def _begin(self, adapters: Weights, tokens: int) -> None:
         """Takes the values over; without any the adapters are nothing, and the pass is the base model's. tokens: as in
         `FastPass.begin`."""
         if adapters:

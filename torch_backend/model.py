@@ -23,7 +23,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
 from jaxsloth.kernels.registry import Facts, check_requested, resolve
-from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.names import EMBEDDING, LM_HEAD, lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import fp8, placement
 from jaxsloth.torch_backend.bridge import Bridge
@@ -52,6 +52,7 @@ class TorchModel:
         fp8.check_options(options, device)
         ops = Ops(facts, options.implementations or {})
         self.decoder = Decoder(spec, take, ops, DTYPES[options.dtype], options.gradient_checkpointing not in ("none", "auto"))
+        self._base: dict[str, torch.nn.Parameter] = {}  # what `keep_base` holds
         self._flat: Flat | None = None
         self._fast: FastPass | None = None
         self.idle_step: Step | None = None  # the last request's decoding program, for the next one
@@ -67,6 +68,14 @@ class TorchModel:
             raise ValueError("the model has no adapters to train; call add_adapters first")
         return self._flat
 
+    def keep_base(self) -> Mapping[str, torch.nn.Parameter]:
+        """The base's embedding and head by tensor name, held from the first call on, whatever is then trained in their place.
+        Without one the decoder alone holds them, and lets go of what is trained whole."""
+        if not self._base:
+            names = [name for name in (EMBEDDING, LM_HEAD) if name == EMBEDDING or not self.spec.head.tied]
+            self._base = {f"{name}.weight": self.decoder.get_submodule(name).weight for name in names}  # type: ignore[misc]
+        return self._base
+
     def add_adapters(self, spec: ModelSpec, values: Mapping[str, np.ndarray]) -> None:
         if spec.lora is None or replace(spec, lora=None) != replace(self.spec, lora=None):
             raise ValueError("add_adapters takes this model's own spec with adapters added (jaxsloth.transforms.add_lora)")
@@ -74,6 +83,10 @@ class TorchModel:
         self.spec = self.decoder.spec = spec
         self._flat, self._fast = Flat(values, self.decoder.device), None
         parameters = self._flat.parameters
+        for linear in self.decoder.linears():
+            linear.swap_adapter((None, None, 1.0, 0.0))  # what an adapter of before had
+        for name, weight in self._base.items():
+            self.decoder.get_submodule(name.removesuffix(".weight")).weight = weight
         for module in spec.lora.modules:
             a, b = lora_names(module)
             linear = self.decoder.get_submodule(module)
@@ -96,6 +109,8 @@ class TorchModel:
         flat.load(flat.buffer, values)
 
     def base_tensor(self, name: str) -> np.ndarray:
+        if name in self._base:
+            return self._base[name].detach().float().cpu().numpy()
         owner, _, attribute = name.rpartition(".")
         module = self.decoder.get_submodule(owner)
         if isinstance(module, Linear) and attribute == "weight":

@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from jaxsloth.backend import Model
-from jaxsloth.frontend.module.peft_adoption import Adapter, active_adapters
-from jaxsloth.models.names import linears, lora_names
+from jaxsloth.frontend.module.passes import to_torch
+from jaxsloth.frontend.module.peft_adoption import Active, active_parts
+from jaxsloth.models.names import linears, lora_names, saved_name
 from jaxsloth.models.spec import Lora, ModelSpec
 
 Values = dict[str, np.ndarray]
@@ -25,28 +26,30 @@ def base_of(model: Any) -> Any:
 
 
 def show_backend(base: Any) -> None:
-    """Gives the backend the adapters that are active in `base` now, for decoding. Disabled ones are zeros there."""
+    """Gives the backend what is active in `base` now, for decoding. Disabled adapters are zeros there."""
     if base.behind is not None:
         base.behind()
     model: Model = base.engine.model
-    adapters = active_adapters(base, model.spec)
-    if not adapters and model.spec.lora is None:
+    active = active_parts(base, model.spec)
+    adapters, saved = active.adapters, _saved(active)
+    if not active and model.spec.lora is None:
         return
     shapes = {(adapter.a.shape[0], adapter.scaling) for adapter in adapters.values()}
     held = model.spec.lora
-    if held is not None and set(adapters) <= set(held.modules) and shapes <= {(held.r, held.scale)}:
-        model.load_trainable(_values(model.spec, adapters))
+    fits = held is not None and set(adapters) <= set(held.modules) and shapes <= {(held.r, held.scale)}
+    if held is not None and fits and set(saved) <= set(held.modules_to_save):
+        model.load_trainable(_values(base, model.spec, active))
         return
     # Ranks and scalings may differ by layer: the largest rank, with every scaling folded into its B.
     rank = max(adapter.a.shape[0] for adapter in adapters.values())
     scale = adapters[next(iter(adapters))].scaling
     modules = _ordered(model.spec, {*adapters, *(held.modules if held is not None else ())})
-    spec = replace(model.spec, lora=Lora(rank, scale * rank, scale, 0.0, modules))
-    model.add_adapters(spec, _values(spec, adapters))
+    spec = replace(model.spec, lora=Lora(rank, scale * rank, scale, 0.0, modules, modules_to_save=saved))
+    model.add_adapters(spec, _values(base, spec, active))
 
 
 def give_backend(base: Any) -> ModelSpec:
-    """Gives the backend exactly the adapters that are active in `base`, to be trained; the spec that it has then.
+    """Gives the backend exactly what is active in `base`, to be trained; the spec that it has then.
 
     Raises:
         ValueError: as `native_adapter`.
@@ -61,13 +64,14 @@ def give_backend(base: Any) -> ModelSpec:
 
 
 def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
-    """The adapters that are active in `base` as a spec and float32 values by PEFT name.
+    """What is active in `base` as a spec and float32 values by PEFT name.
 
     Raises:
         ValueError: there is none, or ranks, scalings or dropout rates differ among them.
     """
     model: Model = base.engine.model
-    adapters = active_adapters(base, model.spec)
+    active = active_parts(base, model.spec)
+    adapters = active.adapters
     if not adapters:
         raise ValueError("the model has no active adapter; call FastLanguageModel.get_peft_model first")
     kinds = {(adapter.a.shape[0], adapter.scaling, adapter.dropout) for adapter in adapters.values()}
@@ -79,26 +83,36 @@ def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
     rank, scale, dropout = kinds.pop()
     rslora = any(config.use_rslora for config in (getattr(base, "peft_config", None) or {}).values())
     alpha = scale * (math.sqrt(rank) if rslora else rank)
-    lora = Lora(rank, alpha, scale, dropout, _ordered(model.spec, set(adapters)), rslora=rslora)
+    modules = _ordered(model.spec, set(adapters))
+    lora = Lora(rank, alpha, scale, dropout, modules, modules_to_save=_saved(active), rslora=rslora)
     spec = replace(model.spec, lora=lora)
-    return spec, _values(spec, adapters)
+    return spec, _values(base, spec, active)
 
 
 def take_back(base: Any, values: Mapping[str, np.ndarray]) -> None:
     """Writes trained values into PEFT's parameters."""
+    active = active_parts(base, base.engine.model.spec)
     with torch.no_grad():
-        for module, adapter in active_adapters(base, base.engine.model.spec).items():
+        for module, adapter in active.adapters.items():
             for name, parameter in zip(lora_names(module), (adapter.a, adapter.b), strict=True):
                 parameter.copy_(torch.from_numpy(np.array(values[name])))
+        for tensor, parameter in active.whole.items():
+            parameter.copy_(torch.from_numpy(np.array(values[saved_name(tensor)])))
 
 
 def _ordered(spec: ModelSpec, modules: set[str]) -> tuple[str, ...]:
     return tuple(linear.name for linear in linears(spec) if linear.name in modules)
 
 
-def _values(spec: ModelSpec, adapters: Mapping[str, Adapter]) -> Values:
-    """Every adapter of `spec` by PEFT name, float32: padded to its rank, scaled to its scale, zero where none is active."""
+def _saved(active: Active) -> tuple[str, ...]:
+    return tuple(tensor.removesuffix(".weight") for tensor in active.whole)
+
+
+def _values(base: Any, spec: ModelSpec, active: Active) -> Values:
+    """All that `spec` trains by PEFT name, float32: adapters padded to its rank, scaled to its scale, zero where none is
+    active; modules trained whole, the base's own where none is."""
     assert spec.lora is not None
+    adapters = active.adapters
     shapes = {linear.name: (linear.in_features, linear.out_features) for linear in linears(spec)}
     found: Values = {}
     for module in spec.lora.modules:
@@ -116,4 +130,8 @@ def _values(spec: ModelSpec, adapters: Mapping[str, Adapter]) -> Values:
             b = b * (adapter.scaling / spec.lora.scale)
         # Copies: the backend may keep what it gets, and an optimizer writes PEFT's parameters in place.
         found[a_name], found[b_name] = np.array(a.cpu().numpy()), np.array(b.cpu().numpy())
+    for module in spec.lora.modules_to_save:
+        tensor = f"{module}.weight"
+        weight = active.whole[tensor] if tensor in active.whole else to_torch(base.engine.bridge.base_weight(module))
+        found[saved_name(tensor)] = np.array(weight.detach().float().cpu().numpy())
     return found

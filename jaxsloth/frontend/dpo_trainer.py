@@ -69,7 +69,7 @@ class DPOTrainer(BaseTrainer):
         self._options = preference_options(self.args)
         if self.args.disable_dropout:
             _disable_dropout(self.model)
-        self._starting = None if peft_config is not None or ref_model is not None else self._trained_adapter()
+        self._starting = None if ref_model is not None else self._starting_point(fresh=peft_config is not None)
         self._references = References(self._score)
         self.ref_model = ref_model
         if ref_model is not None and ours(ref_model, "DPOTrainer") is self.base:
@@ -83,11 +83,15 @@ class DPOTrainer(BaseTrainer):
             for examples in filter(None, (self.examples, self.held_out)):
                 self._references.of(examples)
 
-    def _trained_adapter(self) -> dict[str, np.ndarray] | None:
-        """The active adapter's values, None where it is as if it were off: every B is zero."""
+    def _starting_point(self, fresh: bool) -> dict[str, np.ndarray] | None:
+        """The values of what is active, None where it may be turned off for them: every B is zero, and nothing is trained
+        whole. fresh: the reference is the base, whatever B is."""
         spec, values = native_adapter(self.base)
         assert spec.lora is not None
-        return values if any(values[lora_names(module)[1]].any() for module in spec.lora.modules) else None
+        names = [lora_names(module)[1] for module in spec.lora.modules]
+        if fresh:
+            values |= {name: np.zeros_like(values[name]) for name in names}
+        return values if spec.lora.modules_to_save or any(values[name].any() for name in names) else None
 
     def _score(self, examples: Sequence[Example]) -> np.ndarray:
         """The reference's summed log-probs, float32 ``[examples]``."""
@@ -135,7 +139,8 @@ class DPOTrainer(BaseTrainer):
         ends = np.cumsum([real_rows(batch) for batch in batches])[:-1]
         parts = zip(np.split(policy, ends), np.split(reference, ends), strict=True)
         found = means([pair_metrics(own, other, self._options.beta) for own, other in parts])
-        return {"loss": float(pair_losses(policy, reference, tokens, self._options).mean())} | found
+        loss = float(pair_losses(policy, reference, tokens, self._options).mean())
+        return {"loss": loss, "num_tokens": float(self.state.num_input_tokens_seen)} | found
 
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
         shown = []

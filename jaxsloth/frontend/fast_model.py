@@ -15,7 +15,9 @@ from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.backends import resolve_backend
 from jaxsloth.frontend.loading import checkpointing_name, load
-from jaxsloth.transforms import ALL_LINEAR, match_modules
+from jaxsloth.models.names import linears
+from jaxsloth.models.spec import ModelSpec
+from jaxsloth.transforms import ALL_LINEAR, SAVEABLE, match_modules, saved_modules
 
 _LOAD_REFUSED: dict[str, tuple[Any, str]] = {
     "load_in_8bit": (False, "bases are stored in 16 or 32 bits or as NF4; use load_in_4bit=True"),
@@ -44,17 +46,17 @@ _LOAD_UNUSED: dict[str, tuple[Any, str]] = {
 _ADAPT_REFUSED: dict[str, tuple[Any, str]] = {
     "layer_replication": (None, "no backend repeats layers"),
     "use_dora": (False, "no backend has DoRA; use plain LoRA"),
-    "modules_to_save": ((), "the embedding and the head are trained whole by recipes only (lora.modules_to_save)"),
     "loftq_config": ({}, "LoftQ rewrites the base, which stays as it is; use init_lora_weights=True or 'gaussian'"),
     "target_parameters": (None, "adapters go on linear layers; name them in target_modules"),
     "qat_scheme": (None, "quantization-aware training is not supported"),
-    "ensure_weight_tying": (False, "the head and the embedding are not trained"),
+    "ensure_weight_tying": (False, "the head and the embedding are trained where they are two weights"),
 }
 _ADAPT_UNUSED: dict[str, tuple[Any, str]] = {
     "temporary_location": ("_unsloth_temporary_saved_buffers", "nothing is put aside on disk"),
     "max_seq_length": (2048, "from_pretrained's counts"),
     "finetune_vision_layers": (True, "the model has none"),
 }
+_WHOLE = tuple(name.rpartition(".")[2] for name in SAVEABLE)
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"), ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 
 
@@ -151,17 +153,20 @@ class FastLanguageModel:
         """A `peft.PeftModel` over the model, its adapters drawn from random_state: the same on both backends.
 
         Args:
-            target_modules: a list of names, "all-linear", or a regular expression, as PEFT matches them.
+            target_modules: a list of names, "all-linear", or a regular expression, as PEFT matches them. "embed_tokens" and
+                "lm_head" in the list are trained whole, as in Unsloth.
+            modules_to_save: of "embed_tokens" and "lm_head", those to be trained whole, in float32.
+            bias: "all" or "lora_only" where the model has no biases: there is nothing to train.
             init_lora_weights: True (kaiming) or "gaussian"; B starts at zero.
             use_gradient_checkpointing: as in from_pretrained; takes the place of what was given there.
             finetune_attention_modules, finetune_mlp_modules: False leaves those layers out.
 
         Raises:
             TypeError: an argument that it does not have, with the nearest one that it has.
-            ValueError: a target matches nothing, the model has adapters already, or an argument is refused.
+            ValueError: a target matches nothing, the model has adapters already, what is to be trained whole is tied, or an
+                argument is refused.
         """
-        given = {**others, "modules_to_save": tuple(modules_to_save or ()), "use_dora": use_dora}
-        given |= {"loftq_config": dict(loftq_config or {})}
+        given = {**others, "use_dora": use_dora, "loftq_config": dict(loftq_config or {})}
         _check(FastLanguageModel.get_peft_model, given, _ADAPT_REFUSED, _ADAPT_UNUSED)
         if hasattr(model, "peft_config"):
             raise ValueError("the model has adapters already; load the base again to begin anew")
@@ -171,10 +176,12 @@ class FastLanguageModel:
                 "not zero, or change the base"
             )
         checkpointing = checkpointing_name(use_gradient_checkpointing)
+        spec = model.engine.model.spec
+        _check_bias(bias, spec)
+        target_modules, whole = _split_targets(target_modules, modules_to_save)
+        saved = saved_modules(spec, whole)
         left_out = (*(() if finetune_attention_modules else _ATTENTION), *(() if finetune_mlp_modules else _MLP))
-        modules = [
-            name for name in match_modules(model.engine.model.spec, target_modules) if name.split(".")[-1] not in left_out
-        ]
+        modules = [name for name in match_modules(spec, target_modules) if name.split(".")[-1] not in left_out]
         modules = _of_layers(modules, layers_to_transform, layers_pattern)
         if not modules or not finetune_language_layers:
             raise ValueError("no layer is left to adapt: the finetune_… arguments and layers_to_transform leave every one out")
@@ -182,7 +189,7 @@ class FastLanguageModel:
 
         settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias, "use_rslora": use_rslora}
         init = "gaussian" if init_lora_weights == "gaussian" else "kaiming"
-        wrapped = wrap(model, modules, init, random_state, **settings)
+        wrapped = wrap(model, modules, saved, init, random_state, **settings)
         set_checkpointing(wrapped, checkpointing)
         return wrapped
 
@@ -257,6 +264,30 @@ def _as_module(loaded: Any, max_seq_length: int | None, adapter: Path | None) ->
     model = FastModelForCausalLM.of(loaded, max_seq_length or longest)
     set_checkpointing(model, loaded.model.options.gradient_checkpointing)
     return (model if adapter is None else load_adapter(model, adapter)), loaded.tokenizer
+
+
+def _split_targets(targets: str | Sequence[str], saved: Sequence[str] | None) -> tuple[str | Sequence[str], list[str]]:
+    """(the linear layers among the targets, what is trained whole): Unsloth's scripts name the embedding and the head among the
+    targets."""
+    asked = [saved] if isinstance(saved, str) else list(saved or ())
+    if isinstance(targets, str):
+        return targets, asked
+    whole = [target for target in targets if target.rpartition(".")[2] in _WHOLE]
+    if whole:
+        warn_once(f"target_modules: trained whole (modules_to_save), in float32, not by an adapter: {', '.join(whole)}")
+    return [target for target in targets if target not in whole], [*asked, *whole]
+
+
+def _check_bias(bias: str, spec: ModelSpec) -> None:
+    """ValueError where biases would have to be trained."""
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias must be one of none, all, lora_only, and {bias!r} came")
+    biased = next((linear.name for linear in linears(spec) if linear.bias), None)
+    if bias != "none" and biased is not None:
+        raise ValueError(
+            f"bias={bias!r} trains biases, and this model has some ({biased}.bias), which are the backend's; take bias='none', "
+            "or train by a recipe (lora.bias)"
+        )
 
 
 def _of_layers(modules: Sequence[str], layers: int | Sequence[int] | None, pattern: str | Sequence[str] | None) -> list[str]:

@@ -11,19 +11,21 @@ import peft
 
 from jaxsloth.backend import CheckpointingName
 from jaxsloth.frontend.adapters import base_of, take_back
-from jaxsloth.frontend.module.peft_adoption import active_adapters
+from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.models.spec import Lora
 from jaxsloth.training.initialize import initial_adapters
 
 
 def wrap(
-    model: Any, modules: Sequence[str], init: Literal["kaiming", "gaussian"], seed: int, **settings: Any
+    model: Any, modules: Sequence[str], saved: Sequence[str], init: Literal["kaiming", "gaussian"], seed: int, **settings: Any
 ) -> peft.PeftModel:
-    """A PeftModel with fresh adapters on `modules` (full names), drawn from the seed as a recipe's are; settings are
-    LoraConfig's."""
-    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(modules), task_type="CAUSAL_LM", **settings))
+    """A PeftModel with fresh adapters on `modules`, drawn from the seed as a recipe's are, that trains `saved` whole (both full
+    names); settings are LoraConfig's."""
+    names = [name.rpartition(".")[2] for name in saved] or None  # as PEFT's users name them
+    config = peft.LoraConfig(target_modules=list(modules), modules_to_save=names, task_type="CAUSAL_LM", **settings)
+    wrapped: Any = peft.get_peft_model(model, config)
     engine = model.engine.model
-    shapes = replace(engine.spec, lora=Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules)))
+    shapes = replace(engine.spec, lora=Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules), modules_to_save=tuple(saved)))
     take_back(model, initial_adapters(shapes, init, seed, engine.base_tensor))
     return wrapped
 
@@ -35,7 +37,7 @@ def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
         ValueError: it is of a kind that the backends don't compute.
     """
     wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    active_adapters(model, model.engine.model.spec)
+    active_parts(model, model.engine.model.spec)
     return wrapped.eval()
 
 

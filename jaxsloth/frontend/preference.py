@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,22 +23,29 @@ def score_rows(log_probs: Callable[[Batch], np.ndarray], batches: Sequence[Batch
 
 
 class References:
-    """The reference model's summed log-probs of answers. It never changes, so each answer is scored once in a run."""
+    """The reference model's summed log-probs of answers. It never changes, so each answer is scored once, however often the
+    rows that it stands in are encoded anew: it is known by a digest of its tokens and of which of them are learnt."""
 
     def __init__(self, score: Score) -> None:
         self._score = score
-        self._known: dict[Example, float] = {}
+        self._known: dict[bytes, float] = {}
 
     def know(self, known: Mapping[Example, float]) -> None:
         """Takes what was computed elsewhere."""
-        self._known |= known
+        self._known |= {_digest(example): value for example, value in known.items()}
 
     def of(self, examples: Sequence[Example]) -> np.ndarray:
         """float32 ``[examples]``; those that aren't known yet are scored now."""
-        unknown = [example for example in examples if example not in self._known]
+        keys = [_digest(example) for example in examples]
+        unknown = {key: example for key, example in zip(keys, examples, strict=True) if key not in self._known}
         if unknown:
-            self._known |= dict(zip(unknown, self._score(unknown).tolist(), strict=True))
-        return np.array([self._known[example] for example in examples], np.float32)
+            self._known |= dict(zip(unknown, self._score(list(unknown.values())).tolist(), strict=True))
+        return np.array([self._known[key] for key in keys], np.float32)
+
+
+def _digest(example: Example) -> bytes:
+    parts = np.asarray(example.tokens, np.int32).tobytes(), np.asarray(example.learn, bool).tobytes()
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxsloth.convert.merge import SHARD_BYTES, write_merged
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.frontend.adapters import native_adapter
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
-from jaxsloth.frontend.module.peft_adoption import active_adapters
+from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.nf4.torch_ops import quantize
 from jaxsloth.models.spec import ModelSpec
@@ -138,7 +138,7 @@ def _quantize(weight: np.ndarray) -> NF4:
 
 
 def _merging(model: Any) -> tuple[ModelSpec, dict[str, np.ndarray]]:
-    if not active_adapters(model, model.engine.model.spec):
+    if not active_parts(model, model.engine.model.spec):
         return replace(model.engine.model.spec, lora=None), {}
     return native_adapter(model)
 

@@ -204,7 +204,7 @@ class TrainerRun:
         if control.should_log and state.global_step > self._logged:
             self._settle()
             own = {"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": rate}
-            self.log(own | means(self._measured))
+            self.log(own | means(self._measured) | {"num_tokens": float(state.num_input_tokens_seen)})
             self._losses, self._measured, self._logged = [], [], state.global_step
         if control.should_evaluate and self.evaluate is not None:
             self._settle()

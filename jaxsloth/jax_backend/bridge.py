@@ -19,18 +19,17 @@ from flax import nnx
 
 from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import Batch
-from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens
+from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
 from jaxsloth.jax_backend import fused, placement
-from jaxsloth.jax_backend.layers import Context
+from jaxsloth.jax_backend.layers import Context, Trained
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
 from jaxsloth.jax_backend.train_step import rates_of
-from jaxsloth.models.names import stacked_name
+from jaxsloth.models.names import EMBEDDING, stacked_name
 from jaxsloth.models.spec import Lora, ModelSpec
 
 if TYPE_CHECKING:
     from jaxsloth.jax_backend.model import JaxModel
 
-Stacks = Mapping[str, tuple[Any, Any]]
 SHORTEST = 64  # rows are padded to at least this many tokens
 
 
@@ -61,56 +60,68 @@ class Bridge:
         step = max(1 << (length.bit_length() - 4), SHORTEST // 2)
         return -(-length // step) * step
 
-    def head_weight(self) -> Any:
+    def base_weight(self, module: str) -> Any:
         # On several devices it is whole on each: torch is given the first one's.
-        return self._model.decoder().head_weight()[0].addressable_data(0)
+        name = EMBEDDING if self._model.spec.head.tied else module
+        return self._model.base_array(f"{name}.weight").addressable_data(0)
 
     def fingerprint(self) -> bytes:
         leaves = jax.tree.leaves(self._model.frozen)
         sums = [np.asarray(_checksum(leaf)).tobytes() for leaf in leaves]
         return hashlib.sha256(b"".join(sums)).digest()
 
-    def run(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> Any:
-        arguments, choices = self._prepare(output, adapters, batch, options, learns=False)
+    def run(self, output: Output, weights: Weights, batch: Tokens, options: PassOptions) -> Any:
+        arguments, choices = self._prepare(output, weights, batch, options, learns=False)
         with self._model.compiles():
-            return _forward(*arguments, **choices)
+            return _once_read(weights, _forward(*arguments, **choices))
 
-    def differentiate(self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions) -> tuple[Any, Pullback]:
-        arguments, choices = self._prepare(output, adapters, batch, options, learns=True)
+    def differentiate(self, output: Output, weights: Weights, batch: Tokens, options: PassOptions) -> tuple[Any, Pullback]:
+        arguments, choices = self._prepare(output, weights, batch, options, learns=True)
         if output == "loss":
             with self._model.compiles():
-                loss, gradients = _loss_and_gradients(*arguments, **choices)
-            return loss, lambda cotangent: _by_group(_scaled(gradients, _take(cotangent)))
+                loss, gradients = _once_read(weights, _loss_and_gradients(*arguments, **choices))
+            return loss, lambda cotangent: _by_name(_scaled(gradients, _take(cotangent)))
         with self._model.compiles():
-            value, residuals = _with_residuals(*arguments, **choices)
-        return value, lambda cotangent: _by_group(_pull(residuals, arguments[1], _take(cotangent)))
+            value, residuals = _once_read(weights, _with_residuals(*arguments, **choices))
 
-    def _program(self, adapters: Stacks, options: PassOptions) -> _Program:
-        """The decoder that has exactly these adapters."""
+        def pull(cotangent: Any) -> Weights:
+            return _by_name(_once_read(weights, _pull(residuals, arguments[1], _take(cotangent))))
+
+        return value, pull
+
+    def _program(self, weights: Weights, options: PassOptions) -> _Program:
+        """The decoder that has exactly these adapters, and these tensors trained whole."""
         if self._model.devices > 1:
             raise ValueError(
                 f"a torch module over JAX runs on one device, and JAX has {self._model.devices}; name one "
                 "(device_map='cuda:0'), or train with jaxsloth's own trainers, which use them all"
             )
         recompute = options.checkpointing not in ("none", "auto")
+        adapters = {module: pair for module, pair in weights.items() if len(pair) == 2}
+        whole = tuple(name for name in weights if name not in adapters)
         rank = max((a.shape[1] for a, _ in adapters.values()), default=0)
-        key = (tuple(sorted(adapters)), rank, options.dropout, recompute)
+        key = (tuple(sorted(weights)), rank, options.dropout, recompute)
         if key not in self._programs:
+            saved = tuple(name.removesuffix(".weight") for name in whole)
             # The scaling is folded into B.
-            spec = replace(self._model.spec, lora=Lora(rank, 1.0, 1.0, options.dropout, tuple(adapters)))
-            hollow = {f"{module}.{part}": jnp.zeros(()) for module in adapters for part in ("lora_A", "lora_B")}
+            lora = Lora(rank, 1.0, 1.0, options.dropout, tuple(adapters), modules_to_save=saved)
+            spec = replace(self._model.spec, lora=lora)
+            hollow: dict[str, Any] = {f"{m}.{part}": jnp.zeros(()) for m in adapters for part in ("lora_A", "lora_B")}
+            hollow |= {name: Trained(jnp.zeros(())) for name in whole}
             self._programs[key] = _Program(spec, *self._model.split(spec, hollow, recompute))
         return self._programs[key]
 
     def _prepare(
-        self, output: Output, adapters: Stacks, batch: Tokens, options: PassOptions, learns: bool
+        self, output: Output, weights: Weights, batch: Tokens, options: PassOptions, learns: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(what is traced, what is compiled in)."""
-        program = self._program(adapters, options)
+        program = self._program(weights, options)
         flat = []
         for path, leaf in nnx.to_flat_state(program.hollow):
-            module, _, part = ".".join(map(str, path)).rpartition(".")
-            flat.append((path, leaf.replace(_take(adapters[module][part == "lora_B"]))))
+            name = ".".join(map(str, path))
+            module, _, part = name.rpartition(".")
+            value = weights[name][0] if name in weights else weights[module][part == "lora_B"]
+            flat.append((path, leaf.replace(_take(value))))
         plan, documents, rows = self._plan(output, program, batch, options.checkpointing if learns else "none")
         arrays = {
             "input_ids": batch.input_ids,
@@ -235,10 +246,18 @@ def _checksum(array: Any) -> Any:
     return jnp.stack([flat.sum(), jnp.abs(flat).sum(), (flat * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32))).sum()])
 
 
-def _by_group(gradients: Any) -> dict[str, tuple[Any, Any]]:
+def _by_name(gradients: Any) -> Weights:
     flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
     modules = [name.removesuffix(".lora_A") for name in flat if name.endswith(".lora_A")]
-    return {module: (flat[f"{module}.lora_A"], flat[f"{module}.lora_B"]) for module in modules}
+    found: dict[str, tuple[Any, ...]] = {m: (flat[f"{m}.lora_A"], flat[f"{m}.lora_B"]) for m in modules}
+    return found | {name: (flat[name],) for name in flat if name.endswith(".weight")}
+
+
+def _once_read(weights: Weights, result: Any) -> Any:
+    """`result`, when nothing still reads a tensor that is trained whole: it is its owner's memory, who may write it next."""
+    if any(len(own) == 1 for own in weights.values()):
+        jax.block_until_ready(result)
+    return result
 
 
 def _take(array: Any) -> Any:

@@ -156,9 +156,6 @@ class JaxModel:
         return jax.tree.map(np.asarray, value)
 
     def _one(self, name: str) -> Any:
-        for trained, value in (self.trainable() if self.spec.lora is not None else {}).items():
-            if own_name(trained) == name:
-                return value
         if name not in tensor_shapes(self.spec):
             raise ValueError(f"the model has no tensor {name}")
         key, place = stacked_name(name, self.spec.layer_period())
@@ -166,6 +163,10 @@ class JaxModel:
         if not name.startswith("model.layers."):
             return value
         return select_layer(value, jnp.int32(place)) if isinstance(value, NF4) else value[place]
+
+    def base_array(self, name: str) -> Any:
+        """A base weight outside the blocks as it lies on the device, whatever is trained in its place."""
+        return self._weights[name]
 
     def frequencies(self, length: int) -> tuple[tuple[Any, ...], tuple[tuple[Rope, float], ...]]:
         """The rotary frequencies for sequences of `length`: (arrays, (setting, scaling) of each), a program's two kinds of

@@ -180,7 +180,7 @@ def test_losses_and_rewards_are_trls(name, backend, checkpoint, second, tmp_path
             bar *= 2 if "margins" in metric else 1
             assert len(theirs) == len(logged(history, f"{prefix}loss")) >= 2
             assert logged(found, prefix + metric) == pytest.approx(theirs, abs=bar), prefix + metric
-    for other in ("learning_rate", "epoch"):
+    for other in ("learning_rate", "epoch", "num_tokens", "eval_num_tokens"):
         assert logged(found, other) == pytest.approx(logged(history, other), rel=1e-9)
     assert logged(found, "grad_norm") == pytest.approx(logged(history, "grad_norm"), abs=1e-3)
     assert done.training_loss == pytest.approx(losses.mean(), abs=BAR)
@@ -381,7 +381,29 @@ def test_losses_of_evaluation():
 
 
 def test_references_take_what_is_known():
-    examples = [Example(np.arange(3), np.ones(3, bool)) for _ in range(3)]
-    references = References(lambda unknown: np.arange(len(unknown)) + 7.0)
+    examples = [Example(np.arange(3), np.arange(3) >= place) for place in range(3)]  # the same tokens; what is learnt differs
+    asked: list[Example] = []
+
+    def score(unknown):
+        asked.extend(unknown)
+        return np.arange(len(unknown)) + 7.0
+
+    references = References(score)
     references.know({examples[1]: 0.5})
-    assert references.of(examples).tolist() == [7.0, 0.5, 8.0]
+    assert references.of([*examples, examples[0]]).tolist() == [7.0, 0.5, 8.0, 7.0]
+    alike = [Example(example.tokens.copy(), example.learn.copy()) for example in examples]
+    assert references.of(alike).tolist() == [7.0, 0.5, 8.0] and asked == [examples[0], examples[2]]
+
+
+def test_rows_that_are_evaluated_again_are_not_scored_again(checkpoint, tmp_path):
+    trainer = small(checkpoint, tmp_path)
+    asked: list[Example] = []
+    score = trainer._references._score
+    trainer._references._score = lambda examples: asked.extend(examples) or score(examples)
+    first = trainer.evaluate(eval_dataset=TEXTS[:4])
+    known = len(trainer._references._known)
+    again = trainer.evaluate(eval_dataset=TEXTS[:4])
+    assert len(asked) == 8 == len(trainer._references._known) == known
+    assert again["eval_loss"] == first["eval_loss"]
+    trainer.evaluate(eval_dataset=TEXTS[:5])
+    assert len(asked) == 10

@@ -80,7 +80,7 @@ ADAPT_WORKS: dict[str, Any] = {
     "use_gradient_checkpointing": False,
     "random_state": 5,
     "use_rslora": True,
-    "modules_to_save": [],
+    "modules_to_save": ["lm_head"],
     "init_lora_weights": "gaussian",
     "loftq_config": {},
     "use_dora": False,
@@ -91,7 +91,8 @@ ADAPT_WORKS: dict[str, Any] = {
 ADAPT_REFUSED: dict[str, Any] = {
     "layer_replication": [(0, 2)],
     "use_dora": True,
-    "modules_to_save": ["lm_head"],
+    "modules_to_save": ["norm"],
+    "bias": "some",
     "loftq_config": {"loftq_bits": 4},
     "init_lora_weights": "pissa",
     "target_parameters": ["x"],
@@ -169,7 +170,8 @@ def test_what_adapting_uses(checkpoint, backend):
     assert sorted(config.target_modules) == [f"model.layers.{n}.{kind}" for n in (1, 3) for kind in kinds]
     assert model.get_base_model().engine.model.options.gradient_checkpointing == "none"
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 8 and all(".lora_" in name for name in trained)
+    whole = {name for name in trained if ".lora_" not in name}
+    assert len(trained) == 9 and whole == {"base_model.model.lm_head.modules_to_save.default.weight"}
 
 
 @both

@@ -101,7 +101,7 @@ def test_no_base_weight_of_jax_is_held_in_torch():
     own = [p.untyped_storage().nbytes() for name, p in model.named_parameters() if name != "lm_head.weight"]
     assert sum(own) == 4 * len(own)
     # The head's weight is JAX's own memory, seen through DLPack.
-    assert model.lm_head.weight.data_ptr() == model.engine.bridge.head_weight().unsafe_buffer_pointer()
+    assert model.lm_head.weight.data_ptr() == model.engine.bridge.base_weight("lm_head").unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,7 +143,7 @@ def test_an_optimizer_step_between_forward_and_backward_raises(backend):
     ("wrap", "reason"),
     [
         (lambda m: adapted(m, use_dora=True, init_lora_weights=True), "DoraLinearVariant"),
-        (lambda m: adapted(m, modules_to_save=["lm_head"]), "lm_head was replaced by a ModulesToSaveWrapper"),
+        (lambda m: adapted(m, modules_to_save=["norm"]), "norm was replaced by a ModulesToSaveWrapper"),
         (lambda m: adapted(m, target_modules=["q_proj", "embed_tokens"]), "model.embed_tokens was replaced"),
         (lambda m: adapted(m, target_modules=["q_proj", "lm_head"]), "lm_head was replaced"),
         (lambda m: adapted(m, trainable_token_indices=[3, 4]), "model.embed_tokens was replaced"),

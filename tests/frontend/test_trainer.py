@@ -131,7 +131,7 @@ def test_losses_are_trls(case, backend, checkpoint, tmp_path, judges_folder):
     assert len(ours) == len(losses) == done.global_step >= STEPS
     assert np.ptp(losses) > 0.3  # there is something to be wrong about
     assert np.abs(ours - losses).max() < BAR
-    for name in ("learning_rate", "epoch"):
+    for name in ("learning_rate", "epoch", "num_tokens"):
         assert logged(trainer.state.log_history, name) == pytest.approx(logged(history, name), rel=1e-9)
     assert logged(trainer.state.log_history, "eval_loss") == pytest.approx(logged(history, "eval_loss"), abs=BAR)
     assert logged(trainer.state.log_history, "grad_norm") == pytest.approx(logged(history, "grad_norm"), abs=1e-3)

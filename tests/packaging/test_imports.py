@@ -113,7 +113,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "jaxsloth/frontend/module/*.py",
         {"torch", "transformers"},
-        ("frontend.module", "backend", "bridge", "batch", "models"),
+        ("frontend.module", "backend", "bridge", "batch", "models", "transforms"),
         {"peft"},
     ),
     ("jaxsloth/*.py", NUMBERS | {"typer", "rich"}, ("*",), set()),

@@ -19,8 +19,10 @@ from jaxsloth.bridge import Bridge, Output, PassOptions
 from jaxsloth.frontend.module.cached_rows import CachedRows
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
 from jaxsloth.frontend.module.passes import Prepared, to_torch
-from jaxsloth.frontend.module.peft_adoption import Adapter, active_adapters
+from jaxsloth.frontend.module.peft_adoption import Active, active_parts
 from jaxsloth.frontend.module.skeleton import Placeholders, fill, head, tie
+from jaxsloth.models.names import EMBEDDING, LM_HEAD
+from jaxsloth.transforms import SAVEABLE, saved_modules
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,16 @@ class Engine:
 class CausalOutput(CausalLMOutputWithPast):
     """Logits that were left out are made when `logits` is read, once."""
 
-    def later(self, make: Callable[[], torch.Tensor], adapters: Mapping[str, Adapter]) -> None:
-        """make: what makes the logits, from `adapters` as they are now."""
-        self.__dict__["make"], self.__dict__["versions"] = make, {name: a.versions() for name, a in adapters.items()}
-        self.__dict__["adapters"] = adapters
+    def later(self, make: Callable[[], torch.Tensor], active: Active) -> None:
+        """make: what makes the logits, from what is `active` as it is now."""
+        self.__dict__["make"], self.__dict__["versions"] = make, active.versions()
+        self.__dict__["active"] = active
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         if name != "logits" or value is not None or "make" not in self.__dict__:
             return value
-        if self.__dict__["versions"] != {name: a.versions() for name, a in self.__dict__["adapters"].items()}:
+        if self.__dict__["versions"] != self.__dict__["active"].versions():
             raise RuntimeError(
                 "the adapters were written since this output was made; ask for its logits with output_logits=True"
             )
@@ -77,6 +79,21 @@ class Backbone(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
 
+def _whole(engine: Engine, name: str) -> nn.Module:
+    """The base's embedding or head as a torch module of its own, float32, to be trained in its place.
+
+    Raises:
+        ValueError: the two are one weight.
+    """
+    saved_modules(engine.model.spec, [name])
+    weight = to_torch(engine.bridge.base_weight(name)).to(torch.float32, copy=True)
+    if name == EMBEDDING:
+        return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight)
+    return made
+
+
 class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
     """The modules hold no base weight: `engine` computes, with the LoRA weights that PEFT added to the modules.
 
@@ -95,9 +112,11 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         dtype, device = getattr(torch, model.options.dtype), torch.device(engine.bridge.device)
         self.model = Backbone()
         fill(self.model, model.spec, Placeholders(dtype, device, engine.bridge.fingerprint()))
-        self.lm_head = head(to_torch(engine.bridge.head_weight()))
+        self.lm_head = head(to_torch(engine.bridge.base_weight(LM_HEAD)))
         if model.spec.head.tied:
             tie(self.model.embed_tokens, self.lm_head)  # type: ignore[arg-type]
+        for name in SAVEABLE:
+            self.get_submodule(name).__dict__["whole"] = partial(_whole, engine, name)
         # Kept out of torch's sight: neither is a part of this module.
         self.__dict__["engine"] = engine
         self.model.__dict__["owner"] = self
@@ -162,7 +181,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
             return tuple(part for part in (loss, logits) if part is not None)
         output = CausalOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
         if logits is None:
-            output.later(make_logits, prepared.adapters)
+            output.later(make_logits, prepared.active)
         return output
 
     def prepare(
@@ -172,16 +191,16 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None,
         targets: torch.Tensor | None = None,
     ) -> Prepared:
-        """The batch and the adapters that PEFT has active now, ready to be run."""
+        """The batch and what PEFT has active now, ready to be run."""
         bridge = self.engine.bridge
-        adapters = active_adapters(self, self.engine.model.spec)
-        rates = {adapter.dropout for adapter in adapters.values()} or {0.0}
+        active = active_parts(self, self.engine.model.spec)
+        rates = {adapter.dropout for adapter in active.adapters.values()} or {0.0}
         if len(rates) > 1:
             raise ValueError(f"all adapters must have one dropout rate, and these came: {sorted(rates)}")
         rate = rates.pop()
         tokens = make_tokens(bridge, input_ids, attention_mask, position_ids, targets, drops=rate > 0)
         options = PassOptions(rate, self._checkpointing())
-        return Prepared(bridge, adapters, tokens, options, input_ids.shape[1])
+        return Prepared(bridge, active, tokens, options, input_ids.shape[1])
 
     def _checkpointing(self) -> CheckpointingName:
         """The model's own way of keeping activations where it is switched on, as transformers' flag is: in training. Where

@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from jaxsloth.bridge import Bridge, Output, PassOptions, Tokens
-from jaxsloth.frontend.module.peft_adoption import Adapter
+from jaxsloth.bridge import Bridge, Output, PassOptions, Tokens, Weights
+from jaxsloth.frontend.module.peft_adoption import Active, Adapter
+from jaxsloth.models.names import LM_HEAD
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch of rows of `length` tokens (padded in `tokens`), and the adapters to run it with, by layer."""
+    """A batch of rows of `length` tokens (padded in `tokens`), and what is active to run it with."""
 
     bridge: Bridge
-    adapters: Mapping[str, Adapter]
+    active: Active
     tokens: Tokens
     options: PassOptions
     length: int
@@ -35,33 +37,39 @@ class Prepared:
         return self._run(output, options)[:, : self.length]
 
     def _run(self, output: Output, options: PassOptions) -> torch.Tensor:
-        groups = self.bridge.groups(list(self.adapters))
-        run: Any = torch.compiler.disable(Pass(self.bridge, output, groups, self.adapters, self.tokens, options))
+        adapters, whole = self.active.adapters, dict(self.active.whole)
+        if output == "hidden":
+            whole.pop(f"{LM_HEAD}.weight", None)
+        groups = self.bridge.groups(list(adapters))
+        run: Any = torch.compiler.disable(Pass(self.bridge, output, groups, adapters, whole, self.tokens, options))
         return run()
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What is to be computed, and with which adapters. groups: see `Bridge.groups`; adapters: by layer."""
+    """What is to be computed, and with which weights. groups: see `Bridge.groups`; adapters: by layer; whole: by tensor."""
 
     bridge: Bridge
     output: Output
     groups: Mapping[str, Sequence[str | None]]
     adapters: Mapping[str, Adapter]
+    whole: Mapping[str, nn.Parameter]
     tokens: Tokens
     options: PassOptions
 
     def __call__(self) -> torch.Tensor:
-        parameters = [part for adapter in self.adapters.values() for part in (adapter.a, adapter.b)]
+        parameters = [*(part for adapter in self.adapters.values() for part in (adapter.a, adapter.b)), *self.whole.values()]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return _Differentiable.apply(self, *parameters)  # type: ignore[return-value]
         with torch.no_grad():
-            stacks = self.stacks()  # alive until the result is torch's: what reuses their memory must come after
-            return to_torch(self.bridge.run(self.output, stacks, self.tokens, self.options))
+            weights = self.weights()  # alive until the result is torch's: what reuses their memory must come after
+            return to_torch(self.bridge.run(self.output, weights, self.tokens, self.options))
 
-    def stacks(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Every group's A and scaled B, float32: copies, since an optimizer may write its parameters while JAX still reads."""
-        return {key: (self._stack(members, "a"), self._stack(members, "b")) for key, members in self.groups.items()}
+    def weights(self) -> Weights:
+        """Every group's A and scaled B, float32: copies, since an optimizer may write its parameters while JAX still reads.
+        What is trained whole is too large for that and comes as it is."""
+        stacks = {key: (self._stack(members, "a"), self._stack(members, "b")) for key, members in self.groups.items()}
+        return stacks | {name: (own.detach().float().to(self.bridge.device),) for name, own in self.whole.items()}
 
     def _stack(self, members: Sequence[str | None], part: str) -> torch.Tensor:
         present = {name: getattr(self.adapters[name], part) for name in members if name is not None}
@@ -84,8 +92,8 @@ class Pass:
             return used.pop()
         return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]
 
-    def by_parameter(self, gradients: Mapping[str, tuple[Any, Any]]) -> list[torch.Tensor]:
-        """The groups' gradients as those of the parameters, in their order: A, B, A, B, …"""
+    def by_parameter(self, gradients: Weights) -> list[torch.Tensor]:
+        """The weights' gradients as those of the parameters, in their order: A, B, A, B, … and what is trained whole."""
         found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for key, members in self.groups.items():
             a, b = (to_torch(gradient) for gradient in gradients[key])
@@ -96,7 +104,8 @@ class Pass:
                     rank = self.adapters[name].a.shape[0]
                     found[name] = (of_a, of_b) if rank == len(of_a) else (of_a[:rank], of_b[:, :rank])
         ordered = [(found[name], adapter) for name, adapter in self.adapters.items()]
-        return [g.to(p) for (of_a, of_b), adapter in ordered for g, p in ((of_a, adapter.a), (of_b, adapter.b))]
+        of_adapters = [g.to(p) for (of_a, of_b), adapter in ordered for g, p in ((of_a, adapter.a), (of_b, adapter.b))]
+        return [*of_adapters, *(to_torch(gradients[name][0]).to(p, copy=True) for name, p in self.whole.items())]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -104,8 +113,8 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, what: Pass, *parameters: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*parameters)
         ctx.what = what
-        stacks = what.stacks()
-        value, ctx.pullback = what.bridge.differentiate(what.output, stacks, what.tokens, what.options)
+        weights = what.weights()
+        value, ctx.pullback = what.bridge.differentiate(what.output, weights, what.tokens, what.options)
         return to_torch(value)
 
     @staticmethod

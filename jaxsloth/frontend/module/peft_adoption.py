@@ -1,18 +1,23 @@
-"""PEFT's LoRA layers, read anew at every pass: which adapter is active, its weights, its scaling. What the backends can't do is
-refused here, with the reason, before anything is computed."""
+"""PEFT's LoRA layers and modules to save, read anew at every pass: which adapter is active, its weights, its scaling. What the
+backends can't do is refused here, with the reason, before anything is computed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from jaxsloth.frontend.module.skeleton import Hollow, HollowLinear
-from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD, linears, norm_names
+from jaxsloth.models.names import FINAL_NORM, linears, norm_names
 from jaxsloth.models.spec import ModelSpec
+from jaxsloth.transforms import SAVEABLE
 
-_ONLY = "of PEFT's methods only LoRA on the linear layers of the blocks is trained through this model"
+_ONLY = (
+    "of PEFT's methods only LoRA on the linear layers of the blocks, and modules_to_save of the embedding and the head, are "
+    "trained through this model"
+)
 
 
 class PeftFeatureError(ValueError):
@@ -33,8 +38,24 @@ class Adapter:
         return self.a._version, self.b._version
 
 
-def active_adapters(root: nn.Module, spec: ModelSpec) -> dict[str, Adapter]:
-    """The adapters to run with, by the layer's name. A disabled adapter is left out.
+@dataclass(frozen=True)
+class Active:
+    """What PEFT has active: adapters by the layer's name, and what stands whole in place of a base tensor, ``[vocab, hidden]``,
+    by the tensor's name."""
+
+    adapters: Mapping[str, Adapter]
+    whole: Mapping[str, nn.Parameter]
+
+    def versions(self) -> list[Any]:
+        """Other ones after any of it was written in place."""
+        return [*(own.versions() for own in self.adapters.values()), *(own._version for own in self.whole.values())]
+
+    def __bool__(self) -> bool:
+        return bool(self.adapters or self.whole)
+
+
+def active_parts(root: nn.Module, spec: ModelSpec) -> Active:
+    """What is to be run with; what is disabled is left out.
 
     Raises:
         PeftFeatureError: a layer was wrapped by something else than plain LoRA, or something of the base is to be trained,
@@ -42,9 +63,10 @@ def active_adapters(root: nn.Module, spec: ModelSpec) -> dict[str, Adapter]:
     """
     norms = [name for index in range(len(spec.layers)) for name in norm_names(spec, index)]
     find = _Finder(root)
-    for name in (EMBEDDING, FINAL_NORM, LM_HEAD, *norms):
+    for name in (FINAL_NORM, *norms):
         _check_leaf(name, find(name))
-    found = {}
+    whole = {f"{name}.weight": _saved(name, find(name)) for name in SAVEABLE}
+    found: dict[str, Adapter] = {}
     for linear in linears(spec):
         layer = find(linear.name)
         if isinstance(layer, HollowLinear):
@@ -55,7 +77,7 @@ def active_adapters(root: nn.Module, spec: ModelSpec) -> dict[str, Adapter]:
         adapter = _active(linear.name, lora)
         if adapter is not None:
             found[linear.name] = adapter
-    return found
+    return Active(found, {name: weight for name, weight in whole.items() if weight is not None})
 
 
 class _Finder:
@@ -88,15 +110,37 @@ def _check_leaf(name: str, leaf: Any) -> None:
                 f"{name}.{part} was written (a merge, a cast, an init that changes the base such as PiSSA), but the base "
                 "weights are not in torch; load the model again and leave that out"
             )
-    if not leaf._forward_hooks and not leaf._forward_pre_hooks:
+    _check_hooks(name, leaf)
+
+
+def _check_hooks(name: str, module: Any) -> None:
+    if not module._forward_hooks and not module._forward_pre_hooks:
         return
-    hooks = [*leaf._forward_hooks.values(), *leaf._forward_pre_hooks.values()]
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     foreign = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
     if foreign:
         raise PeftFeatureError(
             f"{name} has a forward hook ({getattr(foreign[0], '__qualname__', foreign[0])}), which would never be called, "
             "since no module runs by itself; switch off what set it (neftune_noise_alpha does)"
         )
+
+
+def _saved(name: str, module: Any) -> nn.Parameter | None:
+    """The weight that PEFT's modules_to_save has put in place of the base's, where it is active."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if type(module) is not ModulesToSaveWrapper:
+        _check_leaf(name, module)
+        return None
+    copies = module._modules["modules_to_save"]._modules  # type: ignore[union-attr]
+    _check_leaf(name, module._modules["original_module"])
+    _check_hooks(name, module)
+    active = [adapter for adapter in module.active_adapters if adapter in copies]
+    if module.disable_adapters or not active:
+        return None
+    chosen = copies[active[0]]
+    _check_hooks(name, chosen)
+    return chosen._parameters["weight"]  # type: ignore[union-attr]
 
 
 def _active(name: str, lora: Any) -> Adapter | None:

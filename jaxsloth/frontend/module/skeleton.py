@@ -8,6 +8,7 @@ reference log-probabilities) tells two bases apart. Writing into one raises, sin
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,15 +40,22 @@ class Placeholders:
 
 
 class Hollow(nn.Module):
-    """A module that can't be run, moved or cast: its weights are elsewhere. shared: its weight is the backend's own memory."""
+    """A module that can't be run, moved or cast: its weights are elsewhere. shared: its weight is the backend's own memory.
+    whole: makes the module that is trained in its place, where one can be."""
 
     shared = False
+    whole: Callable[[], nn.Module] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hollow:
         return self
 
-    def __deepcopy__(self, memo: Any) -> Hollow:
-        """A leaf of its own over the same weights: copies of a placeholder would be as large as the real thing."""
+    def __deepcopy__(self, memo: Any) -> nn.Module:
+        """A leaf of its own over the same weights: copies of a placeholder would be as large as the real thing.
+
+        Who copies the leaf alone, as PEFT's modules_to_save does, is about to train it: what comes then has weights.
+        """
+        if self.whole is not None and not memo:
+            return self.whole()
         twin = type(self).__new__(type(self))
         twin.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in self.__dict__.items()}
         return twin
