@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m jaxsloth.demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -m "not gpu and not slow" -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu and not slow" -n 2 --dist loadfile --no-loadscope-reorder -q
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m "slow and not gpu" -q --durations=15

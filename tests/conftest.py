@@ -1,5 +1,46 @@
-"""Shapes and dtypes in signatures are checked while tests run, and only then."""
+"""Shapes and dtypes in signatures are checked while tests run, and only then; JAX compiles a program once a session."""
 
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["jaxsloth.kernels"], "beartype.beartype")
+
+TESTS = Path(__file__).parent
+# Files that take a minute and more, longest first. Workers take whole files, so the last ones to be taken must be short.
+LONG = (
+    "kernels/test_triton.py",
+    "models/test_backends.py",
+    "frontend/test_trainer.py",
+    "frontend/test_module_passes.py",
+    "training/test_resume.py",
+    "distributed/test_data_parallel.py",
+    "models/test_optimizer_8bit.py",
+    "training/test_runs.py",
+    "parity/test_ladder.py",
+    "frontend/test_module_model.py",
+    "frontend/test_dpo_trainer.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {TESTS / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder of compiled programs, for this session alone: no test meets what another version of JAX or the code compiled.
+
+    Workers, and the processes that tests start, have it from the session's environment. On a GPU the backend chooses a folder.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ or config.option.markexpr == "gpu":
+        return
+    folder = tempfile.TemporaryDirectory(prefix="jaxsloth-programs-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
