@@ -32,7 +32,7 @@ def test_programs_are_kept_for_a_gpu(monkeypatch, tmp_path, configured, where, c
 
 @pytest.mark.parametrize("size", [16, 1 << 20])
 def test_an_array_shares_no_memory_with_its_source(size):
-    """A checkpoint's file is mapped, and may be written over. What starts at a multiple of 64 is what XLA would take as it is."""
+    """A checkpoint's file is mapped, and may be written over. XLA would take what starts at a multiple of 64 as it is."""
     room = np.zeros(4 * size + 64, np.uint8)
     start = -room.ctypes.data % 64
     source = room[start : start + 4 * size].view(np.float32)
