@@ -70,7 +70,7 @@ def _write(shape: str, names: list[str], file: Path) -> int:
         header[name] = {"dtype": "BF16", "shape": list(source.shape(name)), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb", buffering=0) as output:
+    with file.open("wb") as output:  # buffered: a raw write may stop short and say so in what it returns only
         output.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for piece in source.pieces(name):

@@ -268,14 +268,24 @@ def _as_module(loaded: Any, max_seq_length: int | None, adapter: Path | None) ->
 
 def _split_targets(targets: str | Sequence[str], saved: Sequence[str] | None) -> tuple[str | Sequence[str], list[str]]:
     """(the linear layers among the targets, what is trained whole): Unsloth's scripts name the embedding and the head among the
-    targets."""
+    targets.
+
+    Raises:
+        ValueError: no linear layer is among them.
+    """
     asked = [saved] if isinstance(saved, str) else list(saved or ())
     if isinstance(targets, str):
         return targets, asked
     whole = [target for target in targets if target.rpartition(".")[2] in _WHOLE]
+    rest = [target for target in targets if target not in whole]
+    if not rest:
+        raise ValueError(
+            f"target_modules must name linear layers, which get the adapters, and {list(targets)} came; add some (q_proj, …), "
+            'or take "all-linear"'
+        )
     if whole:
         warn_once(f"target_modules: trained whole (modules_to_save), in float32, not by an adapter: {', '.join(whole)}")
-    return [target for target in targets if target not in whole], [*asked, *whole]
+    return rest, [*asked, *whole]
 
 
 def _check_bias(bias: str, spec: ModelSpec) -> None:

@@ -192,17 +192,19 @@ class JaxModel:
     def devices(self) -> int:
         return len(placement.devices())
 
-    def mode(self, tokens: int) -> str | None:
+    def mode(self, tokens: int, learns: bool = True) -> str | None:
         """The `gradient_checkpointing` of the fused blocks, or None where the composed ones are trained.
 
-        tokens: those of a device's micro-batch, which "auto" asks the memory for; for fewer, what it chose stays.
+        tokens: those of a device's micro-batch, which "auto" asks the memory for; for fewer, what it chose stays. learns: what
+        keeps nothing for a backward takes what was chosen, however long it is, and has no say in what is chosen next.
 
         Raises:
             RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
         """
         spec, wanted, known = self.spec, self.options.gradient_checkpointing, self._mode
-        if known is None or known[0] is not spec or known[1] != wanted or known[2] < tokens:
-            known = self._mode = spec, wanted, tokens, self.choose_mode(spec, wanted, tokens)
+        if known is None or known[0] is not spec or known[1] != wanted or (learns and known[2] < tokens):
+            chosen = self.choose_mode(spec, wanted, tokens)
+            known = self._mode = spec, wanted, tokens if learns else 0, chosen
         return known[3]
 
     def choose_mode(self, spec: ModelSpec, checkpointing: CheckpointingName, tokens: int) -> str | None:

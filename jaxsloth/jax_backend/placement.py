@@ -68,7 +68,8 @@ def device_info() -> DeviceInfo:
 
 def put(array: np.ndarray) -> Any:
     """An array on the first device that shares its memory with nobody. jnp.asarray would compile a program for every shape."""
-    return jax.device_put(array, may_alias=False)
+    # On the CPU device_put takes aligned memory as it lies, a mapped file's too, whatever may_alias says.
+    return jax.device_put(np.array(array) if platform() == "cpu" else array)
 
 
 def put_batch(array: np.ndarray, axis: int) -> Any:

@@ -208,7 +208,8 @@ class RowLosses:
         """trained: a state like the model's."""
         model = self._model
         frequencies, ropes = model.frequencies(int(batch.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(model.mode, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
+        mode_for = partial(model.mode, learns=False)
+        plan, documents = make_plan(mode_for, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         put = tuple(placement.put_batch(array, 0) for array in arrays)

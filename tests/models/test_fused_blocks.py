@@ -5,6 +5,7 @@ The kernels run in Pallas' interpreter here.
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from jaxsloth.backend import BuildOptions
@@ -36,6 +37,16 @@ def compare(batch: Batch, mode: str = "none", changes=None, loop: str = "scan", 
     assert loss == pytest.approx(expected, rel=1e-6)
     assert any(gradient.any() for gradient in theirs.values())
     return max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items() if gradient.any())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """256 tokens make three tiles, the last of them short. The size is no argument of the programs: those of other tiles are
+    forgotten before, and these after."""
+    monkeypatch.setattr(block_pass, "MLP_TILE", 256 * 100)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("mode", ["none", slow("selective"), slow("full")])
@@ -80,17 +91,17 @@ def test_ranks_are_pefts(mode, lora):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", ["scan", "unrolled"])
-def test_ranks_over_quantized_bases_and_tiles(loop, monkeypatch):
-    monkeypatch.setattr(block_pass, "MLP_TILE", 256 * 100)
+def test_ranks_over_quantized_bases_and_tiles(loop, small_tiles):
     lora = {"r": 32, "targets": ["q_proj", "k_proj", "v_proj", "up_proj", "model.layers.1.mlp.down_proj"]}
     assert compare(first_batch(stream(examples(4, VOCAB))), "selective", nested=True, lora=lora, loop=loop) <= BAR
 
 
 @pytest.mark.slow
-def test_tiles_of_tokens(monkeypatch):
-    """256 tokens in three tiles, the last of them short."""
-    monkeypatch.setattr(block_pass, "MLP_TILE", 256 * 100)
+def test_tiles_of_tokens(small_tiles, monkeypatch):
+    found, tiles = [], block_pass.BlockPass._tiles
+    monkeypatch.setattr(block_pass.BlockPass, "_tiles", lambda *given: found.append(tiles(*given)) or found[-1])
     assert compare(first_batch(stream(examples(4, VOCAB))), "selective") <= BAR
+    assert [len(each) for each in found] == [3, 3]  # forward and backward
 
 
 def test_packed_documents():
@@ -120,3 +131,18 @@ def test_the_mode_follows_what_is_asked_for(monkeypatch):
     need = activation_bytes(model.spec, "none", 1000, 4, attends_once=True)
     monkeypatch.setattr(placement, "free_memory", lambda: need / FILLED + 1)
     assert [model.mode(tokens) for tokens in (1000, 10, 1100, 1000)] == ["none", "none", "selective", "selective"]
+
+
+def test_evaluations_have_no_say_in_the_mode(monkeypatch):
+    options = BuildOptions(gradient_checkpointing="auto", implementations=FUSED)
+    model, *_ = build("jax", WIDTHS | {"intermediate_size": 64, "num_hidden_layers": 1}, options=options)
+    batch = first_batch(stream(examples(4, VOCAB)))
+    tokens = batch.input_ids.size
+    need = activation_bytes(model.spec, "none", tokens // 2, 4, attends_once=True)
+    monkeypatch.setattr(placement, "free_memory", lambda: need / FILLED + 1)
+    evaluate = model.eval_step()
+    evaluate(batch)
+    assert model.mode(tokens // 2) == "none"
+    evaluate(batch)
+    assert model.mode(tokens // 2) == "none"
+    assert model.mode(tokens) != "none"

@@ -1,8 +1,9 @@
-"""Where the JAX backend keeps what it has compiled."""
+"""Where the JAX backend keeps what it has compiled, and arrays that come from the host."""
 
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 
 from jaxsloth.jax_backend import placement
@@ -10,9 +11,11 @@ from jaxsloth.jax_backend import placement
 
 @pytest.fixture
 def configured():
-    before = jax.config.jax_compilation_cache_dir
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.mark.parametrize(
@@ -25,3 +28,14 @@ def test_programs_are_kept_for_a_gpu(monkeypatch, tmp_path, configured, where, c
     placement.keep_compiled_programs()
     found = jax.config.jax_compilation_cache_dir
     assert found == (str(tmp_path / expected) if expected == "jaxsloth/xla" else expected)
+
+
+@pytest.mark.parametrize("size", [16, 1 << 20])
+def test_an_array_shares_no_memory_with_its_source(size):
+    """A checkpoint's file is mapped, and may be written over. XLA would take what starts at a multiple of 64 as it is."""
+    room = np.zeros(4 * size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    source = room[start : start + 4 * size].view(np.float32)
+    array = placement.put(source)
+    source[:] = 7.0
+    assert not np.asarray(array).any()
