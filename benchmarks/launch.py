@@ -27,15 +27,24 @@ class Started:
     own: tempfile.TemporaryDirectory[str]
     process: subprocess.Popen[bytes] | None = None
 
-    def finish(self, timeout: float) -> dict[str, Any]:
-        """Lets it go on to the GPU. What it measured, or {"error": the last line of what it said}; always with "label" and
-        "contender"."""
+    @property
+    def ready(self) -> Path:
+        """A file that is there once all is imported, or will never be."""
+        return Path(self.own.name) / "ready"
+
+    def finish(self, timeout: float, quiet: Started | None = None) -> dict[str, Any]:
+        """Lets it go on to the GPU; its timed steps wait until `quiet` has imported what it needs.
+
+        What it measured, or {"error": the last line of what it said}; always with "label" and "contender".
+        """
         if self.process is None:
+            self.own.cleanup()
             return self.about
         folder = Path(self.own.name)
+        awaited = quiet.ready if quiet is not None and quiet.process is not None else ""
         with self.own:
             try:
-                self.process.communicate(b"go\n", timeout=timeout)
+                self.process.communicate(f"{awaited}\n".encode(), timeout=timeout)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -62,6 +71,7 @@ def start_entry(
         "work": work.to_json(),
         "folder": str(folder),
         "result": str(place / "result.json"),
+        "ready": str(place / "ready"),
         "gradients": None if gradients is None else str(gradients),
         "profile": profile,
         "started": time.time(),

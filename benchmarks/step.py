@@ -35,13 +35,12 @@ def run_row(row: Row, contenders: str | None, scratch: Path, *, profile: bool, t
             entry = entries[place]
             return start_entry(entry, row.work_of(entry), folder, scratch, gradients=files[place], profile=profile)
 
-        # Only imports overlap with the contender before, most of them with its own start: the GPU has one at a time.
-        waiting = start(0)
+        # A contender imports while the one before it loads and compiles; what is timed is alone, and the GPU has one at a time.
+        coming: Started | None = start(0)
         for place, entry in enumerate(entries):
-            current = waiting
-            if place + 1 < len(entries):
-                waiting = start(place + 1)
-            result = current.finish(timeout)
+            assert coming is not None
+            current, coming = coming, start(place + 1) if place + 1 < len(entries) else None
+            result = current.finish(timeout, quiet=coming)
             results.append(result)
             if "error" not in result and files[place].is_file():
                 gradients[entry.label] = files[place]

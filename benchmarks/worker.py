@@ -21,15 +21,20 @@ PAD_TO = 64  # what a padded batch's length is rounded up to: a compilation, or 
 
 
 def main(task_file: Path) -> None:
-    """Runs the task {contender, work, folder, result, gradients, profile, started}; see benchmarks.launch, which writes it.
+    """Runs the task that benchmarks.launch writes: {contender, work, folder, result, ready, gradients, profile, started}.
 
-    It waits for a line when all is imported, so that the next contender can import while the one before it runs.
+    It waits for a line when all is imported, so that the next contender can import while the one before it loads and compiles.
+    The line may name a file to wait for before anything is timed: the next one's, which is there when it has imported.
     """
     task = json.loads(task_file.read_text(encoding="utf-8"))
     work = Work(**task["work"])
-    build = CONTENDERS[task["contender"]].load()
+    try:
+        build = CONTENDERS[task["contender"]].load()
+    finally:  # nobody is to wait for one that failed
+        Path(task["ready"]).touch()
     imported = time.time()
-    if not sys.stdin.readline():  # who started this is gone
+    line = sys.stdin.readline()
+    if not line:  # who started this is gone
         return
     begun = time.time()
     runner = build(Path(task["folder"]), work)
@@ -38,7 +43,7 @@ def main(task_file: Path) -> None:
     if work.documents:
         found |= epochs(runner, work)
     else:
-        found |= decode(runner, work) if work.new_tokens else train(runner, work, task)
+        found |= decode(runner, work) if work.new_tokens else train(runner, work, task, line.strip())
     found["start_to_first_step_s"] = found["import_s"] + found["load_s"] + found["times_s"][0]
     found["peak_bytes"] = runner.peak_memory()
     if task["profile"]:
@@ -48,11 +53,13 @@ def main(task_file: Path) -> None:
     os.replace(result.with_suffix(".tmp"), result)
 
 
-def train(runner: Runner, work: Work, task: dict[str, Any]) -> dict[str, Any]:
+def train(runner: Runner, work: Work, task: dict[str, Any], awaited: str) -> dict[str, Any]:
     """Times warm-up and steps on one batch; the first step's gradients go to a file."""
     ids = tokens(work)
     times, losses = [], []
     for step in range(work.warmup + work.steps):
+        if step == max(work.warmup - 1, 0) and awaited:
+            _wait_for(Path(awaited))
         start = time.perf_counter()
         losses.append(runner.step(ids))
         times.append(time.perf_counter() - start)
@@ -61,6 +68,13 @@ def train(runner: Runner, work: Work, task: dict[str, Any]) -> dict[str, Any]:
             if gradients:
                 np.savez(task["gradients"], **gradients)  # type: ignore[arg-type]
     return {"times_s": times, "losses": losses if any(losses) else []}
+
+
+def _wait_for(file: Path, most_s: float = 90.0) -> None:
+    """Not for ever: who was to write it may have been killed."""
+    end = time.monotonic() + most_s
+    while not file.exists() and file.parent.is_dir() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def decode(runner: Runner, work: Work) -> dict[str, Any]:

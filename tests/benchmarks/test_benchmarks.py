@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import context, decode, facade, ops, packing, step
+from benchmarks import context, decode, facade, ops, packing, step, worker
 from benchmarks.agreement import by_layer, difference
 from benchmarks.contenders import parse_entries
 from benchmarks.peers.own import build_options
@@ -65,6 +65,27 @@ def test_difference(theirs, bar):
     assert found == pytest.approx(bar, rel=0.2)
     assert where == ("a" if bar else "")
     assert difference({}, {"a": np.ones(2)})[0] == np.inf
+
+
+def test_what_is_timed_waits_until_the_next_contender_has_imported(tmp_path, monkeypatch):
+    """And for no longer than that, nor for one that is gone."""
+    events, file = [], tmp_path / "ready"
+
+    class Runner:
+        def step(self, ids):
+            events.append(f"step, {file.exists()}")
+            return 1.0
+
+    def sleep(seconds):
+        events.append("wait")
+        file.touch()
+
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    work = replace(TINY, warmup=2, steps=1)
+    worker.train(Runner(), work, {"gradients": None}, str(file))
+    assert events == ["step, False", "wait", "step, True", "step, True"]
+    worker.train(Runner(), work, {"gradients": None}, str(tmp_path / "gone" / "ready"))
+    assert events.count("wait") == 1
 
 
 def test_layers_are_compared_as_one_vector():
