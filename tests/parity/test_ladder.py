@@ -38,6 +38,7 @@ def test_l1_ops_are_their_references():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five minutes on two idle cores
 def test_l4_and_l6(subjects):
     """50 steps on each backend and on TRL, with the mutants; then the adapters that came of them change hands."""
     runs = {"torch": l4_training.train(subjects, "torch"), "jax": l4_training.train(subjects, "jax")}
