@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -68,25 +68,24 @@ def load_weights(spec: ModelSpec, source: TensorSource, dtype: Any) -> dict[str,
 
 def _arrivals(spec: ModelSpec, source: TensorSource) -> Iterator[tuple[str, Any]]:
     """(name, weight on the device) of every tensor; the next one is on its way while one is used."""
-    names, present = tensor_shapes(spec), set(source.names())
+    shapes, present = tensor_shapes(spec), set(source.names())
 
     def take(name: str) -> Any:
         if name not in present:
             raise ValueError(f"the checkpoint lacks the tensor {name}")
-        if tuple(source.shape(name)) != names[name]:
-            raise ValueError(f"tensor {name} must have the shape {names[name]}, and it has {tuple(source.shape(name))}")
+        if tuple(source.shape(name)) != shapes[name]:
+            raise ValueError(f"tensor {name} must have the shape {shapes[name]}, and it has {tuple(source.shape(name))}")
         value = source.read(name)
         return jax.tree.map(placement.put, value if isinstance(value, NF4) else np.asarray(value))
 
+    names = list(shapes)
     with ThreadPoolExecutor(1) as reader:
-        coming: deque[tuple[str, Future[Any]]] = deque()
-        for name in names:
-            coming.append((name, reader.submit(take, name)))
-            if len(coming) > 1:
-                first, value = coming.popleft()
-                yield first, value.result()
-        for name, value in coming:
-            yield name, value.result()
+        coming = reader.submit(take, names[0])
+        for name, following in zip_longest(names, names[1:]):
+            value = coming.result()
+            if following is not None:
+                coming = reader.submit(take, following)
+            yield name, value
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
