@@ -20,7 +20,7 @@ from jaxsloth.backend import PreferenceOptions
 from jaxsloth.data.encode import Example
 from jaxsloth.frontend import arguments, dpo_config
 from jaxsloth.frontend.preference import References, pair_losses
-from tests.support.modules import BACKENDS, lora, their_base
+from tests.support.modules import BACKENDS, TRAINING, lora, their_base
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.sources import transformers_llama
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, random_weights, write_checkpoint
@@ -30,17 +30,10 @@ BAR = 1e-5
 STEPS = 20
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 SETTINGS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
+    **TRAINING,
     "max_steps": STEPS,
     "learning_rate": 2e-3,
     "warmup_steps": 2,
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.5,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 3,
     "max_length": 48,
 }
 TEXTS = [

@@ -14,25 +14,18 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from jaxsloth.backend import BuildOptions
-from tests.support.modules import BACKENDS, adapted, lora, our_base, their_base
+from tests.support.modules import BACKENDS, TRAINING, adapted, lora, our_base, their_base
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer
 
 BAR = 1e-5
 STEPS = 20
 SETTINGS: dict[str, Any] = {
+    **TRAINING,
     "use_cpu": True,
     "bf16": False,
-    "per_device_train_batch_size": 2,
     "max_steps": STEPS,
     "learning_rate": 5e-3,
     "warmup_steps": 2,
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.5,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 3,
 }
 
 

@@ -19,7 +19,7 @@ from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTra
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.module.passes import Pass, to_torch
-from tests.support.modules import BACKENDS, adapted, batch, lora, our_base, pair, their_base
+from tests.support.modules import BACKENDS, TRAINING, adapted, batch, lora, our_base, pair, their_base
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, write_checkpoint
 
@@ -27,16 +27,9 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 BOTH_ENDS = ["embed_tokens", "lm_head"]
 BAR = 1e-5
 SETTINGS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
+    **TRAINING,
     "max_steps": 12,
     "learning_rate": 5e-3,
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.5,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 3,
     "max_length": 64,
 }
 JUDGES: dict[str, Any] = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}

@@ -26,7 +26,7 @@ from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.trainer_run import learning_rates
 from jaxsloth.kernels.dropout.contract import key_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
-from tests.support.modules import BACKENDS, their_base
+from tests.support.modules import BACKENDS, TRAINING, their_base
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, write_checkpoint
 
@@ -34,17 +34,10 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 BAR = 1e-5
 STEPS = 20
 SETTINGS: dict[str, Any] = {
-    "per_device_train_batch_size": 2,
+    **TRAINING,
     "max_steps": STEPS,
     "learning_rate": 5e-3,
     "warmup_steps": 2,
-    "weight_decay": 0.1,
-    "max_grad_norm": 0.5,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "seed": 3,
     "max_length": 64,
 }
 

@@ -16,6 +16,17 @@ from tests.support.sources import DictSource, transformers_llama
 from tests.support.tiny import CONFIG, random_weights
 
 BACKENDS = ("torch", "jax")
+# What short runs of trainers share, ours and the judges'.
+TRAINING: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "seed": 3,
+}
 
 
 def our_base(
