@@ -196,7 +196,7 @@ class Linear(nnx.Module):
     def _decode(self, matvec: Callable[..., Any], x: Any, bias: Any, layer: Any) -> Any:
         """As `lora_matmul`, without writing the dequantized weight."""
         flat = x.reshape(-1, x.shape[-1])
-        y = matvec(flat, self.base(), layer=layer)
+        y = matvec(flat, [self.base()], layer=layer)
         if self._adapted:
             a, b = self.lora_A[...].astype(x.dtype), (self._scale * self.lora_B[...]).astype(x.dtype)
             precision = precision_of(x.dtype)
@@ -314,6 +314,13 @@ class Block(nnx.Module):
             self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm", layer.mlp_norm)
             self.post_feedforward_layernorm = norm("post_feedforward_layernorm", layer.mlp_norm)
         self.mlp = MLP(place, take, ops)
+
+    def groups(self) -> tuple[list[Linear], list[Linear], list[Linear], list[Linear]]:
+        """The linear layers by the input they share: queries, keys and values; o_proj; gate and up; down_proj."""
+        attention, mlp = self.self_attn, self.mlp
+        qkv = [attention.qkv_proj] if attention._spec.fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj]
+        gate_up = [mlp.gate_up_proj] if mlp._spec.fused else [mlp.gate_proj, mlp.up_proj]
+        return qkv, [attention.o_proj], gate_up, [mlp.down_proj]
 
     def __call__(self, x: Any, context: Context, layer: Any, cache: Cache | None = None) -> tuple[Any, Cache | None]:
         normed = self.input_layernorm(x, layer) if self._normed else x

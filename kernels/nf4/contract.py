@@ -18,7 +18,7 @@ Functions, the same in ``torch_ops`` and ``xla_ops`` (arrays are the framework's
     x ``[rows, in]`` (rows of any stride) in float32, bfloat16 or float16, which is also the result's; weights: a sequence of
     NF4 that share their ``in``. ``y = [x·W0ᵀ, x·W1ᵀ, …]``, the dequantized weight in float32 or rounded to x's dtype, products
     accumulated in float32, y rounded once. For few rows (decoding): codes and maxima are read once and no weight is written.
-    No gradient. On JAX weights is one NF4, and `layer` is as above. Held to `MATVEC_TOLERANCES`.
+    No gradient. On JAX there is no bias, and `layer` is as above, for all weights. Held to `MATVEC_TOLERANCES`.
 
 Details that bit-equality with bitsandbytes 0.50 (its CPU library is the judge) needs, the same in every implementation:
 - A value is multiplied by ``1 / max(absmax, 1e-38)``, clipped to [-1, 1] and matched to the nearest of `CODE`, the lower one

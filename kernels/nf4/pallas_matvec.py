@@ -1,14 +1,17 @@
-"""An NF4 weight times few rows as one Pallas kernel (lowered through Triton): codes are decoded in registers and met by x.
+"""NF4 weights times few rows as one Pallas kernel (lowered through Triton): codes are decoded in registers and met by x.
 
-A program owns `TILE_OUT` rows of the weight and goes through them some blocks of 64 values at a time. The two nibbles of a byte
-meet the even and the odd values of x, so nothing is interleaved. One row of x is multiplied in float32 lanes; more go through
-the tensor cores, each weight rounded to x's dtype first. A stacked weight is read in place.
+A program owns `Tiles.out` rows of a weight and goes through them some blocks of 64 values at a time; the next codes are
+fetched while the present ones are decoded. The two nibbles of a byte meet the even and the odd values of x, which are handed
+over apart, so that nothing is interleaved and every load is of neighbours. One row of x is multiplied in float32 lanes; more go
+through the tensor cores, each weight rounded to x's dtype first. Where a weight is too small to fill the GPU, `in` is split
+over programs whose float32 sums are added afterwards. Stacked weights are read in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,96 +24,157 @@ from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
 from jaxsloth.kernels.nf4.pallas_kernel import _arguments
 
 _BYTES = BLOCK // 2
+PROGRAMS = 512  # that fill an H200 of 132 processors; any other GPU runs them too
 
 
-def _kernel(
-    layer: Any,
+class Tiles(NamedTuple):
+    """How a product is cut: rows of the weight and blocks of them a program handles at once, parts of `in`, warps a program."""
+
+    out: int
+    blocks: int
+    split: int
+    warps: int
+
+
+class Part(NamedTuple):
+    """One of the weights: its rows, outer blocks a layer, and where its tiles and its columns of the result begin."""
+
+    out: int
+    outer_blocks: int
+    tile: int
+    column: int
+
+
+def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
+    """Tiles that give every processor enough to do; blocks: in a row of the weights."""
+    out, most, warps = (4, 16, 4) if rows == 1 else (32, 4, 4)
+    across = next(size for size in (16, 8, 4, 2, 1) if size <= most and blocks % size == 0)
+    programs, split = sum(pl.cdiv(one, out) for one in outs), 1
+    while programs * split < PROGRAMS and split < 8 and blocks % (2 * split * across) == 0:
+        split *= 2
+    return Tiles(out, across, split, warps)
+
+
+def _kernel(table: Any, *rest: Any, parts: tuple[Part, ...], tiles: Tiles, across: int, rows: int, nested: bool) -> None:
+    """across: blocks in a row of the weights. x ``[2, rows, in / 2]``, y ``[split, rows, sum of out]``."""
+    *levels, x, y = rest
+    each = len(levels) // len(parts)
+    tile, split = pl.program_id(0), pl.program_id(1)  # the interpreter knows them outside of branches only
+    if len(parts) == 1:
+        _product(table, levels, x, y, parts[0], tile, split, tiles, across, rows, nested)
+        return
+    for place, part in enumerate(parts):
+        own = levels[place * each : (place + 1) * each]
+        end = parts[place + 1].tile if place + 1 < len(parts) else 1 << 30
+
+        @pl.when((tile >= part.tile) & (tile < end))
+        def _(own: Any = own, part: Part = part) -> None:
+            _product(table, own, x, y, part, tile - part.tile, split, tiles, across, rows, nested)
+
+
+def _product(
     table: Any,
-    codes: Any,
-    absmax: Any,
-    *rest: Any,
-    out: int,
+    levels: Sequence[Any],
+    x: Any,
+    y: Any,
+    part: Part,
+    tile: Any,
+    split: Any,
+    tiles: Tiles,
     across: int,
-    outer_blocks: int,
-    tile_out: int,
-    tile_blocks: int,
     rows: int,
+    nested: bool,
 ) -> None:
-    """across: blocks in a row of the weight, a multiple of tile_blocks. x ``[rows, in]``, y ``[rows, out]``."""
-    *nested, x, y = rest
-    row = jnp.arange(tile_out, dtype=jnp.int32) + pl.program_id(0) * tile_out
-    inside = row < out
-    own = jnp.where(inside, row, 0) * across
-    byte_of = jnp.arange(tile_blocks * _BYTES, dtype=jnp.int32)
+    """One program's rows of one weight, over its part of `in`."""
+    layer, codes, absmax, *second = levels
+    row = jnp.arange(tiles.out, dtype=jnp.int32) + tile * tiles.out
+    inside, steps = row < part.out, across // tiles.split // tiles.blocks
+    start = split * (steps * tiles.blocks)
+    own = jnp.where(inside, row, 0) * across + layer[0] * (part.out * across)
+    byte_of = jnp.arange(tiles.blocks * _BYTES, dtype=jnp.int32)
 
-    def scales(first: Any) -> Any:
-        block = own[:, None] + (first + jnp.arange(tile_blocks, dtype=jnp.int32))[None, :]
-        scale = absmax[block + layer[0] * (out * across)]
+    def fetch(step: Any) -> Any:
+        block = own[:, None] + (start + step * tiles.blocks + byte_of // _BYTES)[None, :]
+        return codes[block, jnp.broadcast_to((byte_of % _BYTES)[None, :], block.shape)]
+
+    def scales(step: Any) -> Any:
+        inner = (start + step * tiles.blocks + jnp.arange(tiles.blocks, dtype=jnp.int32))[None, :]
+        scale = absmax[own[:, None] + inner]
         if nested:
-            outer, offset, book = nested
-            product = book[scale.astype(jnp.int32)] * outer[block // NESTED_BLOCK + layer[0] * outer_blocks]
+            outer, offset, book = second
+            block = jnp.where(inside, row, 0)[:, None] * across + inner
+            product = book[scale.astype(jnp.int32)] * outer[block // NESTED_BLOCK + layer[0] * part.outer_blocks]
             scale = product + offset[jnp.zeros_like(block) + layer[0]]
-        wide = jnp.broadcast_to(scale[:, :, None], (tile_out, tile_blocks, _BYTES))
-        return wide.reshape(tile_out, tile_blocks * _BYTES)
+        wide = jnp.broadcast_to(scale[:, :, None], (tiles.out, tiles.blocks, _BYTES))
+        return wide.reshape(tiles.out, tiles.blocks * _BYTES)
 
-    def add(step: Any, total: Any) -> Any:
-        first = step * tile_blocks
-        block = own[:, None] + layer[0] * (out * across) + first + (byte_of // _BYTES)[None, :]
-        byte = codes[block, jnp.broadcast_to((byte_of % _BYTES)[None, :], block.shape)].astype(jnp.int32)
-        scale = scales(first)
-        high, low = table[byte >> 4] * scale, table[byte & 15] * scale
-        channel = first * BLOCK + 2 * byte_of
+    def add(step: Any, carried: Any) -> Any:
+        total, fetched = carried
+        byte, following = fetched.astype(jnp.int32), fetch(jnp.minimum(step + 1, steps - 1))
+        scale, channel = scales(step), (start + step * tiles.blocks) * _BYTES + byte_of
+        high, low = table[byte >> 4], table[byte & 15]
         if rows == 1:
             zero = jnp.zeros_like(channel)
-            even, odd = x[zero, channel].astype(jnp.float32), x[zero, channel + 1].astype(jnp.float32)
-            return total + high * even[None, :] + low * odd[None, :]
+            even, odd = (x[zero + half, zero, channel].astype(jnp.float32) for half in (0, 1))
+            return total + (high * even[None, :] + low * odd[None, :]) * scale, following
         which = jnp.arange(rows, dtype=jnp.int32)[:, None]
-        even, odd = x[which, channel[None, :]], x[which, channel[None, :] + 1]
-        total += dot_float32(high.astype(x.dtype), even, (1, 1))
-        return total + dot_float32(low.astype(x.dtype), odd, (1, 1))
+        for half, values in enumerate((high, low)):
+            own_x = x[jnp.zeros_like(which) + half, which, channel[None, :]]
+            total += dot_float32((values * scale).astype(x.dtype), own_x, (1, 1))
+        return total, following
 
-    shape = (tile_out, tile_blocks * _BYTES if rows == 1 else rows)
-    total = jax.lax.fori_loop(0, across // tile_blocks, add, jnp.zeros(shape, jnp.float32))
+    shape = (tiles.out, tiles.blocks * _BYTES if rows == 1 else rows)
+    total, _ = jax.lax.fori_loop(0, steps, add, (jnp.zeros(shape, jnp.float32), fetch(jnp.int32(0))))
     if rows == 1:
-        result = jnp.sum(total, axis=1).astype(y.dtype)
-        plgpu.store(y.at[jnp.zeros_like(row), row], result, mask=inside)
-    else:
-        which = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None, :], shape)
-        place = jnp.broadcast_to(row[:, None], shape)
-        plgpu.store(y.at[which, place], total.astype(y.dtype), mask=jnp.broadcast_to(inside[:, None], shape))
+        total = jnp.sum(total, axis=1)[:, None]
+    which = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None, :], (tiles.out, rows))
+    place = jnp.broadcast_to((part.column + row)[:, None], which.shape)
+    plgpu.store(
+        y.at[jnp.zeros_like(which) + split, which, place],
+        total.astype(y.dtype),
+        mask=jnp.broadcast_to(inside[:, None], which.shape),
+    )
 
 
-@partial(jax.jit, static_argnames=("interpret",))
+@partial(jax.jit, static_argnames=("tiles", "interpret"))
 def matvec(
-    x: Float[Array, "rows in"], quantized: NF4, *, layer: Int[Array, ""] | None = None, interpret: bool = False
+    x: Float[Array, "rows in"],
+    weights: Sequence[NF4],
+    *,
+    layer: Int[Array, ""] | None = None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "rows out"]:
     """As xla_ops' function of this name, for at most `MATVEC_ROWS` rows of whole blocks.
 
+    tiles: by default those of `tiles_for`.
+
     Raises:
-        ValueError: more rows, or rows that are not whole blocks.
+        ValueError: more rows, rows that are not whole blocks, weights of different widths, or some of them nested.
     """
     rows, in_ = x.shape
-    out = quantized.shape[0]
     if rows > MATVEC_ROWS or in_ % BLOCK:
         raise ValueError(f"matvec takes at most {MATVEC_ROWS} rows of whole blocks of {BLOCK} values, and {x.shape} came")
-    arguments, _, outer_blocks = _arguments(quantized, layer)
-    padded, across = 1 if rows == 1 else MATVEC_ROWS, in_ // BLOCK
-    tile_out, most = (8, 16) if rows == 1 else (32, 2)
-    tile_blocks = next(size for size in (16, 8, 4, 2, 1) if size <= most and across % size == 0)
+    nested = weights[0].nested is not None
+    if any((weight.nested is not None) != nested or weight.shape[1] != in_ for weight in weights):
+        raise ValueError("weights of one matvec must share their input's width, and be nested all or none")
+    outs, across = [weight.shape[0] for weight in weights], in_ // BLOCK
+    tiles = tiles or tiles_for(rows, across, outs)
+    arguments, parts, tile, column = [], [], 0, 0
+    for weight in weights:
+        (at, table, *levels), _, outer_blocks = _arguments(weight, layer)
+        arguments = [*(arguments or [table]), at, *levels]
+        parts.append(Part(weight.shape[0], outer_blocks, tile, column))
+        tile, column = tile + pl.cdiv(weight.shape[0], tiles.out), column + weight.shape[0]
+    padded = 1 if rows == 1 else MATVEC_ROWS
+    planes = jnp.pad(x, ((0, padded - rows), (0, 0))).reshape(padded, in_ // 2, 2).transpose(2, 0, 1)
     call = pl.pallas_call(
-        partial(
-            _kernel,
-            out=out,
-            across=across,
-            outer_blocks=outer_blocks,
-            tile_out=tile_out,
-            tile_blocks=tile_blocks,
-            rows=padded,
-        ),
-        out_shape=jax.ShapeDtypeStruct((padded, out), x.dtype),
-        grid=(pl.cdiv(out, tile_out),),
-        compiler_params=plgpu.CompilerParams(num_warps=4 if rows == 1 else 2, num_stages=1),
+        partial(_kernel, parts=tuple(parts), tiles=tiles, across=across, rows=padded, nested=nested),
+        out_shape=jax.ShapeDtypeStruct((tiles.split, padded, column), x.dtype if tiles.split == 1 else jnp.float32),
+        grid=(tile, tiles.split),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
         interpret=interpret,
         name="nf4_matvec",
     )
-    return call(*arguments, jnp.pad(x, ((0, padded - rows), (0, 0))))[:rows]
+    y = call(*arguments, planes)[:, :rows]
+    return y[0] if tiles.split == 1 else jnp.sum(y, axis=0).astype(x.dtype)

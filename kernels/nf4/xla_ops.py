@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -150,9 +151,12 @@ def unpack(codes: UInt8[Array, " bytes"]) -> Float32[Array, " values"]:
     return book[indices.astype(jnp.int32)]
 
 
-def matvec(x: Float[Array, "rows in"], quantized: NF4, *, layer: Int[Array, ""] | None = None) -> Float[Array, "rows out"]:
-    """``x·Wᵀ`` accumulated in float32; the weight is dequantized for the product."""
-    weight = dequantize(quantized, x.dtype, layer=layer)
+def matvec(
+    x: Float[Array, "rows in"], weights: Sequence[NF4], *, layer: Int[Array, ""] | None = None
+) -> Float[Array, "rows out"]:
+    """``[x·W0ᵀ, x·W1ᵀ, …]`` accumulated in float32; the weights are dequantized for the product."""
+    dense = [dequantize(weight, x.dtype, layer=layer) for weight in weights]
+    weight = dense[0] if len(dense) == 1 else jnp.concatenate(dense)
     dimensions = (((1,), (1,)), ((), ()))
     out = jax.lax.dot_general(x, weight, dimensions, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
     return out.astype(x.dtype)

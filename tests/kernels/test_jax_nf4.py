@@ -87,13 +87,13 @@ def test_matvec(case, nested, implementation):
 
 
 def check_matvec(function, case, nested):
-    """Against the float64 product with the dequantized weight."""
+    """Against the float64 product with the dequantized weights."""
     inputs = make_matvec_inputs(case, 0)
-    weight = xla_ops.quantize(jnp.asarray(inputs["weight0"]), nested=nested)
-    dense = np.asarray(xla_ops.dequantize(weight, jnp.float32), np.float64)
+    weights = [xla_ops.quantize(jnp.asarray(inputs[f"weight{i}"]), nested=nested) for i in range(len(case.outs))]
+    dense = np.concatenate([np.asarray(xla_ops.dequantize(weight, jnp.float32), np.float64) for weight in weights])
     for dtype in ("float32", "bfloat16"):
         x = jnp.asarray(inputs["x"]).astype(dtype)
-        got = function(x, weight)
+        got = function(x, weights)
         expected = np.asarray(x.astype(jnp.float32), np.float64) @ dense.T
         error = np.linalg.norm(np.asarray(got.astype(jnp.float32)) - expected) / np.linalg.norm(expected)
         assert got.dtype == x.dtype and error <= MATVEC_TOLERANCES[dtype].output, (dtype, error)
@@ -103,11 +103,22 @@ def check_matvec(function, case, nested):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("implementation", MATVEC)
 def test_matvec_of_a_layer_of_a_stack(nested, rows, implementation):
-    stack, layers = stacked(nested, (48, 128))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 128)), jnp.float32)
-    for index, one in enumerate(layers):
-        got = MATVEC[implementation](x, stack, layer=jnp.int32(index))
-        np.testing.assert_allclose(np.asarray(got), np.asarray(xla_ops.matvec(x, one)), rtol=1e-4, atol=1e-4)
+    found = [stacked(nested, (out, 512)) for out in (48, 16)]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 512)), jnp.float32)
+    for index in range(len(found[0][1])):
+        got = MATVEC[implementation](x, [stack for stack, _ in found], layer=jnp.int32(index))
+        expected = xla_ops.matvec(x, [layers[index] for _, layers in found])
+        np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_matvec_in_parts(rows, split):
+    weight = xla_ops.quantize(jnp.asarray(np.random.default_rng(1).normal(size=(40, 1024)), jnp.float32), nested=True)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 1024)), jnp.float32)
+    tiles = pallas_matvec.Tiles(16, 2, split, 2)
+    got = pallas_matvec.matvec(x, [weight], tiles=tiles, interpret=True)
+    np.testing.assert_allclose(np.asarray(got), np.asarray(xla_ops.matvec(x, [weight])), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("weight", "offset", "message"), [((0, 4), None, "must hold values"), ((4, 4), 0.5, "nested=True")])
@@ -140,7 +151,7 @@ def test_dequantize_lowers_for_cuda(nested):
 def test_matvec_lowers_for_cuda(nested, dtype, rows):
     stack, _ = stacked(nested, (48, 1152))
     x = jnp.zeros((rows, 1152), dtype)
-    text = lowered_for_cuda(lambda x, q, i: pallas_matvec.matvec(x, q, layer=i), x, stack, jnp.int32(1))
+    text = lowered_for_cuda(lambda x, q, i: pallas_matvec.matvec(x, [q, q], layer=i), x, stack, jnp.int32(1))
     assert "nf4_matvec" in text and "triton" in text
 
 
