@@ -11,12 +11,15 @@ import pytest
 
 from jaxsloth.kernels.adamw_8bit.cases import CASES as ADAMW_CASES
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT
+from jaxsloth.kernels.attention import pallas_cached, xla_cached
+from jaxsloth.kernels.attention.cases import CACHED_CASES, CachedCase
 from jaxsloth.kernels.nf4 import xla_ops
 from jaxsloth.kernels.nf4.cases import CASES, MATVEC_CASES, MatvecCase, make_inputs
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, MATVEC, NF4
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes
 from tests.kernels.test_adamw_8bit_jax import jax_step
+from tests.kernels.test_jax_cached import check_cached_attention
 from tests.kernels.test_jax_nf4 import check_matvec, stacked
 from tests.kernels.test_jax_ops import DTYPES, OPS, check, part
 
@@ -98,6 +101,22 @@ def test_rms_norm_of_many_rows_and_again():
     for pallas, xla, again in zip(*results, strict=True):
         assert np.array_equal(pallas, again)
         assert np.linalg.norm(pallas - xla) <= 8e-3 * np.linalg.norm(xla)
+
+
+# The heads of Llama-3.1-8B, few rows and many (one part); heads that are no power of two; the widest.
+LONG_CACHES = (
+    CachedCase("long", 9000, 8500, (0, 8000, 17), heads=32, kv_heads=8, head_dim=128, half=64),
+    CachedCase("long_many_rows", 600, 555, tuple(range(0, 512, 8)), heads=32, kv_heads=8, head_dim=128, half=64),
+    CachedCase("long_96", 1500, 1400, (0, 900), heads=32, kv_heads=32, head_dim=96, half=48),
+    CachedCase("long_256", 1500, 1400, (0, 900), heads=8, kv_heads=4, head_dim=256, half=128, window=1024, soft_cap=50.0),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CACHED_CASES, *LONG_CACHES], ids=lambda case: case.name)
+@pytest.mark.parametrize("module", [pallas_cached, xla_cached], ids=["pallas", "xla"])
+def test_cached_attention(module, case, dtype):
+    check_cached_attention(module.append, module.attend, case, dtype, module is pallas_cached)
 
 
 each_adamw = pytest.mark.parametrize("implementation", ADAMW_8BIT.of("jax"), ids=lambda implementation: implementation.name)

@@ -45,6 +45,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("kernels/*/xla_ops.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/jax_platform.py", {"jax"}, ("kernels",), set()),
     ("kernels/*/pallas_flash.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/pallas_cached.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
+    ("kernels/*/xla_cached.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/pallas_matvec.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/pallas_kernel.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     (
