@@ -70,7 +70,7 @@ def hidden(decoder: Decoder, input_ids: Any, context: Context, mode: str, docume
         x = x + context.noise.reshape(x.shape).astype(decoder.dtype)
     blocks = tuple(decoder.model.layers)
     # o_proj and down_proj take the stream's gradient, which is as wide in every block.
-    room = room_for(max(sum(_ranks(_parts(block)[which])) for block in blocks for which in (OUT, DOWN)))
+    room = room_for(max(sum(_ranks(block.groups()[which])) for block in blocks for which in (OUT, DOWN)))
     kinds = tuple(_kind(block, plain, decoder.dtype, room) for block in blocks)
     count = len(decoder.spec.layers) // len(blocks)
     fixed = Pass(kinds, count, mode, unrolled, (input_ids.shape[0], input_ids.shape[1]))
@@ -79,16 +79,9 @@ def hidden(decoder: Decoder, input_ids: Any, context: Context, mode: str, docume
         "segments": context.segments,
         "documents": documents,
     }
-    adapters = tuple(tuple(_adapters(part) for part in _parts(block)) for block in blocks)
+    adapters = tuple(tuple(_adapters(part) for part in block.groups()) for block in blocks)
     frozen = tuple(_frozen(block, decoder.dtype) for block in blocks)
     return decoder.model.norm(_stack(fixed, adapters, x, frozen, shared))
-
-
-def _parts(block: Block) -> tuple[list[Linear], ...]:
-    attention, mlp = block.self_attn, block.mlp
-    qkv = [attention.qkv_proj] if attention._spec.fused_qkv else [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up = [mlp.gate_up_proj] if mlp._spec.fused else [mlp.gate_proj, mlp.up_proj]
-    return qkv, [attention.o_proj], gate_up, [mlp.down_proj]
 
 
 def _ranks(linears: list[Linear]) -> tuple[int, ...]:
@@ -110,7 +103,7 @@ def _kind(block: Block, plain: bool, dtype: Any, stream_room: int) -> Kind:
     refused = attention_ops.refuses(platform(), dtype, spec.head_dim, spec.causal, spec.soft_cap)
     kernel = block.self_attn._implementation.load()
     settings = attention_ops.Settings(spec.scale, spec.causal, spec.window, spec.soft_cap, plain, refused is None, kernel)
-    return Kind(block._spec, tuple(group(which, part) for which, part in enumerate(_parts(block))), settings)
+    return Kind(block._spec, tuple(group(which, part) for which, part in enumerate(block.groups())), settings)
 
 
 def _adapters(linears: list[Linear]) -> tuple[Any, ...]:
@@ -127,7 +120,7 @@ def _frozen(block: Block, dtype: Any) -> Tree:
         parts = [one.bias[...] if one._biased else jnp.zeros((stacks, one._shape[0])) for one in linears]
         return jnp.concatenate([part.astype(dtype) for part in parts], axis=1)
 
-    parts = _parts(block)
+    parts = block.groups()
     return {
         "norm1": block.input_layernorm.weight[...],
         "norm2": block.post_attention_layernorm.weight[...],

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.jax_backend.layers import Context
+from jaxsloth.jax_backend import decode_step
+from jaxsloth.jax_backend.layers import Cache, Context
 from jaxsloth.jax_backend.train_step import rates_of
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class DecodeState:
         self._segments = np.zeros((batch, total + -total % BUCKET), np.int32)
         self._segments[:, : length + extra] = slots >= padding
         self._next = lengths.astype(np.int32)  # each row's next position
-        self._caches = model.decoder().empty_caches(batch, self._segments.shape[1])
+        # Stacked, or each layer's by itself once a fused burst has begun.
+        self._caches: tuple[Cache, ...] | list[Cache] = model.decoder().empty_caches(batch, self._segments.shape[1])
         positions = np.maximum(slots - padding, 0).astype(np.int32)
         ids = np.pad(input_ids, ((0, 0), (extra, 0)))
         self.first_logits = self._run(ids, positions, self._segments[:, : length + extra])
@@ -94,14 +96,15 @@ class DecodeState:
         """See `jaxsloth.backend.DecodeState`."""
         if count > self._left:
             raise ValueError(f"{count} more tokens do not fit: the cache has {self._left} slots left")
+        fused = self._model.decodes_fused()
         if self._model.stretches:
             return self._greedy_by_steps(tokens, count)
-        inputs = {
-            "tokens": jnp.asarray(tokens, jnp.int32),
-            "positions": jnp.asarray(self._next[:, None]),
-            "kv_segments": jnp.array(self._segments),
-            "used": jnp.int32(self._used),
-        }
+        inputs = {"tokens": jnp.asarray(tokens, jnp.int32), "positions": jnp.asarray(self._next[:, None])}
+        if fused:
+            first = np.argmax(self._segments != 0, axis=1).astype(np.int32)
+            inputs |= {"first": jnp.asarray(first), "slot": jnp.int32(self._used)}
+        else:
+            inputs |= {"kv_segments": jnp.array(self._segments), "used": jnp.int32(self._used)}
         self._segments[:, self._used : self._used + count] = 1
         self._used += count
         self._left -= count
@@ -113,11 +116,15 @@ class DecodeState:
         row's, since slots count only where the host says so."""
         model, waiting = self._model, None
         frequencies, ropes = model.frequencies(1)
+        fused = "slot" in inputs
+        if fused and isinstance(self._caches, tuple):
+            self._caches = decode_step.split(self._caches)
         while count > 0 or waiting is not None:
             launched = None
             if count > 0:
+                program = decode_step.say if fused else _say
                 with model.compiles():
-                    said, inputs, self._caches = _say(
+                    said, inputs, self._caches = program(
                         model.trained, model.frozen, self._caches, inputs, frequencies, model.structure, ropes, BURST
                     )
                 launched, count = said[:, :count], count - BURST
@@ -127,8 +134,12 @@ class DecodeState:
 
     def reorder(self, rows: np.ndarray) -> None:
         """See `jaxsloth.backend.DecodeState`."""
-        self._caches = _reordered(self._caches, jnp.asarray(rows, jnp.int32))
+        self._caches = _reordered(self._stacked(), jnp.asarray(rows, jnp.int32))
         self._segments, self._next = self._segments[rows], self._next[rows]
+
+    def _stacked(self) -> tuple[Cache, ...]:
+        caches = self._caches
+        return caches if isinstance(caches, tuple) else decode_step.stacked(caches, self._model.spec.layer_period())
 
     def _greedy_by_steps(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
         for _ in range(count):
@@ -147,7 +158,7 @@ class DecodeState:
         }
         with model.compiles():
             logits, self._caches = _forward(
-                model.trained, model.frozen, self._caches, inputs, frequencies, structure=model.structure, ropes=ropes
+                model.trained, model.frozen, self._stacked(), inputs, frequencies, structure=model.structure, ropes=ropes
             )
         self._used += input_ids.shape[1]
         return np.asarray(logits)

@@ -24,7 +24,7 @@ from jaxsloth.backend import (
 )
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
-from jaxsloth.jax_backend import fused, placement
+from jaxsloth.jax_backend import decode_step, fused, placement
 from jaxsloth.jax_backend.bridge import Bridge
 from jaxsloth.jax_backend.compilations import Compilations
 from jaxsloth.jax_backend.decoder import Decoder
@@ -228,6 +228,15 @@ class JaxModel:
         keeps_much = platform() == "cuda" and mode in ("none", "selective")
         requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
         return choose_named("layer_loop", "jax", requested, {"scan": None, "unrolled": None}) == "unrolled"
+
+    def decodes_fused(self) -> bool:
+        """Whether greedy bursts run jax_backend/decode_step.py; implementations={"decode_step": …} decides.
+
+        Raises:
+            RefusedError: "fused" was asked for and can't run this model, or another name came.
+        """
+        requested = (self.options.implementations or {}).get("decode_step")
+        return choose_fused("decode_step", "jax", requested, decode_step.refusal(self.spec), platform())
 
     def compiles(self) -> AbstractContextManager[None]:
         """What is compiled meanwhile counts as this model's."""

@@ -193,32 +193,6 @@ def test_what_it_refuses():
     assert generate(build(of_layers(spec, lambda _: {"rope": stretched}), None), PROMPTS, SETTINGS)
 
 
-@pytest.mark.parametrize("with_adapters", [False, True], ids=["base", "adapted"])
-def test_jax_says_it_with_the_matvec(with_adapters):
-    spec = quantize(spec_from_config(CONFIG | {"attention_bias": True}), nested=True)
-    tensors, answers = random_tensors(spec), []
-    for backend, implementations in (("jax", {"nf4_matvec": "xla"}), ("torch", {"decode_step": "composed"})):
-        options = BuildOptions(implementations=implementations)
-        model = load_backend(backend).build(spec, DictSource(tensors), options)
-        if with_adapters:
-            model.add_adapters(*adapted(model))
-        answers.append(generate(model, PROMPTS, SETTINGS))
-    assert answers[0] == answers[1]
-
-
-def test_steps_may_follow_bursts_on_jax():
-    spec, logits = spec_from_config(CONFIG), []
-    for backend in ("jax", "torch"):
-        model = load_backend(backend).build(spec, DictSource(random_tensors(spec)), BuildOptions())
-        state, first = model.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
-        bursts = list(state.greedy(first.argmax(axis=1), 10))
-        assert sum(burst.shape[1] for burst in bursts) == 10
-        logits.append(state.step(bursts[-1][:, -1]))
-        with pytest.raises(ValueError, match="6 more tokens do not fit"):
-            state.greedy(bursts[-1][:, -1], 6)
-    assert np.abs(logits[0] - logits[1]).max() < 1e-4
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,108 @@
+"""JAX's decoding programs: word for word what torch's layers say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsloth.backend import BuildOptions, load_backend
+from jaxsloth.generation import generate
+from jaxsloth.jax_backend import decode_step
+from jaxsloth.jax_backend.layers import Cache, Ops
+from jaxsloth.kernels.registry import Facts, RefusedError
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.models.spec import Rope, RopeScaling
+from jaxsloth.transforms import quantize
+from tests.kernels.test_jax_nf4 import lowered_for_cuda
+from tests.models.test_decode_step import PROMPTS, SETTINGS, VARIANTS, adapted, build, of_layers, padded, random_tensors
+from tests.support.sources import DictSource
+from tests.support.tiny import CONFIG
+
+BIASED = CONFIG | {"attention_bias": True, "mlp_bias": True}
+FAST = ("nested", "windows", "sandwich")
+
+
+def built(spec, name, dtype="float32", **implementations):
+    options = BuildOptions(dtype=dtype, implementations={"decode_step": name, **implementations})
+    return load_backend("jax").build(spec, DictSource(random_tensors(spec)), options)
+
+
+def same_answers(spec, *models, adapters=True, settings=SETTINGS, prompts=PROMPTS):
+    answers = []
+    for model in models:
+        if adapters:
+            model.add_adapters(*adapted(model))
+        answers.append(generate(model, prompts, settings))
+    assert all(answer == answers[0] for answer in answers)
+    assert len({tuple(row) for row in answers[0]}) == 3
+
+
+@pytest.mark.parametrize("variant", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
+def test_it_says_what_the_layers_say(variant):
+    spec = VARIANTS[variant](spec_from_config(BIASED))
+    same_answers(spec, built(spec, "fused", nf4_matvec="xla"), build(spec, "composed"))
+
+
+def test_the_layers_say_it_with_the_matvec():
+    spec = quantize(spec_from_config(BIASED), nested=True)
+    same_answers(spec, built(spec, "composed", nf4_matvec="xla"), build(spec, "composed"))
+
+
+@pytest.mark.parametrize("name", ["fused", "composed"])
+def test_steps_may_follow_bursts(name):
+    spec, logits = spec_from_config(CONFIG), []
+    for model in (built(spec, name), build(spec, "composed")):
+        state, first = model.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
+        bursts = list(state.greedy(first.argmax(axis=1), 10))
+        assert sum(burst.shape[1] for burst in bursts) == 10
+        logits.append(state.step(bursts[-1][:, -1]))
+        with pytest.raises(ValueError, match="6 more tokens do not fit"):
+            state.greedy(bursts[-1][:, -1], 6)
+        more = list(state.greedy(logits[-1].argmax(axis=1), 5))  # the last burst goes on past the cache's end
+        logits.append(np.concatenate(more, axis=1))
+    assert np.abs(logits[0] - logits[2]).max() < 1e-4
+    assert np.array_equal(logits[1], logits[3])
+
+
+def test_what_it_refuses():
+    spec = spec_from_config(CONFIG)
+    stretched = of_layers(spec, lambda _: {"rope": Rope(10000.0, 16, RopeScaling("dynamic", 2.0))})
+    with pytest.raises(RefusedError, match="change with the length"):
+        built(stretched, "fused").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
+    with pytest.raises(RefusedError, match="no implementation 'graph'"):
+        built(spec, "graph").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_say_what_the_layers_say(variant, rows):
+    spec = VARIANTS[variant](spec_from_config(BIASED))
+    prompts, answers = [PROMPTS[row % 3] for row in range(rows)], []
+    for name in ("fused", "composed"):
+        model = built(spec, name)
+        model.add_adapters(*adapted(model))
+        answers.append(generate(model, prompts, replace(SETTINGS, max_new_tokens=40)))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_kernels_lower_for_cuda(monkeypatch, rows):
+    model = built(quantize(spec_from_config(BIASED), nested=True), "fused", "bfloat16")
+    model._ops = Ops(Facts("cuda", "bfloat16"), {})
+    model._assemble({})
+    monkeypatch.setattr(decode_step, "platform", lambda: "cuda")
+    caches = [Cache(*(jnp.zeros((1, rows, 64, 2, 16), jnp.bfloat16) for _ in range(2))) for _ in model.spec.layers]
+    numbers = jnp.zeros(rows, jnp.int32)
+    state = {"tokens": numbers, "positions": numbers[:, None], "first": numbers, "slot": jnp.int32(3)}
+    frequencies, ropes = model.frequencies(1)
+
+    def program(trained, frozen, caches, state):
+        return decode_step.say(trained, frozen, caches, state, frequencies, model.structure, ropes, 2)
+
+    text = lowered_for_cuda(program, model.trained, model.frozen, caches, state)
+    for kernel in ("nf4_matvec", "cache_append", "cache_attend", "rms_norm"):
+        assert kernel in text, kernel
