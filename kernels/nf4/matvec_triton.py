@@ -172,12 +172,15 @@ def add_parts_kernel(parts, bias, y, size, width, BIASED: tl.constexpr, SPLIT: t
 
 def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
     """Tiles that give every processor enough to do. For one row a program is a single warp, whose lookups are shuffles and
-    which waits for no other; for more it is the four warps of a tensor-core tile."""
-    out, across, wanted, warps = (4, 8, 15 * PROCESSORS, 1) if rows == 1 else (64, 2, 3 * PROCESSORS, 4)
+    which waits for no other; for more it is the four warps of a tensor-core tile, where four parts did best whatever there
+    was to do (docs/performance.md)."""
+    out, across, wanted, warps, most = (4, 8, 15 * PROCESSORS, 1, 16) if rows == 1 else (64, 2, 15 * PROCESSORS, 4, 4)
     if rows == 1 and sum(triton.cdiv(one, out) for one in outs) < wanted:
         out, across = 2, 16
     programs, split = sum(triton.cdiv(one, out) for one in outs), 1
-    while 2 * programs * split <= wanted and split < 16 and blocks // (split * 2) >= across:
+    if rows > 1 and programs > 2 * PROCESSORS:
+        across = 1
+    while 2 * programs * split <= wanted and split < most and blocks // (split * 2) >= across:
         split *= 2
     return Tiles(out, across, split, warps)
 

@@ -24,7 +24,8 @@ from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
 from jaxsloth.kernels.nf4.pallas_kernel import _arguments
 
 _BYTES = BLOCK // 2
-PROGRAMS = 512  # that fill an H200 of 132 processors; any other GPU runs them too
+STEPS = 8  # of a program that goes through several rows of x
+PROGRAMS = 384  # that fill an H200 of 132 processors with them; any other GPU runs them too
 
 
 class Tiles(NamedTuple):
@@ -46,12 +47,17 @@ class Part(NamedTuple):
 
 
 def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
-    """Tiles that give every processor enough to do; blocks: in a row of the weights."""
-    out, most, warps = (4, 16, 4) if rows == 1 else (32, 4, 4)
+    """The fastest of those tried on an H200 with an 8B model's layers (docs/performance.md); blocks: in a row of the weights."""
+    out, most, warps = (8, 16, 4) if rows == 1 else (32, 4, 2)
     across = next(size for size in (16, 8, 4, 2, 1) if size <= most and blocks % size == 0)
     programs, split = sum(pl.cdiv(one, out) for one in outs), 1
-    while programs * split < PROGRAMS and split < 8 and blocks % (2 * split * across) == 0:
-        split *= 2
+    if rows > 1:  # a program waits for its tensor cores: short ones, and enough of them
+        while (
+            (blocks // across // split > STEPS or programs * split < PROGRAMS)
+            and split < 8
+            and blocks % (2 * split * across) == 0
+        ):
+            split *= 2
     return Tiles(out, across, split, warps)
 
 
