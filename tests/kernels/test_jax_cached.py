@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from jaxsloth.kernels.attention import pallas_cached, xla_cached
+from jaxsloth.kernels.attention import pallas_cached, torch_ops, xla_cached
 from jaxsloth.kernels.attention.cases import CACHED_CASES, make_cached_inputs
 from tests.kernels.test_jax_nf4 import lowered_for_cuda
 from tests.kernels.torch_checks import judge_cached_attention, to_torch
 
-INTERPRETED: Any = partial(pallas_cached.append, interpret=True), partial(pallas_cached.attend, interpret=True)
-OPS: dict[str, Any] = {"xla": (xla_cached.append, xla_cached.attend), "pallas": INTERPRETED}
+INTERPRETED: tuple[Any, Any] = partial(pallas_cached.append, interpret=True), partial(pallas_cached.attend, interpret=True)
+OPS: dict[str, tuple[Any, Any]] = {"xla": (xla_cached.append, xla_cached.attend), "pallas": INTERPRETED}
 LAYERS, LAYER = 3, 1
 BY_NAME = {case.name: case for case in CACHED_CASES}
 
 
 def bits(array) -> np.ndarray:
-    found = np.asarray(array)
+    found = np.array(array)  # a copy: the array may be donated
     return found.view(f"u{found.dtype.itemsize}")
 
 
@@ -85,6 +85,20 @@ def test_against_the_reference(ops, name, dtype):
     check_cached_attention(*OPS[ops], BY_NAME[name], dtype, ops == "pallas")
 
 
+@pytest.mark.parametrize("ops", OPS)
+def test_turned_heads_are_rounded_as_torchs(ops):
+    case = BY_NAME["odd_head"]
+    inputs = make_cached_inputs(case, 0)
+    tensors = to_torch(inputs, "cpu")
+    q, k, v, keys, values = (tensors[name].bfloat16() for name in ("q", "k", "v", "keys", "values"))
+    torch_ops.append(q, k, v, (tensors["cos"], tensors["sin"]), keys, values, tensors["slot"])
+    x, y, z, *stacks = (jnp.asarray(inputs[name], jnp.bfloat16) for name in ("q", "k", "v", "keys", "values"))
+    tables = jnp.asarray(inputs["cos"]), jnp.asarray(inputs["sin"])
+    found = OPS[ops][0](x, y, z, tables, stacks[0][None], stacks[1][None], jnp.int32(case.slot), jnp.int32(0))
+    for got, expected in zip(found, (q, keys[None], values[None]), strict=True):
+        assert torch.equal(tensor(got), expected)
+
+
 def test_one_part_is_all(monkeypatch):
     monkeypatch.setattr(pallas_cached, "MOST_PARTS", 1)
     check_cached_attention(*INTERPRETED, BY_NAME["window"], "float32", True)
@@ -92,19 +106,19 @@ def test_one_part_is_all(monkeypatch):
 
 @pytest.mark.parametrize("ops", OPS)
 def test_a_row_that_sees_nothing_and_a_slot_too_far(ops):
+    """Scores in the hundreds, so that a softmax that is not held down overflows; a window of two that ends at the slot."""
     append, attend = OPS[ops]
     generator = np.random.default_rng(0)
     q, k, v = (jnp.asarray(generator.normal(size=(2, heads * 16)), jnp.float32) for heads in (4, 2, 2))
-    stacks = [jnp.asarray(generator.normal(size=(2, 2, 100, 2, 16)), jnp.float32) for _ in range(2)]
-    results = []
-    for slot in (99, 105):
-        _, *caches = append(q, k, v, None, *stacks, jnp.int32(slot), jnp.int32(0))
-        results.append(
-            (*caches, attend(q, *caches, jnp.array([98, 100], jnp.int32), jnp.int32(slot), jnp.int32(0), scale=0.25))
-        )
+    keys, values = (jnp.asarray(generator.normal(size=(2, 2, 100, 2, 16)), jnp.float32) for _ in range(2))
+    layer, first, results = jnp.int32(0), jnp.array([3, 100], jnp.int32), []
+    for slot in (jnp.int32(99), jnp.int32(105)):
+        _, *caches = append(q, k, v, None, keys, values, slot, layer)
+        results.append((*caches, attend(1000 * q, *caches, first, slot, layer, scale=0.25, window=2)))
     for inside, beyond in zip(*results, strict=True):
         assert np.array_equal(inside, beyond)
-    assert np.asarray(results[0][-1][0]).all() and not np.asarray(results[0][-1][1]).any()
+    out = np.asarray(results[0][-1])
+    assert np.isfinite(out).all() and out[0].all() and not out[1].any()
 
 
 def test_xla_writes_a_carried_stack_in_place():
@@ -114,7 +128,7 @@ def test_xla_writes_a_carried_stack_in_place():
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(keys, values, slot):
         def block(caches, layer):
-            return xla_cached.append(q, k, k, None, *caches, slot, layer)[1:], None
+            return xla_cached.append(q, k, k, None, caches[0], caches[1], slot, layer)[1:], None
 
         return jax.lax.scan(block, (keys, values), jnp.arange(4, dtype=jnp.int32))[0]
 
