@@ -91,55 +91,56 @@ def _product(
     rows: int,
     nested: bool,
 ) -> None:
-    """One program's rows of one weight, over its part of `in`."""
+    """One program's rows of one weight, over its part of `in`. A tile is ``[rows of the weight, blocks, bytes of a block]``, so
+    that a block's scale meets its values where they are."""
     layer, codes, absmax, *second = levels
     row = jnp.arange(tiles.out, dtype=jnp.int32) + tile * tiles.out
     inside, steps = row < part.out, across // tiles.split // tiles.blocks
     start = split * (steps * tiles.blocks)
-    own = jnp.where(inside, row, 0) * across + layer[0] * (part.out * across)
-    byte_of = jnp.arange(tiles.blocks * _BYTES, dtype=jnp.int32)
+    own = jnp.where(inside, row, 0)
+    stacked_row, byte = own + layer[0] * part.out, jnp.arange(_BYTES, dtype=jnp.int32)
+    if nested:
+        outer, offset, book = second
+        shift = offset[layer[0]]
+
+    def blocks_of(step: Any) -> Any:
+        return start + step * tiles.blocks + jnp.arange(tiles.blocks, dtype=jnp.int32)
 
     def fetch(step: Any) -> Any:
-        block = own[:, None] + (start + step * tiles.blocks + byte_of // _BYTES)[None, :]
-        return codes[block, jnp.broadcast_to((byte_of % _BYTES)[None, :], block.shape)]
+        return codes[stacked_row[:, None, None], blocks_of(step)[None, :, None] * _BYTES + byte[None, None, :]]
 
     def scales(step: Any) -> Any:
-        inner = (start + step * tiles.blocks + jnp.arange(tiles.blocks, dtype=jnp.int32))[None, :]
-        scale = absmax[own[:, None] + inner]
-        if nested:
-            outer, offset, book = second
-            block = jnp.where(inside, row, 0)[:, None] * across + inner
-            product = book[scale.astype(jnp.int32)] * outer[block // NESTED_BLOCK + layer[0] * part.outer_blocks]
-            scale = product + offset[jnp.zeros_like(block) + layer[0]]
-        wide = jnp.broadcast_to(scale[:, :, None], (tiles.out, tiles.blocks, _BYTES))
-        return wide.reshape(tiles.out, tiles.blocks * _BYTES)
+        block = blocks_of(step)[None, :]
+        scale = absmax[stacked_row[:, None] * across + block]
+        if not nested:
+            return scale
+        level = (own[:, None] * across + block) // NESTED_BLOCK + layer[0] * part.outer_blocks
+        return book[scale.astype(jnp.int32)] * outer[level] + shift
 
     def add(step: Any, carried: Any) -> Any:
         total, fetched = carried
-        byte, following = fetched.astype(jnp.int32), fetch(jnp.minimum(step + 1, steps - 1))
-        scale, channel = scales(step), (start + step * tiles.blocks) * _BYTES + byte_of
-        high, low = table[byte >> 4], table[byte & 15]
+        codes_now, following = fetched.astype(jnp.int32), fetch(jnp.minimum(step + 1, steps - 1))
+        high, low = table[codes_now >> 4], table[codes_now & 15]
         if rows == 1:
-            zero = jnp.zeros_like(channel)
-            even, odd = (x[zero + half, zero, channel].astype(jnp.float32) for half in (0, 1))
-            return total + (high * even[None, :] + low * odd[None, :]) * scale, following
-        which = jnp.arange(rows, dtype=jnp.int32)[:, None]
+            # Every row of the tile reads x for itself: rows that share it would exchange it through shared memory.
+            channel = jnp.broadcast_to(blocks_of(step)[None, :, None] * _BYTES + byte[None, None, :], high.shape)
+            even, odd = (x[half, 0, channel].astype(jnp.float32) for half in (0, 1))
+            return total + jnp.sum(high * even + low * odd, axis=2) * scales(step), following
+        scale, which = scales(step)[:, :, None], jnp.arange(rows, dtype=jnp.int32)[:, None]
+        flat = (start + step * tiles.blocks) * _BYTES + jnp.arange(tiles.blocks * _BYTES, dtype=jnp.int32)[None, :]
         for half, values in enumerate((high, low)):
-            own_x = x[jnp.zeros_like(which) + half, which, channel[None, :]]
-            total += dot_float32((values * scale).astype(x.dtype), own_x, (1, 1))
+            weight = (values * scale).astype(x.dtype).reshape(tiles.out, tiles.blocks * _BYTES)
+            total += dot_float32(weight, x[half, which, flat], (1, 1))
         return total, following
 
-    shape = (tiles.out, tiles.blocks * _BYTES if rows == 1 else rows)
+    shape = (tiles.out, tiles.blocks if rows == 1 else rows)
     total, _ = jax.lax.fori_loop(0, steps, add, (jnp.zeros(shape, jnp.float32), fetch(jnp.int32(0))))
     if rows == 1:
         total = jnp.sum(total, axis=1)[:, None]
     which = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None, :], (tiles.out, rows))
     place = jnp.broadcast_to((part.column + row)[:, None], which.shape)
-    plgpu.store(
-        y.at[jnp.zeros_like(which) + split, which, place],
-        total.astype(y.dtype),
-        mask=jnp.broadcast_to(inside[:, None], which.shape),
-    )
+    mask = jnp.broadcast_to(inside[:, None], which.shape)
+    plgpu.store(y.at[jnp.zeros_like(which) + split, which, place], total.astype(y.dtype), mask=mask)
 
 
 @partial(jax.jit, static_argnames=("tiles", "interpret"))
@@ -168,8 +169,8 @@ def matvec(
     tiles = tiles or tiles_for(rows, across, outs)
     arguments, parts, tile, column = [], [], 0, 0
     for weight in weights:
-        (at, table, *levels), _, outer_blocks = _arguments(weight, layer)
-        arguments = [*(arguments or [table]), at, *levels]
+        (at, table, codes, *levels), _, outer_blocks = _arguments(weight, layer)
+        arguments = [*(arguments or [table]), at, codes.reshape(-1, in_ // 2), *levels]
         parts.append(Part(weight.shape[0], outer_blocks, tile, column))
         tile, column = tile + pl.cdiv(weight.shape[0], tiles.out), column + weight.shape[0]
     padded = 1 if rows == 1 else MATVEC_ROWS
