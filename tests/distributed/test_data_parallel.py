@@ -20,7 +20,7 @@ from tests.support.tiny import tiny_recipe, write_checkpoint, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BAR = 1e-5
-STEPS = 20
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def recipe(tmp_path_factory):
             accumulation=2,
             steps=STEPS,
             data={"path": str(rows), "max_length": 64, "pad_to_multiple_of": 16, "validation_fraction": 0.3},
-            evaluation={"every": 10, "batch_size": 5},
+            evaluation={"every": STEPS // 2, "batch_size": 5},
             optimizer={"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
         )
 
