@@ -72,7 +72,7 @@ def test_many_devices_equal_one(recipe, one, tmp_path, backend, devices):
     if backend == "torch":
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
     else:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     command = [*launch, "-m", "jaxsloth", "train", str(file), "--quiet"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
