@@ -20,7 +20,7 @@ from tests.support.tiny import tiny_recipe, write_checkpoint, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 BAR = 1e-5
-STEPS = 20
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def recipe(tmp_path_factory):
             accumulation=2,
             steps=STEPS,
             data={"path": str(rows), "max_length": 64, "pad_to_multiple_of": 16, "validation_fraction": 0.3},
-            evaluation={"every": 10, "batch_size": 5},
+            evaluation={"every": STEPS // 2, "batch_size": 5},
             optimizer={"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
         )
 
@@ -72,7 +72,7 @@ def test_many_devices_equal_one(recipe, one, tmp_path, backend, devices):
     if backend == "torch":
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
     else:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     command = [*launch, "-m", "jaxsloth", "train", str(file), "--quiet"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def test_two_devices_equal_one(backend, tmp_path):
     if backend == "torch":
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     else:
-        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     command = [*launch, "-m", "tests.support.preference_steps", backend, str(tmp_path / "two.npz")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

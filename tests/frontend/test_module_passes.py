@@ -93,11 +93,22 @@ def test_loss_hidden_and_logits_are_those_of_the_composed_ops(kind, nested, back
     assert_close(gradients(ours), gradients(theirs))
     real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
     others = {"input_ids": given["input_ids"].flip(0), "labels": given["labels"].flip(0)}
+    if kind == "packed":  # other tokens of the same documents
+        ids = given["input_ids"].flip(1)
+        others = given | {"input_ids": ids, "labels": ids.masked_fill(given["labels"] == -100, -100)}
     inputs = {name: value for name, value in given.items() if name != "labels"}
+
+    # Packed on JAX, six programs less: the head behind states that are compared already.
+    headless = (kind, backend) == ("packed", "jax")
 
     def several(of: Any) -> torch.Tensor:
         first, second = of(**given).loss, of(**others).loss
         states = of.get_base_model().model(**inputs).last_hidden_state[real]
+        if headless:
+            (3 * second).backward()
+            states.square().mean().backward()
+            first.backward()
+            return torch.stack([first, second, states.sum()]).detach()
         policy = of(**inputs).logits[real]
         with of.disable_adapter(), torch.no_grad():  # as DPO's reference comes between forward and backward
             base = of(**inputs).logits[real]
@@ -110,7 +121,7 @@ def test_loss_hidden_and_logits_are_those_of_the_composed_ops(kind, nested, back
 
     torch.testing.assert_close(several(ours), several(theirs), rtol=BAR, atol=BAR)
     assert_close(gradients(ours), gradients(theirs))
-    assert len(modes) >= 4
+    assert len(modes) >= (2 if headless else 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

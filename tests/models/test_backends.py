@@ -206,13 +206,13 @@ def test_steps_are_torchs_adamw_on_peft(backend):
 
 
 @both
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_accumulation_layouts(backend, dropout):
-    rows = examples(21, VOCAB)  # the last step of the epoch is short
+def test_accumulation_layouts(backend):
+    """With dropout; without it the trainers' accumulation is TRL's (tests/frontend/test_trainer.py)."""
+    rows = examples(21, VOCAB)  # the third step, the last of the epoch, is short
     curves = []
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        model, *_ = build(backend, lora={"dropout": dropout})
-        curves.append(losses_of(model, stream(rows, batch_size=batch_size, accumulation=accumulation), 5)[0])
+        model, *_ = build(backend, lora={"dropout": 0.3})
+        curves.append(losses_of(model, stream(rows, batch_size=batch_size, accumulation=accumulation), 3)[0])
     assert max_abs(curves[1], curves[0]) <= 1e-5
     assert max_abs(curves[2], curves[0]) <= 1e-5
 

@@ -16,7 +16,7 @@ from jaxsloth.training.records import RunResult
 from jaxsloth.training.run import train
 
 BAR = 1e-5
-HALF, WHOLE = 20, 40
+HALF, WHOLE = 10, 20
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def recipe(tiny, output, backend):
         output,
         backend=backend,
         steps=WHOLE,
-        optimizer={"learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        optimizer={"learning_rate": 2e-3, "weight_decay": 0.1, "max_grad_norm": 0.5},
         checkpoints={"output": str(output), "every": HALF},
     )
 
@@ -42,7 +42,7 @@ def losses(output):
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """40 steps of each backend."""
+    """The uninterrupted run of each backend."""
     runs = {}
     for backend in BACKENDS:
         output = tmp_path_factory.mktemp("whole") / backend
@@ -64,7 +64,7 @@ def test_the_backends_have_one_curve(whole):
 def test_a_run_goes_on_on_the_other_backend(tiny, whole, tmp_path, first, second):
     output = tmp_path / "run"
     source = whole[first].output
-    for name in (f"checkpoint-{HALF}", "log.jsonl", "recipe.yaml"):  # as a kill in steps 21 to 40 would have left it
+    for name in (f"checkpoint-{HALF}", "log.jsonl", "recipe.yaml"):  # as a kill in the second half would have left it
         copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
         output.mkdir(exist_ok=True)
         copy(source / name, output / name)

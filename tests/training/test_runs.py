@@ -28,15 +28,15 @@ def losses(result):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accumulation_layouts_have_one_curve(tiny, tmp_path, backend):
+    """The loop's part in it; tests/models/test_backends.py has rows one by one too."""
     found = {}
-    for batch, accumulation in ((8, 1), (2, 4), (1, 8)):
+    for batch, accumulation in ((8, 1), (2, 4)):
         recipe = tiny.recipe(
-            tmp_path / f"{batch}x{accumulation}", backend=backend, batch_size=batch, accumulation=accumulation, steps=7
+            tmp_path / f"{batch}x{accumulation}", backend=backend, batch_size=batch, accumulation=accumulation, steps=4
         )
-        found[batch] = losses(train(recipe, quiet=True))  # 22 rows: the third step of each epoch is short
-    assert found[8].shape == (7,)
+        found[batch] = losses(train(recipe, quiet=True))  # 22 rows: the third step of an epoch is short
+    assert found[8].shape == (4,)
     np.testing.assert_allclose(found[2], found[8], rtol=0, atol=BAR)
-    np.testing.assert_allclose(found[1], found[8], rtol=0, atol=BAR)
 
 
 @pytest.fixture(scope="module")
