@@ -1,7 +1,8 @@
 """Which tiles suit a kernel on this GPU?  ``python -m benchmarks.tiles flash --backend torch --head-dim 256 --window 4096``
 
-Prints milliseconds a candidate: of attention with a soft cap in both frameworks (`flash`), and of the loss's softmax in JAX
-(`softmax`). The winners go into flash_triton.HALF, pallas_flash.HALF and linear_cross_entropy's pallas_kernel.
+Prints milliseconds a candidate: of attention with a soft cap in both frameworks (`flash`), of the loss's softmax in JAX
+(`softmax`), and of the products that decoding an 8B model takes (`matvec`). The winners go into flash_triton.HALF,
+pallas_flash.HALF, linear_cross_entropy's pallas_kernel, and `tiles_for` of matvec_triton and pallas_matvec.
 """
 
 from __future__ import annotations
@@ -123,6 +124,90 @@ def softmax(rows: int = 256, vocab: int = 128256, soft_cap: float | None = None)
 
     for size, warps in product((1024, 2048, 4096, 8192), (4, 8, 16)):
         _line(f"{size} columns, {warps} warps", partial(run, size, warps))
+
+
+GROUPS = {
+    "q k v": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+}
+LAYERS = 6  # one after the other, so that no weight is read from the cache
+
+
+@app.command()
+def matvec(backend: Annotated[str, typer.Option(help="torch or jax")] = "jax", rows: int = 8) -> None:
+    """Times 24 products of each group of Llama-3.1-8B's layers, nested NF4 with `rows` rows of bfloat16."""
+    if backend == "torch":
+        from jaxsloth.kernels.nf4 import matvec_triton as module
+
+        prepare = _torch_matvec
+    else:
+        from jaxsloth.kernels.nf4 import pallas_matvec as module
+
+        prepare = _jax_matvec
+    heights, widths, warps = ((2, 4, 8, 16), (8, 16, 32), (1, 2, 4)) if rows == 1 else ((16, 32, 64), (1, 2, 4), (2, 4))
+    chosen = module.tiles_for  # before a candidate takes its place
+    for name, (in_, outs) in GROUPS.items():
+        run = prepare(in_, outs, rows)
+        print(f"chosen: {chosen(rows, in_ // 64, outs)}")
+        for out, blocks, split, number in product(heights, widths, (1, 2, 4, 8), warps):
+            if in_ // 64 % (blocks * split) == 0:
+                tiles = module.Tiles(out, blocks, split, number)
+                _line(f"{name:8} {tiles}", partial(run, tiles))
+
+
+def _jax_matvec(in_: int, outs: tuple[int, ...], rows: int) -> Callable[..., float]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxsloth.kernels.nf4.contract import NF4, Nested
+    from jaxsloth.kernels.nf4.pallas_matvec import matvec
+
+    def weight(out: int) -> NF4:
+        blocks = out * in_ // 64
+        codes, absmax = (jax.random.bits(jax.random.key(n), (LAYERS, n), jnp.uint8) for n in (blocks * 32, blocks))
+        nested = Nested(jnp.full((LAYERS, -(-blocks // 256)), 0.01), jnp.zeros(LAYERS), jnp.linspace(-1, 1, 256))
+        return NF4(codes, absmax, nested, (out, in_))
+
+    weights, x = [weight(out) for out in outs], jax.random.normal(jax.random.key(0), (rows, in_), jnp.bfloat16)
+
+    def run(tiles: Any) -> float:
+        def one(index: Any, x: Any) -> Any:
+            y = matvec(x, weights, layer=index % LAYERS, tiles=tiles)
+            return x + (1e-30 * y.sum(axis=1, keepdims=True)).astype(x.dtype)  # so that they follow one another
+
+        work = jax.jit(lambda x: jax.lax.fori_loop(0, 4 * LAYERS, one, x))
+        return best_ms(lambda: work(x), jax.block_until_ready)
+
+    return run
+
+
+def _torch_matvec(in_: int, outs: tuple[int, ...], rows: int) -> Callable[..., float]:
+    import torch
+
+    from jaxsloth.kernels.nf4 import matvec_triton
+    from jaxsloth.kernels.nf4.contract import NF4, Nested
+
+    def weight(out: int) -> NF4:
+        blocks = out * in_ // 64
+        codes, absmax = (torch.randint(256, (n,), dtype=torch.uint8, device="cuda") for n in (blocks * 32, blocks))
+        levels = torch.full((-(-blocks // 256),), 0.01), torch.zeros(()), torch.linspace(-1, 1, 256)
+        return NF4(codes, absmax, Nested(*(level.cuda() for level in levels)), (out, in_))
+
+    layers = [[weight(out) for out in outs] for _ in range(LAYERS)]
+    x = torch.randn(rows, in_, dtype=torch.bfloat16, device="cuda")
+
+    def run(tiles: Any) -> float:
+        matvec_triton.tiles_for = lambda *_: tiles
+        matvec_triton.matvec(x, layers[0])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for index in range(4 * LAYERS):
+                matvec_triton.matvec(x, layers[index % LAYERS])
+        return best_ms(graph.replay, lambda _: torch.cuda.synchronize())
+
+    return run
 
 
 if __name__ == "__main__":
