@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.jax_backend import decode_step
+from jaxsloth.jax_backend import decode_step, placement
 from jaxsloth.jax_backend.layers import Cache, Context
 from jaxsloth.jax_backend.train_step import rates_of
 
@@ -96,7 +96,7 @@ class DecodeState:
         """See `jaxsloth.backend.DecodeState`."""
         if count > self._left:
             raise ValueError(f"{count} more tokens do not fit: the cache has {self._left} slots left")
-        fused = self._model.decodes_fused()
+        fused = self._model.decodes_fused() and self._splits()
         if self._model.stretches:
             return self._greedy_by_steps(tokens, count)
         inputs = {"tokens": jnp.asarray(tokens, jnp.int32), "positions": jnp.asarray(self._next[:, None])}
@@ -110,6 +110,11 @@ class DecodeState:
         self._left -= count
         self._next = self._next + np.int32(count)
         return self._say(inputs, count)
+
+    def _splits(self) -> bool:
+        """Whether the caches are each layer's by itself, or there is room to make them so: both lie there for a moment."""
+        caches = self._caches
+        return isinstance(caches, list) or sum(a.nbytes for a in jax.tree.leaves(caches)) <= placement.free_memory()
 
     def _say(self, inputs: Any, count: int) -> Iterator[np.ndarray]:
         """A burst is launched before the one before it is read. The last may go on past `count`: what it writes there is no

@@ -47,7 +47,10 @@ class Part(NamedTuple):
 
 
 def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
-    """The fastest of those tried on an H200 with an 8B model's layers (docs/performance.md); blocks: in a row of the weights."""
+    """The fastest of those tried on an H200 with an 8B model's layers, before tiles were cut by blocks (docs/performance.md).
+
+    blocks: in a row of the weights.
+    """
     out, most, warps = (8, 16, 4) if rows == 1 else (32, 4, 2)
     across = next(size for size in (16, 8, 4, 2, 1) if size <= most and blocks % size == 0)
     programs, split = sum(pl.cdiv(one, out) for one in outs), 1

@@ -10,7 +10,7 @@ import pytest
 
 from jaxsloth.backend import BuildOptions, load_backend
 from jaxsloth.generation import generate
-from jaxsloth.jax_backend import decode_step
+from jaxsloth.jax_backend import decode_step, placement
 from jaxsloth.jax_backend.layers import Cache, Ops
 from jaxsloth.kernels.registry import Facts, RefusedError
 from jaxsloth.models.registry import spec_from_config
@@ -65,6 +65,14 @@ def test_steps_may_follow_bursts(name):
         logits.append(np.concatenate(more, axis=1))
     assert np.abs(logits[0] - logits[2]).max() < 1e-4
     assert np.array_equal(logits[1], logits[3])
+
+
+def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
+    spec = spec_from_config(CONFIG)
+    model = built(spec, "fused")
+    monkeypatch.setattr(placement, "free_memory", lambda: 1000.0)
+    monkeypatch.setattr(decode_step, "split", None)
+    assert generate(model, PROMPTS, SETTINGS) == generate(build(spec, "composed"), PROMPTS, SETTINGS)
 
 
 def test_what_it_refuses():
