@@ -79,17 +79,17 @@ class RandomSource:
     What adds to the residual stream, o_proj and down_proj, is smaller by the number of terms, 2·layers, so that the stream
     stays near what the embeddings made of it: else each layer amplifies bfloat16's rounding of the one before, and two right
     backward passes look unlike. (16 layers 512 wide of this gain on a CPU: a layer's gradients 4.4e-2 apart with embeddings of
-    0.02 and GPT-2's √(2·layers); 32 layers of these weights: 1.2e-2.) Values are drawn from one pool of 2²² normals, rolled by
-    the name, since drawing billions takes minutes.
+    0.02 and GPT-2's √(2·layers); 32 layers of these weights: 1.2e-2.) Values are drawn from pools of 2²² normals, rolled by the
+    name, since drawing billions takes minutes.
     """
 
     def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
         self._shapes = tensor_shapes(spec)
-        normals = np.random.Generator(np.random.Philox(seed)).normal(0.0, 1.0, 1 << 22)
-        small = 0.02 / (2 * len(spec.layers))
-        self._embeddings, self._pool, self._small = (
-            (scale * normals).astype(ml_dtypes.bfloat16) for scale in (1.0, 0.02, small)
-        )
+        # The embeddings' own pool: rows of a weight that are rows of theirs would meet them everywhere in the stream.
+        words, normals = (np.random.Generator(np.random.Philox(key)).normal(size=1 << 22) for key in (seed + 1, seed))
+        self._embeddings = words.astype(ml_dtypes.bfloat16)
+        self._pool = (0.02 * normals).astype(ml_dtypes.bfloat16)
+        self._small = (0.02 / (2 * len(spec.layers)) * normals).astype(ml_dtypes.bfloat16)
 
     def names(self) -> Sequence[str]:
         return tuple(self._shapes)

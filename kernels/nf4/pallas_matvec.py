@@ -3,8 +3,8 @@
 A program owns `Tiles.out` rows of a weight and goes through them some blocks of 64 values at a time; the next codes are
 fetched while the present ones are decoded. The two nibbles of a byte meet the even and the odd values of x, which are handed
 over apart, so that nothing is interleaved and every load is of neighbours. One row of x is multiplied in float32 lanes; more go
-through the tensor cores, each weight rounded to x's dtype first. Where a weight is too small to fill the GPU, `in` is split
-over programs whose float32 sums are added afterwards. Stacked weights are read in place.
+through the tensor cores, each weight rounded to x's dtype first, and `in` is split over programs, whose float32 sums are added
+afterwards, so that there are enough of them and none is long. Stacked weights are read in place.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
     return Tiles(out, across, split, warps)
 
 
-def _kernel(table: Any, *rest: Any, parts: tuple[Part, ...], tiles: Tiles, across: int, rows: int, nested: bool) -> None:
+def _kernel(table: Any, *rest: Any, parts: tuple[Part, ...], tiles: Tiles, across: int, rows: int) -> None:
     """across: blocks in a row of the weights. x ``[2, rows, in / 2]``, y ``[split, rows, sum of out]``."""
     *levels, x, y = rest
     each = len(levels) // len(parts)
     tile, split = pl.program_id(0), pl.program_id(1)  # the interpreter knows them outside of branches only
     if len(parts) == 1:
-        _product(table, levels, x, y, parts[0], tile, split, tiles, across, rows, nested)
+        _product(table, levels, x, y, parts[0], tile, split, tiles, across, rows)
         return
     for place, part in enumerate(parts):
         own = levels[place * each : (place + 1) * each]
@@ -78,7 +78,7 @@ def _kernel(table: Any, *rest: Any, parts: tuple[Part, ...], tiles: Tiles, acros
 
         @pl.when((tile >= part.tile) & (tile < end))
         def _(own: Any = own, part: Part = part) -> None:
-            _product(table, own, x, y, part, tile - part.tile, split, tiles, across, rows, nested)
+            _product(table, own, x, y, part, tile - part.tile, split, tiles, across, rows)
 
 
 def _product(
@@ -92,7 +92,6 @@ def _product(
     tiles: Tiles,
     across: int,
     rows: int,
-    nested: bool,
 ) -> None:
     """One program's rows of one weight, over its part of `in`. A tile is ``[rows of the weight, blocks, bytes of a block]``, so
     that a block's scale meets its values where they are."""
@@ -102,9 +101,7 @@ def _product(
     start = split * (steps * tiles.blocks)
     own = jnp.where(inside, row, 0)
     stacked_row, byte = own + layer[0] * part.out, jnp.arange(_BYTES, dtype=jnp.int32)
-    if nested:
-        outer, offset, book = second
-        shift = offset[layer[0]]
+    shift = second[1][layer[0]] if second else None
 
     def blocks_of(step: Any) -> Any:
         return start + step * tiles.blocks + jnp.arange(tiles.blocks, dtype=jnp.int32)
@@ -115,10 +112,10 @@ def _product(
     def scales(step: Any) -> Any:
         block = blocks_of(step)[None, :]
         scale = absmax[stacked_row[:, None] * across + block]
-        if not nested:
+        if shift is None:
             return scale
         level = (own[:, None] * across + block) // NESTED_BLOCK + layer[0] * part.outer_blocks
-        return book[scale.astype(jnp.int32)] * outer[level] + shift
+        return second[2][scale.astype(jnp.int32)] * second[0][level] + shift
 
     def add(step: Any, carried: Any) -> Any:
         total, fetched = carried
@@ -140,10 +137,9 @@ def _product(
     total, _ = jax.lax.fori_loop(0, steps, add, (jnp.zeros(shape, jnp.float32), fetch(jnp.int32(0))))
     if rows == 1:
         total = jnp.sum(total, axis=1)[:, None]
-    which = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None, :], (tiles.out, rows))
-    place = jnp.broadcast_to((part.column + row)[:, None], which.shape)
-    mask = jnp.broadcast_to(inside[:, None], which.shape)
-    plgpu.store(y.at[jnp.zeros_like(which) + split, which, place], total.astype(y.dtype), mask=mask)
+    which, shape = jnp.arange(rows, dtype=jnp.int32)[None, :], (tiles.out, rows)
+    target = (jnp.broadcast_to(index, shape) for index in (split, which, (part.column + row)[:, None]))
+    plgpu.store(y.at[*target], total.astype(y.dtype), mask=jnp.broadcast_to(inside[:, None], shape))
 
 
 @partial(jax.jit, static_argnames=("tiles", "interpret"))
@@ -160,7 +156,8 @@ def matvec(
     tiles: by default those of `tiles_for`.
 
     Raises:
-        ValueError: more rows, rows that are not whole blocks, weights of different widths, or some of them nested.
+        ValueError: more rows, rows that are not whole blocks, weights of different widths or some of them nested, or tiles that
+            do not divide a row's blocks.
     """
     rows, in_ = x.shape
     if rows > MATVEC_ROWS or in_ % BLOCK:
@@ -170,6 +167,8 @@ def matvec(
         raise ValueError("weights of one matvec must share their input's width, and be nested all or none")
     outs, across = [weight.shape[0] for weight in weights], in_ // BLOCK
     tiles = tiles or tiles_for(rows, across, outs)
+    if across % (tiles.blocks * tiles.split):
+        raise ValueError(f"a row's {across} blocks must be whole steps of each part, and {tiles} came")
     arguments, parts, tile, column = [], [], 0, 0
     for weight in weights:
         (at, table, codes, *levels), _, outer_blocks = _arguments(weight, layer)
@@ -179,7 +178,7 @@ def matvec(
     padded = 1 if rows == 1 else MATVEC_ROWS
     planes = jnp.pad(x, ((0, padded - rows), (0, 0))).reshape(padded, in_ // 2, 2).transpose(2, 0, 1)
     call = pl.pallas_call(
-        partial(_kernel, parts=tuple(parts), tiles=tiles, across=across, rows=padded, nested=nested),
+        partial(_kernel, parts=tuple(parts), tiles=tiles, across=across, rows=padded),
         out_shape=jax.ShapeDtypeStruct((tiles.split, padded, column), x.dtype if tiles.split == 1 else jnp.float32),
         grid=(tile, tiles.split),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),

@@ -119,6 +119,8 @@ def test_matvec_in_parts(rows, split):
     tiles = pallas_matvec.Tiles(16, 2, split, 2)
     got = pallas_matvec.matvec(x, [weight], tiles=tiles, interpret=True)
     np.testing.assert_allclose(np.asarray(got), np.asarray(xla_ops.matvec(x, [weight])), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="16 blocks must be whole steps"):
+        pallas_matvec.matvec(x, [weight], tiles=pallas_matvec.Tiles(16, 3, split, 2), interpret=True)
 
 
 @pytest.mark.parametrize(("weight", "offset", "message"), [((0, 4), None, "must hold values"), ((4, 4), 0.5, "nested=True")])
