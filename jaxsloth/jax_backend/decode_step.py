@@ -23,8 +23,10 @@ from jaxsloth.kernels.jax_platform import platform, precision_of
 from jaxsloth.models.spec import ModelSpec
 
 
-def refusal(spec: ModelSpec) -> str | None:
-    """Why this model can't be decoded here, or None."""
+def refusal(spec: ModelSpec, room: bool) -> str | None:
+    """Why this model can't be decoded here, or None. room: whether its caches can lie there twice, as they do in `split`."""
+    if not room:
+        return "has its caches twice for a moment, and there is no room for that"
     if not all(layer.attention.causal for layer in spec.layers):
         return "knows causal attention only"
     scalings = (layer.attention.rope.scaling for layer in spec.layers if layer.attention.rope is not None)
@@ -66,7 +68,8 @@ def say(
         if decoder.spec.embedding.scale != 1.0:
             x = x * jnp.asarray(decoder.spec.embedding.scale, decoder.dtype)
         found = decoder.rope_tables(state["positions"], rates_of(ropes, frequencies))
-        tables = {rope: tuple(table[:, 0] for table in pair) for rope, pair in found.items()}
+        ropes_of = [layer.attention.rope for layer in decoder.spec.layers[: len(blocks)]]
+        tables = [None if rope is None else tuple(table[:, 0] for table in found[rope]) for rope in ropes_of]
         delta, written, period = jnp.zeros_like(x), [], len(blocks)
         # A burst may go on past the tokens that are wanted, and past the end: as XLA's updates do, the last slot takes them.
         slot = jnp.minimum(state["slot"], caches[0].keys.shape[2] - 1)
@@ -100,7 +103,7 @@ def _period(
     written = []
     for place, block in enumerate(nnx.merge(structure, arrays)):
         own = [None if pair is None else tuple(each[index] for each in pair) for pair in adapters[place]]
-        x, delta, cache = _block(block, own, x, delta, tables, caches[place], first, slot, index)
+        x, delta, cache = _block(block, own, x, delta, tables[place], caches[place], first, slot, index)
         written.append(cache)
     return x, delta, written
 
@@ -138,8 +141,7 @@ def _attend(
             for norm, t in ((attention.q_norm, q), (attention.k_norm, k))
         )
     module, layer = _cached(cache), jnp.int32(0)
-    turning = None if spec.rope is None else tables[spec.rope]
-    q, keys, values = module.append(q, k, v, turning, cache.keys, cache.values, slot, layer)
+    q, keys, values = module.append(q, k, v, tables, cache.keys, cache.values, slot, layer)
     out = module.attend(q, keys, values, first, slot, layer, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap)
     return out, Cache(keys, values)
 
@@ -154,16 +156,13 @@ def _adapters(linears: list[Linear], dtype: Any) -> tuple[Any, Any] | None:
     adapted = [one for one in linears if one._adapted]
     if not adapted:
         return None
-    a = jnp.concatenate([one.lora_A[...].astype(dtype) for one in adapted], axis=1)
-    layers, rank, column, outs = a.shape[0], 0, 0, sum(one._shape[0] for one in linears)
-    b = jnp.zeros((layers, a.shape[1], outs), dtype)
+    b, column, outs = [], 0, sum(one._shape[0] for one in linears)
     for one in linears:
         if one._adapted:
             own = (one._scale * one.lora_B[...]).astype(dtype).swapaxes(1, 2)
-            b = jax.lax.dynamic_update_slice(b, own, (0, rank, column))
-            rank += own.shape[1]
+            b.append(jnp.pad(own, ((0, 0), (0, 0), (column, outs - column - one._shape[0]))))
         column += one._shape[0]
-    return a, b
+    return jnp.concatenate([one.lora_A[...].astype(dtype) for one in adapted], axis=1), jnp.concatenate(b, axis=1)
 
 
 def _products(linears: list[Linear], x: Any, adapters: Any, index: Any) -> Any:

@@ -78,7 +78,9 @@ class DecodeState:
         self._segments[:, : length + extra] = slots >= padding
         self._next = lengths.astype(np.int32)  # each row's next position
         # Stacked, or each layer's by itself once a fused burst has begun.
-        self._caches: tuple[Cache, ...] | list[Cache] = model.decoder().empty_caches(batch, self._segments.shape[1])
+        self._caches: tuple[Cache, ...] | list[Cache] = placement.replicate(
+            model.decoder().empty_caches(batch, self._segments.shape[1])
+        )
         positions = np.maximum(slots - padding, 0).astype(np.int32)
         ids = np.pad(input_ids, ((0, 0), (extra, 0)))
         self.first_logits = self._run(ids, positions, self._segments[:, : length + extra])
@@ -96,13 +98,12 @@ class DecodeState:
         """See `jaxsloth.backend.DecodeState`."""
         if count > self._left:
             raise ValueError(f"{count} more tokens do not fit: the cache has {self._left} slots left")
-        fused = self._model.decodes_fused() and self._splits()
+        fused = self._model.decodes_fused(self._splits())
         if self._model.stretches:
             return self._greedy_by_steps(tokens, count)
         inputs = {"tokens": jnp.asarray(tokens, jnp.int32), "positions": jnp.asarray(self._next[:, None])}
         if fused:
-            first = np.argmax(self._segments != 0, axis=1).astype(np.int32)
-            inputs |= {"first": jnp.asarray(first), "slot": jnp.int32(self._used)}
+            inputs |= {"first": jnp.asarray(self._used - self._next, jnp.int32), "slot": jnp.int32(self._used)}
         else:
             inputs |= {"kv_segments": jnp.array(self._segments), "used": jnp.int32(self._used)}
         self._segments[:, self._used : self._used + count] = 1
@@ -161,9 +162,10 @@ class DecodeState:
             "kv_segments": jnp.array(self._segments),
             "used": jnp.int32(self._used),
         }
+        self._caches = self._stacked()  # the others go before the pass makes new ones
         with model.compiles():
             logits, self._caches = _forward(
-                model.trained, model.frozen, self._stacked(), inputs, frequencies, structure=model.structure, ropes=ropes
+                model.trained, model.frozen, self._caches, inputs, frequencies, structure=model.structure, ropes=ropes
             )
         self._used += input_ids.shape[1]
         return np.asarray(logits)

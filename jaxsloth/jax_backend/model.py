@@ -229,14 +229,16 @@ class JaxModel:
         requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
         return choose_named("layer_loop", "jax", requested, {"scan": None, "unrolled": None}) == "unrolled"
 
-    def decodes_fused(self) -> bool:
+    def decodes_fused(self, room: bool) -> bool:
         """Whether greedy bursts run jax_backend/decode_step.py; implementations={"decode_step": …} decides.
+
+        room: whether the caches can lie there twice.
 
         Raises:
             RefusedError: "fused" was asked for and can't run this model, or another name came.
         """
         requested = (self.options.implementations or {}).get("decode_step")
-        return choose_fused("decode_step", "jax", requested, decode_step.refusal(self.spec), platform())
+        return choose_fused("decode_step", "jax", requested, decode_step.refusal(self.spec, room), platform())
 
     def compiles(self) -> AbstractContextManager[None]:
         """What is compiled meanwhile counts as this model's."""

@@ -36,6 +36,10 @@ def of_layers(spec, attention=None, **changes):
     return replace(spec, layers=layers)
 
 
+def two_ropes(index):
+    return {"rope": Rope(10000.0, 16), "window": 5} if index % 2 else {"rope": Rope(500.0, 16)}
+
+
 def no_rope(index):
     return {"rope": None} if index % 2 else {}
 
@@ -47,6 +51,7 @@ VARIANTS = {
     "qk_norm": lambda spec: of_layers(spec, lambda _: {"qk_norm": NORM}),
     "windows": lambda spec: of_layers(spec, lambda index: {"window": 5 if index % 2 else None, "soft_cap": 2.0}),
     "no_rope": lambda spec: of_layers(spec, no_rope),
+    "two_ropes": lambda spec: of_layers(spec, two_ropes),
     "sandwich": lambda spec: replace(
         of_layers(spec, placement="pre_post"),
         embedding=replace(spec.embedding, scale=8.0),

@@ -22,7 +22,7 @@ from tests.support.sources import DictSource
 from tests.support.tiny import CONFIG
 
 BIASED = CONFIG | {"attention_bias": True, "mlp_bias": True}
-FAST = ("nested", "windows", "sandwich")
+FAST = ("nested", "two_ropes", "sandwich")
 
 
 def built(spec, name, dtype="float32", **implementations):
@@ -30,12 +30,11 @@ def built(spec, name, dtype="float32", **implementations):
     return load_backend("jax").build(spec, DictSource(random_tensors(spec)), options)
 
 
-def same_answers(spec, *models, adapters=True, settings=SETTINGS, prompts=PROMPTS):
+def same_answers(*models):
     answers = []
     for model in models:
-        if adapters:
-            model.add_adapters(*adapted(model))
-        answers.append(generate(model, prompts, settings))
+        model.add_adapters(*adapted(model))
+        answers.append(generate(model, PROMPTS, SETTINGS))
     assert all(answer == answers[0] for answer in answers)
     assert len({tuple(row) for row in answers[0]}) == 3
 
@@ -43,36 +42,39 @@ def same_answers(spec, *models, adapters=True, settings=SETTINGS, prompts=PROMPT
 @pytest.mark.parametrize("variant", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
 def test_it_says_what_the_layers_say(variant):
     spec = VARIANTS[variant](spec_from_config(BIASED))
-    same_answers(spec, built(spec, "fused", nf4_matvec="xla"), build(spec, "composed"))
+    same_answers(built(spec, "fused", nf4_matvec="xla"), build(spec, "composed"))
 
 
 def test_the_layers_say_it_with_the_matvec():
     spec = quantize(spec_from_config(BIASED), nested=True)
-    same_answers(spec, built(spec, "composed", nf4_matvec="xla"), build(spec, "composed"))
+    same_answers(built(spec, "composed", nf4_matvec="xla"), build(spec, "composed"))
 
 
 @pytest.mark.parametrize("name", ["fused", "composed"])
-def test_steps_may_follow_bursts(name):
-    spec, logits = spec_from_config(CONFIG), []
+def test_steps_and_other_rows_may_follow_bursts(name):
+    spec, found = VARIANTS["windows"](spec_from_config(CONFIG)), []
     for model in (built(spec, name), build(spec, "composed")):
-        state, first = model.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
+        state, first = model.start_decode(*padded(), 30)
         bursts = list(state.greedy(first.argmax(axis=1), 10))
         assert sum(burst.shape[1] for burst in bursts) == 10
-        logits.append(state.step(bursts[-1][:, -1]))
-        with pytest.raises(ValueError, match="6 more tokens do not fit"):
-            state.greedy(bursts[-1][:, -1], 6)
-        more = list(state.greedy(logits[-1].argmax(axis=1), 5))  # the last burst goes on past the cache's end
-        logits.append(np.concatenate(more, axis=1))
-    assert np.abs(logits[0] - logits[2]).max() < 1e-4
-    assert np.array_equal(logits[1], logits[3])
+        state.reorder(np.array([2, 0, 0]))
+        logits = state.step(bursts[-1][[2, 0, 0], -1])
+        with pytest.raises(ValueError, match="11 more tokens do not fit"):
+            state.greedy(bursts[-1][:, -1], 11)
+        more = list(state.greedy(logits.argmax(axis=1), 10))  # the last burst goes on past the cache's end
+        found.append((logits, np.concatenate(more, axis=1)))
+    assert np.abs(found[0][0] - found[1][0]).max() < 1e-4
+    assert np.array_equal(found[0][1], found[1][1])
 
 
 def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
     spec = spec_from_config(CONFIG)
-    model = built(spec, "fused")
     monkeypatch.setattr(placement, "free_memory", lambda: 1000.0)
-    monkeypatch.setattr(decode_step, "split", None)
-    assert generate(model, PROMPTS, SETTINGS) == generate(build(spec, "composed"), PROMPTS, SETTINGS)
+    model = built(spec, None)
+    with pytest.raises(RefusedError, match="no room for that"):
+        generate(built(spec, "fused"), PROMPTS, SETTINGS)
+    monkeypatch.setattr("jaxsloth.jax_backend.model.platform", lambda: "cuda")
+    assert model.decodes_fused(room=True) and not model.decodes_fused(room=False)
 
 
 def test_what_it_refuses():
