@@ -68,10 +68,11 @@ class Bridge(Protocol):
     """A model's passes as pure functions of weights that someone else owns: what a torch module of it is made of.
 
     Adapters come in groups: name of the group -> (A ``[n, r, in]``, B ``[n, out, r]``) float32, scaling folded into B. What
-    stands in place of the base's embedding or head comes under that tensor's own name -> (``[vocab, hidden]`` float32,), and is
-    read where it lies: a call returns when it has been, and its owner may write it then. "loss" is the cross-entropy summed
-    over the targets (float32 scalar), "hidden" the normed states ``[batch, length, hidden]`` in the compute dtype (the head is
-    not to be given for them), "logits" float32 ``[batch, length, vocab]``. Weights, outputs and gradients cross by DLPack.
+    stands in place of the base's embedding or head, or of a layer's bias, comes under that tensor's own name ->
+    (``[vocab, hidden]`` or ``[out]`` float32,), and is read where it lies: a call returns when it has been, and its owner may
+    write it then. "loss" is the cross-entropy summed over the targets (float32 scalar), "hidden" the normed states
+    ``[batch, length, hidden]`` in the compute dtype (the head is not to be given for them), "logits" float32
+    ``[batch, length, vocab]``. Weights, outputs and gradients cross by DLPack.
 
     A pass is the one that a train step would take, where the batch allows it (`Tokens.as_batch`), else the composed ops. What
     comes out where no query sees the token is then unspecified; a loss takes the composed ops where it is scored.

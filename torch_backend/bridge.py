@@ -1,8 +1,8 @@
 """What a torch module over this backend calls: passes that are pure in the adapters and the batch, as on JAX.
 
-The decoder holds an adapter, or an embedding and a head that are trained whole, only while a pass or its backward runs: blocks
-that are run again in the backward must meet the adapters of their own forward, whatever is active by then. A pass is the
-written-out one (guest.py) where a train step would take it, else the composed ops under autograd.
+The decoder holds an adapter, or what is trained whole (biases, the embedding, the head), only while a pass or its backward
+runs: blocks that are run again in the backward must meet the adapters of their own forward, whatever is active by then. A pass
+is the written-out one (guest.py) where a train step would take it, else the composed ops under autograd.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Bridge:
     def __init__(self, model: TorchModel) -> None:
         self._model, self._decoder = model, model.decoder
         self._layers, self._base = model.decoder.linears(), model.keep_base()
-        self._owners = {name: model.decoder.get_submodule(name.removesuffix(".weight"))._parameters for name in self._base}
+        places = {name: name.rpartition(".") for name in self._base}
+        self._owners = {n: (model.decoder.get_submodule(own)._parameters, part) for n, (own, _, part) in places.items()}
         self._groups: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
         self._fused: dict[Any, bool] = {}
         self._guest: tuple[Any, Guest] | None = None  # the last one, and what it was made for
@@ -167,10 +168,10 @@ class Bridge:
         """The decoder with these weights over its base and no others, in its own dtypes; afterwards it has what it had."""
         before, self._decoder._recompute = self._decoder._recompute, options.checkpointing not in ("none", "auto")
         swapped: list[tuple[Linear, Adapter]] = []
-        whole = {name: self._owners[name]["weight"] for name in self._base}
+        whole = {name: own[part] for name, (own, part) in self._owners.items()}
         try:
-            for name, base in self._base.items():
-                (self._owners[name]["weight"],) = leaves.get(name, (base,))
+            for name, (own, part) in self._owners.items():
+                (own[part],) = leaves.get(name, (self._base[name],))
             for layer in self._layers:
                 a, b = leaves.get(layer.name, (None, None))
                 swapped.append((layer, layer.swap_adapter((a, b, 1.0, options.dropout))))  # the scaling is folded into B
@@ -180,8 +181,8 @@ class Bridge:
             self._decoder._recompute = before
             for layer, adapter in swapped:
                 layer.swap_adapter(adapter)
-            for name, weight in whole.items():
-                self._owners[name]["weight"] = weight
+            for name, (own, part) in self._owners.items():
+                own[part] = whole[name]
 
     def _evaluate(self, output: Output, batch: Tokens, options: PassOptions) -> torch.Tensor:
         decoder, device = self._decoder, self._decoder.device

@@ -35,9 +35,11 @@ def guest_spec(spec: ModelSpec, weights: Weights, dropout: float) -> ModelSpec:
     """The model's spec with these adapters, whose scaling is folded into B, and with what stands in place of base tensors."""
     adapters = {group: pair for group, pair in weights.items() if len(pair) == 2}
     modules = tuple(module for group in adapters for module in members(group))
-    saved = tuple(name.removesuffix(".weight") for name in weights if name not in adapters)
+    saved = tuple(name.removesuffix(".weight") for name in weights if name.endswith(".weight"))
+    bias = "all" if any(name.endswith(".bias") for name in weights) else "none"
     rank = max((a.shape[1] for a, _ in adapters.values()), default=0)
-    return replace(spec, lora=Lora(rank, 1.0, 1.0, dropout, modules, modules_to_save=saved) if weights else None)
+    lora = Lora(rank, 1.0, 1.0, dropout, modules, modules_to_save=saved, bias=bias)
+    return replace(spec, lora=lora if weights else None)
 
 
 class Guest:

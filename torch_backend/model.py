@@ -69,11 +69,13 @@ class TorchModel:
         return self._flat
 
     def keep_base(self) -> Mapping[str, torch.nn.Parameter]:
-        """The base's embedding and head by tensor name, held from the first call on, whatever is then trained in their place.
-        Without one the decoder alone holds them, and lets go of what is trained whole."""
+        """The base's embedding, head and biases by tensor name, held from the first call on, whatever is then trained in their
+        place. Without one the decoder alone holds them, and lets go of what is trained whole."""
         if not self._base:
             names = [name for name in (EMBEDDING, LM_HEAD) if name == EMBEDDING or not self.spec.head.tied]
             self._base = {f"{name}.weight": self.decoder.get_submodule(name).weight for name in names}  # type: ignore[misc]
+            biased = {f"{linear.name}.bias": linear.bias for linear in self.decoder.linears()}
+            self._base |= {name: bias for name, bias in biased.items() if bias is not None}
         return self._base
 
     def add_adapters(self, spec: ModelSpec, values: Mapping[str, np.ndarray]) -> None:
@@ -85,8 +87,9 @@ class TorchModel:
         parameters = self._flat.parameters
         for linear in self.decoder.linears():
             linear.swap_adapter((None, None, 1.0, 0.0))  # what an adapter of before had
-        for name, weight in self._base.items():
-            self.decoder.get_submodule(name.removesuffix(".weight")).weight = weight
+        for name, tensor in self._base.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self.decoder.get_submodule(owner), attribute, tensor)
         for module in spec.lora.modules:
             a, b = lora_names(module)
             linear = self.decoder.get_submodule(module)

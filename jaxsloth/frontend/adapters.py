@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from jaxsloth.backend import Model
-from jaxsloth.frontend.module.passes import to_torch
 from jaxsloth.frontend.module.peft_adoption import Active, active_parts
-from jaxsloth.models.names import linears, lora_names, saved_name
+from jaxsloth.models.names import linears, lora_names, own_name, trainable_shapes
 from jaxsloth.models.spec import Lora, ModelSpec
 
 Values = dict[str, np.ndarray]
@@ -26,25 +25,29 @@ def base_of(model: Any) -> Any:
 
 
 def show_backend(base: Any) -> None:
-    """Gives the backend what is active in `base` now, for decoding. Disabled adapters are zeros there."""
+    """Gives the backend what is active in `base` now, for decoding. Disabled adapters are zeros there, and biases that nobody
+    trained the base's."""
     if base.behind is not None:
         base.behind()
     model: Model = base.engine.model
     active = active_parts(base, model.spec)
-    adapters, saved = active.adapters, _saved(active)
+    adapters = active.adapters
     if not active and model.spec.lora is None:
         return
     shapes = {(adapter.a.shape[0], adapter.scaling) for adapter in adapters.values()}
     held = model.spec.lora
     fits = held is not None and set(adapters) <= set(held.modules) and shapes <= {(held.r, held.scale)}
-    if held is not None and fits and set(saved) <= set(held.modules_to_save):
+    if held is not None and fits and set(active.whole) <= {own_name(name) for name in trainable_shapes(model.spec)}:
         model.load_trainable(_values(base, model.spec, active))
         return
     # Ranks and scalings may differ by layer: the largest rank, with every scaling folded into its B.
-    rank = max(adapter.a.shape[0] for adapter in adapters.values())
-    scale = adapters[next(iter(adapters))].scaling
+    rank = max((adapter.a.shape[0] for adapter in adapters.values()), default=1)
+    scale = next((adapter.scaling for adapter in adapters.values()), 1.0)
     modules = _ordered(model.spec, {*adapters, *(held.modules if held is not None else ())})
-    spec = replace(model.spec, lora=Lora(rank, scale * rank, scale, 0.0, modules, modules_to_save=saved))
+    lora = Lora(
+        rank, scale * rank, scale, 0.0, modules, modules_to_save=_saved(active), bias="all" if _biased(active) else "none"
+    )
+    spec = replace(model.spec, lora=lora)
     model.add_adapters(spec, _values(base, spec, active))
 
 
@@ -52,10 +55,17 @@ def give_backend(base: Any) -> ModelSpec:
     """Gives the backend exactly what is active in `base`, to be trained; the spec that it has then.
 
     Raises:
-        ValueError: as `native_adapter`.
+        ValueError: as `native_adapter`; a bias has values of its own and is frozen.
     """
     model: Model = base.engine.model
     spec, values = native_adapter(base)
+    whole = active_parts(base, spec).whole
+    frozen = next((name for name in whole if name.endswith(".bias") and not whole[name].requires_grad), None)
+    if frozen is not None:
+        raise ValueError(
+            f"{frozen} was trained before and is frozen now, and the biases of a model with its own are trained together with "
+            "the adapters here; make them require gradients (PEFT's bias setting), or train with TRL's trainer"
+        )
     if spec == model.spec:
         model.load_trainable(values)
     else:
@@ -67,7 +77,8 @@ def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
     """What is active in `base` as a spec and float32 values by PEFT name.
 
     Raises:
-        ValueError: there is none, or ranks, scalings or dropout rates differ among them.
+        ValueError: there is none, or ranks, scalings or dropout rates differ among them, or biases are trained that are neither
+            all nor those of the adapted layers.
     """
     model: Model = base.engine.model
     active = active_parts(base, model.spec)
@@ -84,20 +95,30 @@ def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
     rslora = any(config.use_rslora for config in (getattr(base, "peft_config", None) or {}).values())
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     modules = _ordered(model.spec, set(adapters))
-    lora = Lora(rank, alpha, scale, dropout, modules, modules_to_save=_saved(active), rslora=rslora)
+    bias = _bias(model.spec, active)
+    lora = Lora(rank, alpha, scale, dropout, modules, modules_to_save=_saved(active), bias=bias, rslora=rslora)
     spec = replace(model.spec, lora=lora)
     return spec, _values(base, spec, active)
 
 
+def without_adapters(base: Any) -> tuple[ModelSpec, Values]:
+    """As `native_adapter`, where none is active: the base, with the biases that were trained."""
+    model: Model = base.engine.model
+    active = active_parts(base, model.spec)
+    lora = Lora(1, 1.0, 1.0, 0.0, (), modules_to_save=_saved(active), bias="all" if _biased(active) else "none")
+    spec = replace(model.spec, lora=lora if active else None)
+    return spec, _values(base, spec, active) if active else {}
+
+
 def take_back(base: Any, values: Mapping[str, np.ndarray]) -> None:
     """Writes trained values into PEFT's parameters."""
-    active = active_parts(base, base.engine.model.spec)
+    active, whole = active_parts(base, base.engine.model.spec), {own_name(name): value for name, value in values.items()}
     with torch.no_grad():
         for module, adapter in active.adapters.items():
             for name, parameter in zip(lora_names(module), (adapter.a, adapter.b), strict=True):
                 parameter.copy_(torch.from_numpy(np.array(values[name])))
         for tensor, parameter in active.whole.items():
-            parameter.copy_(torch.from_numpy(np.array(values[saved_name(tensor)])))
+            parameter.copy_(torch.from_numpy(np.array(whole[tensor])))
 
 
 def _ordered(spec: ModelSpec, modules: set[str]) -> tuple[str, ...]:
@@ -105,14 +126,33 @@ def _ordered(spec: ModelSpec, modules: set[str]) -> tuple[str, ...]:
 
 
 def _saved(active: Active) -> tuple[str, ...]:
-    return tuple(tensor.removesuffix(".weight") for tensor in active.whole)
+    return tuple(tensor.removesuffix(".weight") for tensor in active.whole if tensor.endswith(".weight"))
+
+
+def _biased(active: Active) -> set[str]:
+    """The layers whose biases are no longer the base's."""
+    return {tensor.removesuffix(".bias") for tensor in active.whole if tensor.endswith(".bias")}
+
+
+def _bias(spec: ModelSpec, active: Active) -> Literal["none", "all", "lora_only"]:
+    own, every = _biased(active), {linear.name for linear in linears(spec) if linear.bias}
+    if not own:
+        return "none"
+    if own == every:
+        return "all"
+    if own == every & set(active.adapters):
+        return "lora_only"
+    raise ValueError(
+        f"the trained biases must be all of the model's or those of the layers with adapters, and those of {len(own)} of "
+        f"{len(every)} layers are ({min(own)}, …); train with TRL's trainer and save with PEFT"
+    )
 
 
 def _values(base: Any, spec: ModelSpec, active: Active) -> Values:
     """All that `spec` trains by PEFT name, float32: adapters padded to its rank, scaled to its scale, zero where none is
-    active; modules trained whole, the base's own where none is."""
+    active; modules trained whole and biases, the base's own where none is."""
     assert spec.lora is not None
-    adapters = active.adapters
+    adapters, model = active.adapters, base.engine.model
     shapes = {linear.name: (linear.in_features, linear.out_features) for linear in linears(spec)}
     found: Values = {}
     for module in spec.lora.modules:
@@ -130,8 +170,10 @@ def _values(base: Any, spec: ModelSpec, active: Active) -> Values:
             b = b * (adapter.scaling / spec.lora.scale)
         # Copies: the backend may keep what it gets, and an optimizer writes PEFT's parameters in place.
         found[a_name], found[b_name] = np.array(a.cpu().numpy()), np.array(b.cpu().numpy())
-    for module in spec.lora.modules_to_save:
-        tensor = f"{module}.weight"
-        weight = active.whole[tensor] if tensor in active.whole else to_torch(base.engine.bridge.base_weight(module))
-        found[saved_name(tensor)] = np.array(weight.detach().float().cpu().numpy())
+    for name in trainable_shapes(spec):
+        tensor = own_name(name)
+        if tensor in active.whole:
+            found[name] = np.array(active.whole[tensor].detach().float().cpu().numpy())
+        elif name not in found:
+            found[name] = np.array(model.base_tensor(tensor), np.float32)
     return found

@@ -85,9 +85,18 @@ class DPOTrainer(BaseTrainer):
 
     def _starting_point(self, fresh: bool) -> dict[str, np.ndarray] | None:
         """The values of what is active, None where it may be turned off for them: every B is zero, and nothing is trained
-        whole. fresh: the reference is the base, whatever B is."""
+        whole. fresh: the reference is the base, whatever B is.
+
+        Raises:
+            ValueError: biases are trained, which in PEFT no adapter holds: TRL's reference would learn with the policy.
+        """
         spec, values = native_adapter(self.base)
         assert spec.lora is not None
+        if spec.lora.bias != "none":
+            raise ValueError(
+                f"bias={spec.lora.bias!r} trains the base's own biases, so the model itself can't stand for the reference; "
+                "give ref_model, another model of FastLanguageModel.from_pretrained, or take bias='none'"
+            )
         names = [lora_names(module)[1] for module in spec.lora.modules]
         if fresh:
             values |= {name: np.zeros_like(values[name]) for name in names}

@@ -15,8 +15,6 @@ from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.backends import resolve_backend
 from jaxsloth.frontend.loading import checkpointing_name, load
-from jaxsloth.models.names import linears
-from jaxsloth.models.spec import ModelSpec
 from jaxsloth.transforms import ALL_LINEAR, SAVEABLE, match_modules, saved_modules
 
 _LOAD_REFUSED: dict[str, tuple[Any, str]] = {
@@ -156,7 +154,8 @@ class FastLanguageModel:
             target_modules: a list of names, "all-linear", or a regular expression, as PEFT matches them. "embed_tokens" and
                 "lm_head" in the list are trained whole, as in Unsloth.
             modules_to_save: of "embed_tokens" and "lm_head", those to be trained whole, in float32.
-            bias: "all" or "lora_only" where the model has no biases: there is nothing to train.
+            bias: "all" trains every bias of the linear layers too, "lora_only" those of the adapted ones, in float32. They are
+                the base's own, as PEFT has it: they stay trained where the adapter is disabled.
             init_lora_weights: True (kaiming) or "gaussian"; B starts at zero.
             use_gradient_checkpointing: as in from_pretrained; takes the place of what was given there.
             finetune_attention_modules, finetune_mlp_modules: False leaves those layers out.
@@ -177,7 +176,8 @@ class FastLanguageModel:
             )
         checkpointing = checkpointing_name(use_gradient_checkpointing)
         spec = model.engine.model.spec
-        _check_bias(bias, spec)
+        if bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be one of none, all, lora_only, and {bias!r} came")
         target_modules, whole = _split_targets(target_modules, modules_to_save)
         saved = saved_modules(spec, whole)
         left_out = (*(() if finetune_attention_modules else _ATTENTION), *(() if finetune_mlp_modules else _MLP))
@@ -286,18 +286,6 @@ def _split_targets(targets: str | Sequence[str], saved: Sequence[str] | None) ->
     if whole:
         warn_once(f"target_modules: trained whole (modules_to_save), in float32, not by an adapter: {', '.join(whole)}")
     return rest, [*asked, *whole]
-
-
-def _check_bias(bias: str, spec: ModelSpec) -> None:
-    """ValueError where biases would have to be trained."""
-    if bias not in ("none", "all", "lora_only"):
-        raise ValueError(f"bias must be one of none, all, lora_only, and {bias!r} came")
-    biased = next((linear.name for linear in linears(spec) if linear.bias), None)
-    if bias != "none" and biased is not None:
-        raise ValueError(
-            f"bias={bias!r} trains biases, and this model has some ({biased}.bias), which are the backend's; take bias='none', "
-            "or train by a recipe (lora.bias)"
-        )
 
 
 def _of_layers(modules: Sequence[str], layers: int | Sequence[int] | None, pattern: str | Sequence[str] | None) -> list[str]:

@@ -20,12 +20,13 @@ def wrap(
     model: Any, modules: Sequence[str], saved: Sequence[str], init: Literal["kaiming", "gaussian"], seed: int, **settings: Any
 ) -> peft.PeftModel:
     """A PeftModel with fresh adapters on `modules`, drawn from the seed as a recipe's are, that trains `saved` whole (both full
-    names); settings are LoraConfig's."""
+    names), and biases where settings, LoraConfig's, say so."""
     names = [name.rpartition(".")[2] for name in saved] or None  # as PEFT's users name them
     config = peft.LoraConfig(target_modules=list(modules), modules_to_save=names, task_type="CAUSAL_LM", **settings)
     wrapped: Any = peft.get_peft_model(model, config)
     engine = model.engine.model
-    shapes = replace(engine.spec, lora=Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules), modules_to_save=tuple(saved)))
+    drawn = Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules), modules_to_save=tuple(saved), bias=settings["bias"])
+    shapes = replace(engine.spec, lora=drawn)
     take_back(model, initial_adapters(shapes, init, seed, engine.base_tensor))
     return wrapped
 

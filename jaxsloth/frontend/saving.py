@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -18,7 +18,7 @@ from jaxsloth.convert.bnb4bit_writer import write_bnb4bit
 from jaxsloth.convert.files import ExistsError, remove_folder
 from jaxsloth.convert.merge import SHARD_BYTES, write_merged
 from jaxsloth.convert.peft_adapter import write_adapter
-from jaxsloth.frontend.adapters import native_adapter
+from jaxsloth.frontend.adapters import native_adapter, without_adapters
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
 from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.kernels.nf4.contract import NF4
@@ -138,9 +138,8 @@ def _quantize(weight: np.ndarray) -> NF4:
 
 
 def _merging(model: Any) -> tuple[ModelSpec, dict[str, np.ndarray]]:
-    if not active_parts(model, model.engine.model.spec):
-        return replace(model.engine.model.spec, lora=None), {}
-    return native_adapter(model)
+    adapted = active_parts(model, model.engine.model.spec).adapters
+    return native_adapter(model) if adapted else without_adapters(model)
 
 
 @dataclass(frozen=True)

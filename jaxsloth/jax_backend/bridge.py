@@ -80,14 +80,31 @@ class Bridge:
         if output == "loss":
             with self._model.compiles():
                 loss, gradients = _once_read(weights, _loss_and_gradients(*arguments, **choices))
-            return loss, lambda cotangent: _by_name(_scaled(gradients, _take(cotangent)))
+            return loss, lambda cotangent: self._by_name(_scaled(gradients, _take(cotangent)), weights)
         with self._model.compiles():
             value, residuals = _once_read(weights, _with_residuals(*arguments, **choices))
 
         def pull(cotangent: Any) -> Weights:
-            return _by_name(_once_read(weights, _pull(residuals, arguments[1], _take(cotangent))))
+            return self._by_name(_once_read(weights, _pull(residuals, arguments[1], _take(cotangent))), weights)
 
         return value, pull
+
+    def _biases(self, weights: Weights) -> dict[str, tuple[str | None, ...]]:
+        """The stacks of biases that the weights stand in: a stack's name -> the tensors in it, None for the base's own."""
+        layers = [name.removesuffix(".bias") for name in weights if name.endswith(".bias")]
+        return {
+            f"{key}.bias": tuple(layer and f"{layer}.bias" for layer in members) for key, members in self.groups(layers).items()
+        }
+
+    def _by_name(self, gradients: Any, weights: Weights) -> Weights:
+        flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
+        modules = [name.removesuffix(".lora_A") for name in flat if name.endswith(".lora_A")]
+        found: dict[str, tuple[Any, ...]] = {m: (flat[f"{m}.lora_A"], flat[f"{m}.lora_B"]) for m in modules}
+        found |= {name: (flat[name],) for name in flat if name.endswith(".weight")}
+        for key, members in self._biases(weights).items():
+            rows = zip(members, jnp.unstack(flat[key]), strict=True)
+            found |= {name: (row,) for name, row in rows if name is not None}
+        return found
 
     def _program(self, weights: Weights, options: PassOptions) -> _Program:
         """The decoder that has exactly these adapters, and these tensors trained whole."""
@@ -98,16 +115,17 @@ class Bridge:
             )
         recompute = options.checkpointing not in ("none", "auto")
         adapters = {module: pair for module, pair in weights.items() if len(pair) == 2}
-        whole = tuple(name for name in weights if name not in adapters)
+        whole, biases = [name for name in weights if name.endswith(".weight")], self._biases(weights)
         rank = max((a.shape[1] for a, _ in adapters.values()), default=0)
         key = (tuple(sorted(weights)), rank, options.dropout, recompute)
         if key not in self._programs:
             saved = tuple(name.removesuffix(".weight") for name in whole)
             # The scaling is folded into B.
-            lora = Lora(rank, 1.0, 1.0, options.dropout, tuple(adapters), modules_to_save=saved)
+            bias = "all" if biases else "none"
+            lora = Lora(rank, 1.0, 1.0, options.dropout, tuple(adapters), modules_to_save=saved, bias=bias)
             spec = replace(self._model.spec, lora=lora)
             hollow: dict[str, Any] = {f"{m}.{part}": jnp.zeros(()) for m in adapters for part in ("lora_A", "lora_B")}
-            hollow |= {name: Trained(jnp.zeros(())) for name in whole}
+            hollow |= {name: Trained(jnp.zeros(())) for name in (*whole, *biases)}
             self._programs[key] = _Program(spec, *self._model.split(spec, hollow, recompute))
         return self._programs[key]
 
@@ -115,13 +133,18 @@ class Bridge:
         self, output: Output, weights: Weights, batch: Tokens, options: PassOptions, learns: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(what is traced, what is compiled in)."""
-        program = self._program(weights, options)
+        program, biases = self._program(weights, options), self._biases(weights)
         flat = []
         for path, leaf in nnx.to_flat_state(program.hollow):
             name = ".".join(map(str, path))
             module, _, part = name.rpartition(".")
-            value = weights[name][0] if name in weights else weights[module][part == "lora_B"]
-            flat.append((path, leaf.replace(_take(value))))
+            if name in biases:
+                own = self._model.base_array(name)  # the other blocks' stay
+                rows = [own[i] if n is None else _take(weights[n][0]) for i, n in enumerate(biases[name])]
+                value = jnp.stack([row.astype(jnp.float32) for row in rows])
+            else:
+                value = _take(weights[name][0] if name in weights else weights[module][part == "lora_B"])
+            flat.append((path, leaf.replace(value)))
         plan, documents, rows = self._plan(output, program, batch, options.checkpointing if learns else "none")
         arrays = {
             "input_ids": batch.input_ids,
@@ -244,13 +267,6 @@ def _scaled(gradients: Any, factor: Any) -> Any:
 def _checksum(array: Any) -> Any:
     flat = array.reshape(-1).astype(jnp.float32)
     return jnp.stack([flat.sum(), jnp.abs(flat).sum(), (flat * jnp.cos(jnp.arange(flat.size, dtype=jnp.float32))).sum()])
-
-
-def _by_name(gradients: Any) -> Weights:
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(gradients)}
-    modules = [name.removesuffix(".lora_A") for name in flat if name.endswith(".lora_A")]
-    found: dict[str, tuple[Any, ...]] = {m: (flat[f"{m}.lora_A"], flat[f"{m}.lora_B"]) for m in modules}
-    return found | {name: (flat[name],) for name in flat if name.endswith(".weight")}
 
 
 def _once_read(weights: Weights, result: Any) -> Any:

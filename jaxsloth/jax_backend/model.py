@@ -87,8 +87,8 @@ class JaxModel:
         if spec.lora is None or replace(spec, lora=None) != replace(self.spec, lora=None):
             raise ValueError("add_adapters takes this model's own spec with adapters added (jaxsloth.transforms.add_lora)")
         check_values(values, trainable_shapes(spec), "the adapter")
-        self.spec = spec
         stacked = self._stack_values(values)
+        self.spec = spec
         whole = {key: Trained(value) for key, value in stacked.items() if key.rpartition(".")[2] not in _ADAPTERS}
         self._assemble({**stacked, **whole})
 
@@ -165,7 +165,7 @@ class JaxModel:
         return select_layer(value, jnp.int32(place)) if isinstance(value, NF4) else value[place]
 
     def base_array(self, name: str) -> Any:
-        """A base weight outside the blocks as it lies on the device, whatever is trained in its place."""
+        """A base weight as it lies on the device, stacked in the blocks, whatever is trained in its place."""
         return self._weights[name]
 
     def frequencies(self, length: int) -> tuple[tuple[Any, ...], tuple[tuple[Rope, float], ...]]:

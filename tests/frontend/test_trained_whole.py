@@ -322,13 +322,3 @@ def test_what_cannot_be_trained_whole_says_why(backend, tmp_path):
     hooked.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output)
     with pytest.raises(ValueError, match="forward hook"):
         hooked(**batch())
-
-
-@both
-def test_biases_are_trained_where_there_are_none_and_refused_elsewhere(backend, checkpoint, tmp_path):
-    biased = Path(write_checkpoint(tmp_path / "biased", attention_bias=True))
-    for bias in ("all", "lora_only"):
-        model, _ = native_model(checkpoint, backend, bias=bias)
-        model(**batch()).loss.backward()
-        with pytest.raises(ValueError, match=r"q_proj.bias\), which are the backend's; take bias='none'"):
-            native_model(str(biased), backend, bias=bias)

@@ -111,7 +111,11 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         engine = Engine(model, model.bridge())
         dtype, device = getattr(torch, model.options.dtype), torch.device(engine.bridge.device)
         self.model = Backbone()
-        fill(self.model, model.spec, Placeholders(dtype, device, engine.bridge.fingerprint()))
+
+        def base(name: str) -> torch.Tensor:
+            return torch.tensor(model.base_tensor(name), dtype=torch.float32, device=device)
+
+        fill(self.model, model.spec, Placeholders(dtype, device, engine.bridge.fingerprint(), base))
         self.lm_head = head(to_torch(engine.bridge.base_weight(LM_HEAD)))
         if model.spec.head.tied:
             tie(self.model.embed_tokens, self.lm_head)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""PEFT's LoRA layers and modules to save, read anew at every pass: which adapter is active, its weights, its scaling. What the
-backends can't do is refused here, with the reason, before anything is computed."""
+"""PEFT's LoRA layers, biases and modules to save, read anew at every pass: which adapter is active, its weights, its scaling.
+What the backends can't do is refused here, with the reason, before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from jaxsloth.frontend.module.skeleton import Hollow, HollowLinear
+from jaxsloth.frontend.module.skeleton import Hollow, HollowBias, HollowLinear
 from jaxsloth.models.names import FINAL_NORM, linears, norm_names
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.transforms import SAVEABLE
 
 _ONLY = (
-    "of PEFT's methods only LoRA on the linear layers of the blocks, and modules_to_save of the embedding and the head, are "
-    "trained through this model"
+    "of PEFT's methods only LoRA on the linear layers of the blocks, their biases, and modules_to_save of the embedding and "
+    "the head, are trained through this model"
 )
 
 
@@ -40,8 +40,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Active:
-    """What PEFT has active: adapters by the layer's name, and what stands whole in place of a base tensor, ``[vocab, hidden]``,
-    by the tensor's name."""
+    """What PEFT has active: adapters by the layer's name, and what stands whole in place of a base tensor (an embedding or a
+    head ``[vocab, hidden]``, a bias ``[out]``) by the tensor's name."""
 
     adapters: Mapping[str, Adapter]
     whole: Mapping[str, nn.Parameter]
@@ -55,7 +55,8 @@ class Active:
 
 
 def active_parts(root: nn.Module, spec: ModelSpec) -> Active:
-    """What is to be run with; what is disabled is left out.
+    """What is to be run with; what is disabled is left out. Biases can't be: PEFT trains the layers' own, whichever adapter is
+    active then, so they are as they were trained even where no adapter is.
 
     Raises:
         PeftFeatureError: a layer was wrapped by something else than plain LoRA, or something of the base is to be trained,
@@ -65,19 +66,26 @@ def active_parts(root: nn.Module, spec: ModelSpec) -> Active:
     find = _Finder(root)
     for name in (FINAL_NORM, *norms):
         _check_leaf(name, find(name))
-    whole = {f"{name}.weight": _saved(name, find(name)) for name in SAVEABLE}
+    saved = {f"{name}.weight": _saved(name, find(name)) for name in SAVEABLE}
+    whole = {name: weight for name, weight in saved.items() if weight is not None}
     found: dict[str, Adapter] = {}
     for linear in linears(spec):
         layer = find(linear.name)
-        if isinstance(layer, HollowLinear):
-            _check_leaf(linear.name, layer)
-            continue
-        lora = _plain_lora(linear.name, layer)
-        _check_leaf(linear.name, lora._modules["base_layer"])
-        adapter = _active(linear.name, lora)
+        lora = None if isinstance(layer, HollowLinear) else _plain_lora(linear.name, layer)
+        leaf = layer if lora is None else lora._modules["base_layer"]
+        _check_leaf(linear.name, leaf)
+        bias: Any = leaf._parameters.get("bias")
+        if _is_own(bias):
+            whole[f"{linear.name}.bias"] = bias
+        adapter = None if lora is None else _active(linear.name, lora)
         if adapter is not None:
             found[linear.name] = adapter
-    return Active(found, {name: weight for name, weight in whole.items() if weight is not None})
+    return Active(found, whole)
+
+
+def _is_own(bias: nn.Parameter | None) -> bool:
+    """Whether a layer's bias is, or was, trained: no placeholder any more."""
+    return bias is not None and type(bias) is not HollowBias
 
 
 class _Finder:
@@ -101,10 +109,10 @@ def _check_leaf(name: str, leaf: Any) -> None:
             f"linear layer of a block); {_ONLY}"
         )
     for part, parameter in leaf._parameters.items():
-        if parameter is None:
+        if parameter is None or (part == "bias" and _is_own(parameter)):
             continue
         if parameter.requires_grad:
-            raise PeftFeatureError(f"{name}.{part} requires a gradient (bias, full fine-tuning, an unfrozen base); {_ONLY}")
+            raise PeftFeatureError(f"{name}.{part} requires a gradient (full fine-tuning, an unfrozen base); {_ONLY}")
         if not leaf.shared and any(parameter.stride()):  # a placeholder's elements are one
             raise PeftFeatureError(
                 f"{name}.{part} was written (a merge, a cast, an init that changes the base such as PiSSA), but the base "

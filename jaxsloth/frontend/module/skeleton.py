@@ -7,8 +7,10 @@ reference log-probabilities) tells two bases apart. Writing into one raises, sin
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +27,51 @@ _NAN = {
 }
 
 
-class Placeholders:
-    """Makes the parameters of one model's skeleton."""
+class HollowBias(nn.Parameter):
+    """A placeholder that becomes a plain parameter with the base's values, float32, once it is to be trained.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, fingerprint: bytes) -> None:
-        self._dtype, self._device, self._fingerprint = dtype, device, fingerprint
+    PEFT marks the biases that it trains (bias="all", "lora_only") by requires_grad and by nothing else, and who makes an
+    optimizer next must find them whole: so this is where it happens. base: makes the values.
+    """
+
+    base: Callable[[], torch.Tensor]
+
+    @classmethod
+    def over(cls, placeholder: torch.Tensor, base: Callable[[], torch.Tensor]) -> HollowBias:
+        made = cls(placeholder, requires_grad=False)
+        made.base = base
+        return made
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, trained: bool) -> None:
+        if trained:
+            self.data = self.base()
+            del self.base
+            self.__class__ = nn.Parameter  # type: ignore[assignment]  (as torch's own lazy parameters do)
+            self.requires_grad = True
+
+    def requires_grad_(self, requires_grad: bool = True) -> HollowBias:
+        self.requires_grad = requires_grad
+        return self
+
+    def __deepcopy__(self, memo: Any) -> HollowBias:
+        return HollowBias.over(self.data, self.base)
+
+
+class Placeholders:
+    """Makes the parameters of one model's skeleton. base: a tensor of the base by name, float32, in memory of its own."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, fingerprint: bytes, base: Callable[[str], torch.Tensor]
+    ) -> None:
+        self._dtype, self._device, self._fingerprint, self._base = dtype, device, fingerprint, base
+
+    def bias(self, name: str, width: int) -> HollowBias:
+        return HollowBias.over(self.parameter(name, width).data, partial(self._base, name))
 
     def parameter(self, name: str, *shape: int) -> nn.Parameter:
         integers, bits, width = _NAN[self._dtype]
@@ -74,6 +116,12 @@ class HollowLinear(Hollow, nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight, self.bias = weight, bias
 
+    def __deepcopy__(self, memo: Any) -> nn.Module:
+        twin = super().__deepcopy__(memo)
+        if isinstance(twin, HollowLinear):  # one's bias is trained without the other's
+            twin.bias = copy.deepcopy(self.bias, memo)
+        return twin
+
 
 class HollowEmbedding(Hollow, nn.Embedding):
     def __init__(self, weight: nn.Parameter) -> None:
@@ -97,7 +145,7 @@ def fill(backbone: nn.Module, spec: ModelSpec, hollow: Placeholders) -> None:
     backbone.add_module("layers", nn.ModuleList(nn.Module() for _ in spec.layers))
     for linear in linears(spec):
         weight = hollow.parameter(f"{linear.name}.weight", linear.out_features, linear.in_features)
-        bias = hollow.parameter(f"{linear.name}.bias", linear.out_features) if linear.bias else None
+        bias = hollow.bias(f"{linear.name}.bias", linear.out_features) if linear.bias else None
         _put(backbone, linear.name.removeprefix(f"{prefix}."), HollowLinear(weight, bias))
     widths = {name: width for index in range(len(spec.layers)) for name, width in norm_names(spec, index).items()}
     for name, width in {**widths, FINAL_NORM: spec.hidden}.items():
