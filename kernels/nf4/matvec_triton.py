@@ -174,7 +174,8 @@ def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
     """Tiles that give every processor enough to do. For one row a program is a single warp, whose lookups are shuffles and
     which waits for no other; for more it is the four warps of a tensor-core tile, where four parts did best for each of an
     8B model's layers (docs/performance.md)."""
-    out, across, wanted, warps, most = (4, 8, 15 * PROCESSORS, 1, 16) if rows == 1 else (64, 2, 15 * PROCESSORS, 4, 4)
+    out, across, warps, most = (4, 8, 1, 16) if rows == 1 else (64, 2, 4, 4)
+    wanted = 15 * PROCESSORS
     if rows == 1 and sum(triton.cdiv(one, out) for one in outs) < wanted:
         out, across = 2, 16
     programs, split = sum(triton.cdiv(one, out) for one in outs), 1
