@@ -18,6 +18,7 @@ import torch
 from jaxsloth.kernels.nf4.contract import MATVEC, NF4
 from jaxsloth.kernels.registry import Facts, choose_fused, select
 from jaxsloth.models import spec as specs
+from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.torch_backend.layer_pass import Kernels
 from jaxsloth.torch_backend.layers import Linear, Ops
 
@@ -32,20 +33,6 @@ KEPT_BYTES = 2**30  # of caches, up to which a program waits for the next reques
 WEIGHTS = 3  # that one nf4_matvec takes
 
 
-def refusal(spec: specs.ModelSpec) -> str | None:
-    """Why this model can't be decoded here, or None."""
-    for layer in spec.layers:
-        attention = layer.attention
-        if not attention.causal:
-            return "knows causal attention only"
-        scaling = None if attention.rope is None else attention.rope.scaling
-        if scaling is not None and scaling.kind in ("dynamic", "longrope"):
-            return f"holds the rotary frequencies fixed, and {scaling.kind} scaling changes them with the length"
-        if not layer.mlp.gated:
-            return "needs a gated MLP"
-    return None
-
-
 def take_step(model: TorchModel, batch: int, capacity: int) -> Step | None:
     """A program for so many rows and slots, the one of an earlier request where it fits; None where the layers are to be run
     as they are. implementations={"decode_step": "fused" or "composed"} asks for one by name.
@@ -54,7 +41,7 @@ def take_step(model: TorchModel, batch: int, capacity: int) -> Step | None:
         RefusedError: "fused" was asked for and can't run this model, or another name came.
     """
     requested = (model.options.implementations or {}).get("decode_step")
-    if not choose_fused("decode_step", "torch", requested, refusal(model.spec), model.decoder.device.type):
+    if not choose_fused("decode_step", "torch", requested, decode_refusal(model.spec), model.decoder.device.type):
         return None
     step, model.idle_step = model.idle_step, None
     if step is None or not step.serves(model, batch, capacity):

@@ -20,32 +20,18 @@ from jaxsloth.jax_backend.layers import Attention, Block, Cache, Linear
 from jaxsloth.jax_backend.train_step import rates_of
 from jaxsloth.kernels.attention import pallas_cached, xla_cached
 from jaxsloth.kernels.jax_platform import platform, precision_of
-from jaxsloth.models.spec import ModelSpec
-
-
-def refusal(spec: ModelSpec, room: bool) -> str | None:
-    """Why this model can't be decoded here, or None. room: whether its caches can lie there twice, as they do in `split`."""
-    if not room:
-        return "has its caches twice for a moment, and there is no room for that"
-    if not all(layer.attention.causal for layer in spec.layers):
-        return "knows causal attention only"
-    scalings = (layer.attention.rope.scaling for layer in spec.layers if layer.attention.rope is not None)
-    if any(scaling is not None and scaling.kind in ("dynamic", "longrope") for scaling in scalings):
-        return "holds the rotary frequencies fixed, and this model's change with the length"
-    return None
 
 
 @jax.jit
 def split(caches: Sequence[Cache]) -> list[Cache]:
-    """Each layer's caches ``[1, batch, capacity, kv_heads, head_dim]`` from those stacked by place in the period."""
-    count = caches[0].keys.shape[0]
-    return [Cache(one.keys[i : i + 1], one.values[i : i + 1]) for i in range(count) for one in caches]
+    """Each layer's caches ``[batch, capacity, kv_heads, head_dim]`` from those stacked by place in the period."""
+    return [Cache(one.keys[i], one.values[i]) for i in range(caches[0].keys.shape[0]) for one in caches]
 
 
 @partial(jax.jit, static_argnames=("period",))
 def stacked(caches: Sequence[Cache], period: int) -> tuple[Cache, ...]:
     """The inverse of `split`."""
-    return tuple(jax.tree.map(lambda *layers: jnp.concatenate(layers), *caches[place::period]) for place in range(period))
+    return tuple(jax.tree.map(lambda *layers: jnp.stack(layers), *caches[place::period]) for place in range(period))
 
 
 @partial(jax.jit, static_argnames=("structure", "ropes", "count"), donate_argnums=(2,))
@@ -72,7 +58,7 @@ def say(
         tables = [None if rope is None else tuple(table[:, 0] for table in found[rope]) for rope in ropes_of]
         delta, written, period = jnp.zeros_like(x), [], len(blocks)
         # A burst may go on past the tokens that are wanted, and past the end: as XLA's updates do, the last slot takes them.
-        slot = jnp.minimum(state["slot"], caches[0].keys.shape[2] - 1)
+        slot = jnp.minimum(state["slot"], caches[0].keys.shape[1] - 1)
         for index in range(len(caches) // period):
             own = caches[index * period : (index + 1) * period]
             x, delta, own = _period(*layers, x, delta, tables, own, adapters, state["first"], slot, jnp.int32(index))
@@ -140,9 +126,9 @@ def _attend(
             norm(t.reshape(rows, -1, spec.head_dim), index).reshape(rows, -1)
             for norm, t in ((attention.q_norm, q), (attention.k_norm, k))
         )
-    module, layer = _cached(cache), jnp.int32(0)
-    q, keys, values = module.append(q, k, v, tables, cache.keys, cache.values, slot, layer)
-    out = module.attend(q, keys, values, first, slot, layer, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap)
+    module = _cached(cache)
+    q, keys, values = module.append(q, k, v, tables, cache.keys, cache.values, slot)
+    out = module.attend(q, keys, values, first, slot, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap)
     return out, Cache(keys, values)
 
 
@@ -183,5 +169,6 @@ def _products(linears: list[Linear], x: Any, adapters: Any, index: Any) -> Any:
         precision = precision_of(x.dtype)
         low = jnp.einsum("ti,ri->tr", x, a, precision=precision)
         y = y + jnp.einsum("tr,ro->to", low, b, precision=precision)
-    biases = [one.bias[...][index].astype(y.dtype) if one._biased else jnp.zeros(one._shape[0], y.dtype) for one in linears]
-    return y + jnp.concatenate(biases) if any(one._biased for one in linears) else y
+    if not linears[0]._biased:  # all of a group have one, or none
+        return y
+    return y + jnp.concatenate([one.bias[...][index].astype(y.dtype) for one in linears])

@@ -24,7 +24,7 @@ from jaxsloth.backend import (
 )
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
-from jaxsloth.jax_backend import decode_step, fused, placement
+from jaxsloth.jax_backend import fused, placement
 from jaxsloth.jax_backend.bridge import Bridge
 from jaxsloth.jax_backend.compilations import Compilations
 from jaxsloth.jax_backend.decoder import Decoder
@@ -38,6 +38,7 @@ from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer
 from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_fused, choose_named, resolve
+from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.memory import fitting_mode
 from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
@@ -238,7 +239,10 @@ class JaxModel:
             RefusedError: "fused" was asked for and can't run this model, or another name came.
         """
         requested = (self.options.implementations or {}).get("decode_step")
-        return choose_fused("decode_step", "jax", requested, decode_step.refusal(self.spec, room), platform())
+        reason = decode_refusal(self.spec)
+        if not room:
+            reason = "has its caches twice for a moment, and there is no room for that"
+        return choose_fused("decode_step", "jax", requested, reason, platform())
 
     def compiles(self) -> AbstractContextManager[None]:
         """What is compiled meanwhile counts as this model's."""

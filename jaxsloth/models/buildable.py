@@ -44,3 +44,17 @@ def fused_refusal(spec: ModelSpec) -> str | None:
         if layer.attention.rope is None or not layer.mlp.gated:
             return "needs rotary positions and a gated MLP"
     return None
+
+
+def decode_refusal(spec: ModelSpec) -> str | None:
+    """Why neither backend's fused decoding can run this model, or None."""
+    for layer in spec.layers:
+        attention = layer.attention
+        if not attention.causal:
+            return "knows causal attention only"
+        scaling = None if attention.rope is None else attention.rope.scaling
+        if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+            return f"holds the rotary frequencies fixed, and {scaling.kind} scaling changes them with the length"
+        if not layer.mlp.gated:
+            return "needs a gated MLP"
+    return None

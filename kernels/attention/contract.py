@@ -22,15 +22,10 @@ that changes from token to token on the device, so that a CUDA graph can hold it
 ``attend(q, keys, values, first, slot, *, scale, window=None, soft_cap=None) -> [batch, heads·head_dim]``
     Attention of the queries that stand at `slot` over the slots from first (int32 ``[batch]``) to slot, as above.
 
-Decoding on JAX, in ``xla_cached`` and ``pallas_cached`` alike (the latter for CUDA, where its `refuses` says None), with stacks
-of caches ``[layers, batch, capacity, kv_heads, head_dim]``; slot and layer are int32 scalars, traced or not, and a slot beyond
-the capacity is taken for the last one:
-``append(q, k, v, tables, keys, values, slot, layer) -> (q, keys, values)``
-    As above at ``[layer, :, slot]``: q turned, and the caches with the token written, in place where they are donated or
-    carried by a loop. tables ``[batch, half]``, or ``[batch, 1, half]`` as `rope` takes them.
-``attend(q, keys, values, first, slot, layer, *, scale, window=None, soft_cap=None) -> [batch, heads·head_dim]``
-    As above over a layer's slots from first (int32 ``[batch]``) to slot; a row whose first is beyond slot gives zeros. What
-    the other slots hold never matters, be it no number.
+On JAX the same two, in ``xla_cached`` and ``pallas_cached`` alike (the latter for CUDA, where its `refuses` says None), except
+that ``append`` returns (q turned, keys, values): in place where the caches are donated or carried by a loop. slot is an int32
+scalar, and one beyond the capacity is taken for the last; tables may be ``[batch, 1, half]``, as `rope` takes them; a row
+whose first is beyond slot gives zeros. What the other slots hold never matters, be it no number.
 
 Backward: q, k, v, the output and one log-sum-exp a row are enough; the plain versions may keep what autograd keeps.
 

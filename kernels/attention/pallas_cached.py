@@ -1,9 +1,9 @@
-"""One token a row against stacked KV caches, as Pallas kernels (lowered through Triton); see the contract.
+"""One token a row against KV caches, as Pallas kernels (lowered through Triton); see the contract.
 
 `append` gives a program one key head of one row, with the query heads that read it: it turns them and writes k and v to their
 place, in one kernel. `attend` gives a program the same heads and a part of the slots that the row sees, whatever the cache's
 capacity is: it leaves a softmax over its part (largest score, sum, unnormalised output, float32), and XLA joins the parts.
-Caches are read and written in place at the layer's index.
+Caches are written in place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MOST_ELEMENTS = 2**31  # what an int32 offset reaches
 
 
 def refuses(elements: int, head_dim: int) -> str | None:
-    """Why the kernels can't take caches of so many elements each, layers and all, or None."""
+    """Why the kernels can't take caches of so many elements each, or None."""
     if elements >= MOST_ELEMENTS:
         return f"offsets are int32, and a cache of {elements} elements has more than {MOST_ELEMENTS - 1}: use xla_cached"
     if head_dim > MAX_HEAD_DIM:
@@ -37,7 +37,7 @@ def refuses(elements: int, head_dim: int) -> str | None:
 
 
 def _check(q: Array, keys: Array) -> None:
-    kv_heads, head_dim = keys.shape[3:]
+    kv_heads, head_dim = keys.shape[2:]
     reason = refuses(keys.size, head_dim)
     if reason is not None:
         raise ValueError(reason)
@@ -74,19 +74,19 @@ def _turn(ref: Any, row: Any, head: Any, channel: Any, there: Any, tables: Any) 
     return jnp.where(turned[None, :], total.astype(dtype), value)
 
 
-def _append_kernel(slot: Any, layer: Any, q: Any, k: Any, v: Any, *rest: Any) -> None:
+def _append_kernel(slot: Any, q: Any, k: Any, v: Any, *rest: Any) -> None:
     # The caches come twice: as they were, which nobody reads, and as what is written.
     *tables, _, _, q_out, keys, values = rest
     row, kv_head = pl.program_id(0), pl.program_id(1)
-    head, channel, there = _heads(q, keys.shape[3], kv_head, 1)
+    head, channel, there = _heads(q, keys.shape[2], kv_head, 1)
     plgpu.store(q_out.at[row, head[:, None], channel[None, :]], _turn(q, row, head, channel, there, tables), mask=there)
     own, inside = kv_head + jnp.zeros(1, jnp.int32), (channel < k.shape[2])[None, :]
-    place = jnp.minimum(slot[0], keys.shape[2] - 1)
+    place = jnp.minimum(slot[0], keys.shape[1] - 1)
     for cache, value in (
         (keys, _turn(k, row, own, channel, inside, tables)),
         (values, _turn(v, row, own, channel, inside, ())),
     ):
-        target = cache.at[layer[0], row, place, own[:, None], channel[None, :]]
+        target = cache.at[row, place, own[:, None], channel[None, :]]
         plgpu.store(target, value.astype(cache.dtype), mask=inside)
 
 
@@ -95,10 +95,9 @@ def append(
     k: Float[Array, "rows own_heads"],
     v: Float[Array, "rows own_heads"],
     tables: Tables | None,
-    keys: Float[Array, "layers rows capacity kv_heads head_dim"],
-    values: Float[Array, "layers rows capacity kv_heads head_dim"],
+    keys: Float[Array, "rows capacity kv_heads head_dim"],
+    values: Float[Array, "rows capacity kv_heads head_dim"],
     slot: Int32[Array, ""],
-    layer: Int32[Array, ""],
     *,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
@@ -108,16 +107,15 @@ def append(
         ValueError: as there; heads is no multiple of kv_heads; the caches are what `refuses` refuses.
     """
     _check(q, keys)
-    rows, kv_heads, head_dim = q.shape[0], *keys.shape[3:]
+    rows, kv_heads, head_dim = q.shape[0], *keys.shape[2:]
     if rows == 0:
         return q, keys, values
     sides = () if tables is None else tuple(table.reshape(rows, table.shape[-1]) for table in tables)
     if sides and 2 * sides[0].shape[1] > head_dim:
         raise ValueError(f"the tables turn {2 * sides[0].shape[1]} channels, and a head has {head_dim}")
-    scalars = (jnp.reshape(scalar, 1).astype(jnp.int32) for scalar in (slot, layer))
     new = (t.reshape(rows, t.shape[1] // head_dim, head_dim) for t in (q, k, v))
-    arguments = (*scalars, *new, *sides, keys, values)
-    outs = tuple(jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (arguments[2], keys, values))
+    arguments = (jnp.reshape(slot, 1).astype(jnp.int32), *new, *sides, keys, values)
+    outs = tuple(jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (arguments[1], keys, values))
     call = pl.pallas_call(
         _append_kernel,
         out_shape=outs,
@@ -133,7 +131,6 @@ def append(
 
 def _attend_kernel(
     slot: Any,
-    layer: Any,
     first: Any,
     q: Any,
     keys: Any,
@@ -145,7 +142,7 @@ def _attend_kernel(
     soft_cap: float | None,
     tile: int,
 ) -> None:
-    _, _, capacity, kv_heads, head_dim = keys.shape
+    _, capacity, kv_heads, head_dim = keys.shape
     row, kv_head = jax.lax.div(pl.program_id(0), kv_heads), jax.lax.rem(pl.program_id(0), kv_heads)
     part, parts = pl.program_id(1), pl.num_programs(1)
     head, channel, there = _heads(q, kv_heads, kv_head, 16)
@@ -156,10 +153,8 @@ def _attend_kernel(
     tiles = jax.lax.div(jnp.maximum(end - begin, 0) + tile - 1, tile)
     share = jax.lax.div(tiles + parts - 1, parts)
 
-    own_layer = layer[0]  # read once: a load in the loop would keep Triton from reading ahead
-
     def read(cache: Any, place: Any, seen: Any) -> Any:
-        source = cache.at[own_layer, row, place[:, None], kv_head, channel[None, :]]
+        source = cache.at[row, place[:, None], kv_head, channel[None, :]]
         return plgpu.load(source, mask=seen[:, None] & (channel < head_dim)[None, :], other=0.0)
 
     def add(index: Any, carry: Any) -> Any:
@@ -199,11 +194,10 @@ def _join(outs: Array, peaks: Array, sums: Array) -> Array:
 
 def attend(
     q: Float[Array, "rows all_heads"],
-    keys: Float[Array, "layers rows capacity kv_heads head_dim"],
-    values: Float[Array, "layers rows capacity kv_heads head_dim"],
+    keys: Float[Array, "rows capacity kv_heads head_dim"],
+    values: Float[Array, "rows capacity kv_heads head_dim"],
     first: Int32[Array, " rows"],
     slot: Int32[Array, ""],
-    layer: Int32[Array, ""],
     *,
     scale: float,
     window: int | None = None,
@@ -216,7 +210,7 @@ def attend(
         ValueError: heads is no multiple of kv_heads, or the caches are what `refuses` refuses.
     """
     _check(q, keys)
-    _, rows, capacity, kv_heads, head_dim = keys.shape
+    rows, capacity, kv_heads, head_dim = keys.shape
     if q.size == 0:
         return q
     # float32 takes true products, outside the tensor cores.
@@ -227,7 +221,6 @@ def attend(
     if parts > 1:
         side = jax.ShapeDtypeStruct((parts, *queries.shape[:2]), jnp.float32)
         outs = jax.ShapeDtypeStruct((parts, *queries.shape), jnp.float32), side, side
-    scalars = (jnp.reshape(scalar, 1).astype(jnp.int32) for scalar in (slot, layer))
     call = pl.pallas_call(
         partial(_attend_kernel, scale=scale, window=window, soft_cap=soft_cap, tile=tile),
         out_shape=outs,
@@ -236,6 +229,6 @@ def attend(
         interpret=interpret,
         name="cache_attend",
     )
-    found = call(*scalars, first, queries, keys, values)
+    found = call(jnp.reshape(slot, 1).astype(jnp.int32), first, queries, keys, values)
     out = _join(*found) if parts > 1 else found[0]
     return out.astype(q.dtype).reshape(q.shape)

@@ -1,4 +1,4 @@
-"""One token a row against stacked KV caches, in plain JAX; see the contract."""
+"""One token a row against KV caches, in plain JAX; see the contract."""
 
 from __future__ import annotations
 
@@ -17,54 +17,51 @@ def append(
     k: Float[Array, "rows own_heads"],
     v: Float[Array, "rows own_heads"],
     tables: Tables | None,
-    keys: Float[Array, "layers rows capacity kv_heads head_dim"],
-    values: Float[Array, "layers rows capacity kv_heads head_dim"],
+    keys: Float[Array, "rows capacity kv_heads head_dim"],
+    values: Float[Array, "rows capacity kv_heads head_dim"],
     slot: Int32[Array, ""],
-    layer: Int32[Array, ""],
 ) -> tuple[Array, Array, Array]:
-    """(q turned, the caches with this token's turned k, and v, at ``[layer, :, slot]``).
+    """(q turned, the caches with this token's turned k, and v, at ``[:, slot]``).
 
     Raises:
         ValueError: the tables turn more channels than a head has.
     """
-    rows, head_dim = q.shape[0], keys.shape[4]
+    rows, head_dim = q.shape[0], keys.shape[3]
     if tables is not None:
         cos, sin = (table.reshape(rows, 1, table.shape[-1]) for table in tables)
         q, k = (rope(t.reshape(rows, 1, t.shape[1] // head_dim, head_dim), cos, sin).reshape(t.shape) for t in (q, k))
     written = []
     for cache, new in ((keys, k), (values, v)):
-        token = new.astype(cache.dtype).reshape(1, rows, 1, *cache.shape[3:])
-        written.append(jax.lax.dynamic_update_slice(cache, token, (layer, 0, slot, 0, 0)))
+        token = new.astype(cache.dtype).reshape(rows, 1, *cache.shape[2:])
+        written.append(jax.lax.dynamic_update_slice(cache, token, (0, slot, 0, 0)))
     return q, written[0], written[1]
 
 
 def attend(
     q: Float[Array, "rows all_heads"],
-    keys: Float[Array, "layers rows capacity kv_heads head_dim"],
-    values: Float[Array, "layers rows capacity kv_heads head_dim"],
+    keys: Float[Array, "rows capacity kv_heads head_dim"],
+    values: Float[Array, "rows capacity kv_heads head_dim"],
     first: Int32[Array, " rows"],
     slot: Int32[Array, ""],
-    layer: Int32[Array, ""],
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Float[Array, "rows all_heads"]:
-    """Attention of one query a row over the slots from `first` to `slot` of a layer's caches.
+    """Attention of one query a row over the slots from `first` to `slot`.
 
     Raises:
         ValueError: heads is no multiple of kv_heads.
     """
-    rows, capacity, _, head_dim = keys.shape[1:]
+    rows, capacity, _, head_dim = keys.shape
     slot = jnp.minimum(slot, capacity - 1)
     slots = jnp.arange(capacity, dtype=jnp.int32)
     seen = (slots >= first[:, None]) & (slots <= slot)
-    k, v = (jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False) for cache in (keys, values))
     out = attention(
         q.reshape(rows, 1, q.shape[1] // head_dim, head_dim),
-        k,
+        keys,
         # Nothing times what nobody wrote may be not a number.
-        jnp.where(seen[:, :, None, None], v, 0),
+        jnp.where(seen[:, :, None, None], values, 0),
         scale=scale,
         window=window,
         soft_cap=soft_cap,

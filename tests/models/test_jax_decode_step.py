@@ -80,7 +80,7 @@ def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
 def test_what_it_refuses():
     spec = spec_from_config(CONFIG)
     stretched = of_layers(spec, lambda _: {"rope": Rope(10000.0, 16, RopeScaling("dynamic", 2.0))})
-    with pytest.raises(RefusedError, match="change with the length"):
+    with pytest.raises(RefusedError, match="dynamic scaling changes them with the length"):
         built(stretched, "fused").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
     with pytest.raises(RefusedError, match="no implementation 'graph'"):
         built(spec, "graph").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
@@ -105,7 +105,7 @@ def test_the_kernels_lower_for_cuda(monkeypatch, rows):
     model._ops = Ops(Facts("cuda", "bfloat16"), {})
     model._assemble({})
     monkeypatch.setattr(decode_step, "platform", lambda: "cuda")
-    caches = [Cache(*(jnp.zeros((1, rows, 64, 2, 16), jnp.bfloat16) for _ in range(2))) for _ in model.spec.layers]
+    caches = [Cache(*(jnp.zeros((rows, 64, 2, 16), jnp.bfloat16) for _ in range(2))) for _ in model.spec.layers]
     numbers = jnp.zeros(rows, jnp.int32)
     state = {"tokens": numbers, "positions": numbers[:, None], "first": numbers, "slot": jnp.int32(3)}
     frequencies, ropes = model.frequencies(1)
