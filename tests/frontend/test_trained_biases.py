@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.module.skeleton import HollowBias
-from tests.support.modules import BACKENDS, TRAINING, adapted, batch, our_base
+from tests.support.modules import BACKENDS, TRAINING, adapted, assert_same_passes, batch, losses_of_a_loop, our_base
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.sources import transformers_llama
 from tests.support.tiny import CONFIG, byte_tokenizer, random_weights, write_checkpoint
@@ -94,15 +94,7 @@ def test_passes_of_the_module_are_pefts(backend, settings):
         lambda model: model(**rows).logits[real].logsumexp(-1).sum(),
         lambda model: model.get_base_model().model(rows["input_ids"], rows["attention_mask"]).last_hidden_state[real].sum(),
     )
-    for score in scores:
-        mine, judge = score(ours), score(theirs)
-        assert float(mine.detach()) == pytest.approx(float(judge.detach()), rel=2e-6)
-        for loss in (mine, judge):
-            loss.backward()
-        gradients = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (ours, theirs)]
-        assert gradients[0].keys() == gradients[1].keys() == trained(theirs).keys()
-        for name, gradient in gradients[1].items():
-            torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+    assert assert_same_passes(ours, theirs, scores).keys() == trained(theirs).keys()
     with pytest.warns(UserWarning, match="does not produce the same output"), ours.disable_adapter():
         off = logits(ours)
     with theirs.disable_adapter():
@@ -115,15 +107,7 @@ def test_a_loop_of_ones_own(backend):
     """An optimizer made right away; it writes the biases in place, where a backend has read them, right after a pass."""
 
     def run(model: Any) -> list[float]:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-        found = []
-        for step in range(6):
-            loss = model(**batch((20 + step, 9))).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=step % 2 == 0)
-            found.append(float(loss.detach()))
-        return found
+        return losses_of_a_loop(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2), 6)
 
     ours, theirs = pair(backend, bias="all", target_modules=["v_proj"])
     expected = run(theirs)

@@ -19,7 +19,18 @@ from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTra
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.module.passes import Pass, to_torch
-from tests.support.modules import BACKENDS, TRAINING, adapted, batch, lora, our_base, pair, their_base
+from tests.support.modules import (
+    BACKENDS,
+    TRAINING,
+    adapted,
+    assert_same_passes,
+    batch,
+    lora,
+    losses_of_a_loop,
+    our_base,
+    pair,
+    their_base,
+)
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, write_checkpoint
 
@@ -100,15 +111,8 @@ def test_passes_of_the_module_are_pefts(backend):
         lambda model: model(**rows).logits[real].logsumexp(-1).sum(),
         lambda model: hidden(model)[real].square().sum(),
     )
-    for score in scores:
-        mine, judge = score(ours), score(theirs)
-        assert float(mine.detach()) == pytest.approx(float(judge.detach()), rel=2e-6)
-        for loss in (mine, judge):
-            loss.backward()
-        gradients = [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (ours, theirs)]
-        for name, gradient in gradients[1].items():
-            torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
-    assert len(gradients[1]) == len(trained(theirs))
+    gradients = assert_same_passes(ours, theirs, scores)
+    assert len(gradients) == len(trained(theirs))
     on = logits(ours)
     with ours.disable_adapter(), theirs.disable_adapter():
         torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=2e-5)
@@ -120,15 +124,7 @@ def test_a_loop_of_ones_own(backend):
     """Optimizers write the weights in place, where a backend has read them, right after a pass."""
 
     def run(model: Any) -> list[float]:
-        optimizer = torch.optim.NAdam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-        found = []
-        for step in range(8):
-            loss = model(**batch((20 + step, 9))).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=step % 2 == 0)
-            found.append(float(loss.detach()))
-        return found
+        return losses_of_a_loop(model, torch.optim.NAdam([p for p in model.parameters() if p.requires_grad], lr=5e-3), 8)
 
     ours, theirs = pair(backend, modules_to_save=BOTH_ENDS)
     expected = run(theirs)

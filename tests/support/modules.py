@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import peft
+import pytest
 import torch
 
 from jaxsloth.backend import BuildOptions, load_backend
@@ -66,3 +68,30 @@ def batch(lengths: tuple[int, ...] = (37, 30, 20), left: bool = False) -> dict[s
     slots = torch.arange(longest)
     real = torch.stack([slots >= longest - length if left else slots < length for length in lengths])
     return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
+
+
+def assert_same_passes(ours: Any, theirs: Any, scores: Iterable[Callable[[Any], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Each score of the two models, and all gradients after its backward; the judge's gradients, summed over the scores."""
+    expected: dict[str, torch.Tensor] = {}
+    for score in scores:
+        mine, judge = score(ours), score(theirs)
+        assert float(mine.detach()) == pytest.approx(float(judge.detach()), rel=2e-6)
+        for loss in (mine, judge):
+            loss.backward()
+        found, expected = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (ours, theirs))
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+    return expected
+
+
+def losses_of_a_loop(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Of steps on batches of ever longer rows."""
+    found = []
+    for step in range(steps):
+        loss = model(**batch((20 + step, 9))).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        found.append(float(loss.detach()))
+    return found
