@@ -1,10 +1,11 @@
 """NF4 weights times few rows as one Pallas kernel (lowered through Triton): codes are decoded in registers and met by x.
 
-A program owns `Tiles.out` rows of a weight and goes through them some blocks of 64 values at a time; the next codes are
-fetched while the present ones are decoded. The two nibbles of a byte meet the even and the odd values of x, which are handed
-over apart, so that nothing is interleaved and every load is of neighbours. One row of x is multiplied in float32 lanes; more go
-through the tensor cores, each weight rounded to x's dtype first, and `in` is split over programs, whose float32 sums are added
-afterwards, so that there are enough of them and none is long. Stacked weights are read in place.
+A program owns `Tiles.out` rows of a weight and goes through them some blocks of 64 values at a time; codes are looked up by
+shuffles between the lanes of a warp (ptx.py), four at a time as they came from memory. The two nibbles of a byte meet the even
+and the odd values of x, which are handed over apart, so that nothing is interleaved and every load is of neighbours. One row
+of x is multiplied in float32 lanes; more go through the tensor cores, each weight rounded to x's dtype first, and `in` is
+split over programs, whose float32 sums are added afterwards, so that there are enough of them and none is long. Stacked
+weights are read in place.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from jaxtyping import Array, Float, Int
 from jaxsloth.kernels.jax_platform import dot_float32
 from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
 from jaxsloth.kernels.nf4.pallas_kernel import _arguments
+from jaxsloth.kernels.nf4.ptx import lookup
 
 _BYTES = BLOCK // 2
-STEPS = 8  # of a program that goes through several rows of x
-PROGRAMS = 384  # that fill an H200 of 132 processors with them; any other GPU runs them too
+HIGH, LOW = (lookup([place + 8 * byte for byte in range(4)]) for place in (4, 0))
+LOOKUP = {"constraints": "=f,=f,=f,=f,r", "pack": 4}
+WARPS = 15 * 132  # that an H200 is busy with at one row of x; any other GPU runs them too
+PROGRAMS = 768  # the same, for several rows
+STEPS = 16  # of one of these programs
 
 
 class Tiles(NamedTuple):
@@ -47,12 +52,15 @@ class Part(NamedTuple):
 
 
 def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
-    """The fastest of those tried on an H200 with an 8B model's layers, before tiles were cut by blocks (docs/performance.md).
+    """The fastest of those tried on an H200 with an 8B model's layers (docs/performance.md).
 
     blocks: in a row of the weights.
     """
-    out, most, warps = (8, 16, 4) if rows == 1 else (32, 4, 2)
-    across = next(size for size in (16, 8, 4, 2, 1) if size <= most and blocks % size == 0)
+    if rows == 1:  # a program is one warp, which waits for no other
+        out, most, warps = (4, 8, 1) if sum(pl.cdiv(one, 4) for one in outs) >= WARPS else (2, 32 if blocks >= 128 else 16, 1)
+    else:
+        out, most, warps = (64, 2, 4) if sum(pl.cdiv(one, 64) for one in outs) >= PROGRAMS // 2 else (32, 4, 2)
+    across = next(size for size in (32, 16, 8, 4, 2, 1) if size <= most and blocks % size == 0)
     programs, split = sum(pl.cdiv(one, out) for one in outs), 1
     if rows > 1:  # a program waits for its tensor cores: short ones, and enough of them
         while (
@@ -64,13 +72,25 @@ def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
     return Tiles(out, across, split, warps)
 
 
-def _kernel(table: Any, *rest: Any, parts: tuple[Part, ...], tiles: Tiles, across: int, rows: int) -> None:
+def _values(table: Any, codes: Any, interpret: bool) -> tuple[Any, Any]:
+    """float32 of the high and of the low nibbles of uint8 codes; Pallas' interpreter runs no PTX."""
+    if interpret:
+        wide = codes.astype(jnp.int32)
+        return table[wide >> 4], table[wide & 15]
+    kind = [jax.ShapeDtypeStruct(codes.shape, jnp.float32)]
+    (high,), (low,) = (
+        plgpu.elementwise_inline_asm(ptx, args=[codes], result_shape_dtypes=kind, **LOOKUP) for ptx in (HIGH, LOW)
+    )
+    return high, low
+
+
+def _kernel(table: Any, *rest: Any, parts: tuple[Part, ...], tiles: Tiles, across: int, rows: int, interpret: bool) -> None:
     """across: blocks in a row of the weights. x ``[2, rows, in / 2]``, y ``[split, rows, sum of out]``."""
     *levels, x, y = rest
     each = len(levels) // len(parts)
     tile, split = pl.program_id(0), pl.program_id(1)  # the interpreter knows them outside of branches only
     if len(parts) == 1:
-        _product(table, levels, x, y, parts[0], tile, split, tiles, across, rows)
+        _product(table, levels, x, y, parts[0], tile, split, tiles, across, rows, interpret)
         return
     for place, part in enumerate(parts):
         own = levels[place * each : (place + 1) * each]
@@ -78,7 +98,7 @@ def _kernel(table: Any, *rest: Any, parts: tuple[Part, ...], tiles: Tiles, acros
 
         @pl.when((tile >= part.tile) & (tile < end))
         def _(own: Any = own, part: Part = part) -> None:
-            _product(table, own, x, y, part, tile - part.tile, split, tiles, across, rows)
+            _product(table, own, x, y, part, tile - part.tile, split, tiles, across, rows, interpret)
 
 
 def _product(
@@ -92,6 +112,7 @@ def _product(
     tiles: Tiles,
     across: int,
     rows: int,
+    interpret: bool,
 ) -> None:
     """One program's rows of one weight, over its part of `in`. A tile is ``[rows of the weight, blocks, bytes of a block]``, so
     that a block's scale meets its values where they are."""
@@ -117,24 +138,23 @@ def _product(
         level = (own[:, None] * across + block) // NESTED_BLOCK + layer[0] * part.outer_blocks
         return second[2][scale.astype(jnp.int32)] * second[0][level] + shift
 
-    def add(step: Any, carried: Any) -> Any:
-        total, fetched = carried
-        codes_now, following = fetched.astype(jnp.int32), fetch(jnp.minimum(step + 1, steps - 1))
-        high, low = table[codes_now >> 4], table[codes_now & 15]
+    def add(step: Any, total: Any) -> Any:
+        # Not fetched a step ahead: codes that a loop carries are taken apart into bytes and put together again.
+        high, low = _values(table, fetch(step), interpret)
         if rows == 1:
             # Every row of the tile reads x for itself: rows that share it would exchange it through shared memory.
             channel = jnp.broadcast_to(blocks_of(step)[None, :, None] * _BYTES + byte[None, None, :], high.shape)
             even, odd = (x[half, 0, channel].astype(jnp.float32) for half in (0, 1))
-            return total + jnp.sum(high * even + low * odd, axis=2) * scales(step), following
+            return total + (jnp.sum(high * even, axis=2) + jnp.sum(low * odd, axis=2)) * scales(step)
         scale, which = scales(step)[:, :, None], jnp.arange(rows, dtype=jnp.int32)[:, None]
         flat = (start + step * tiles.blocks) * _BYTES + jnp.arange(tiles.blocks * _BYTES, dtype=jnp.int32)[None, :]
         for half, values in enumerate((high, low)):
             weight = (values * scale).astype(x.dtype).reshape(tiles.out, tiles.blocks * _BYTES)
             total += dot_float32(weight, x[half, which, flat], (1, 1))
-        return total, following
+        return total
 
     shape = (tiles.out, tiles.blocks if rows == 1 else rows)
-    total, _ = jax.lax.fori_loop(0, steps, add, (jnp.zeros(shape, jnp.float32), fetch(jnp.int32(0))))
+    total = jax.lax.fori_loop(0, steps, add, jnp.zeros(shape, jnp.float32))
     if rows == 1:
         total = jnp.sum(total, axis=1)[:, None]
     which, shape = jnp.arange(rows, dtype=jnp.int32)[None, :], (tiles.out, rows)
@@ -178,7 +198,7 @@ def matvec(
     padded = 1 if rows == 1 else MATVEC_ROWS
     planes = jnp.pad(x, ((0, padded - rows), (0, 0))).reshape(padded, in_ // 2, 2).transpose(2, 0, 1)
     call = pl.pallas_call(
-        partial(_kernel, parts=tuple(parts), tiles=tiles, across=across, rows=padded),
+        partial(_kernel, parts=tuple(parts), tiles=tiles, across=across, rows=padded, interpret=interpret),
         out_shape=jax.ShapeDtypeStruct((tiles.split, padded, column), x.dtype if tiles.split == 1 else jnp.float32),
         grid=(tile, tiles.split),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),

@@ -154,7 +154,7 @@ def test_matvec_lowers_for_cuda(nested, dtype, rows):
     stack, _ = stacked(nested, (48, 1152))
     x = jnp.zeros((rows, 1152), dtype)
     text = lowered_for_cuda(lambda x, q, i: pallas_matvec.matvec(x, [q, q], layer=i), x, stack, jnp.int32(1))
-    assert "nf4_matvec" in text and "triton" in text
+    assert "nf4_matvec" in text and "triton" in text and "shfl.sync.idx" in text
 
 
 def test_rms_norm_lowers_for_cuda():
