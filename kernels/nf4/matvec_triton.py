@@ -1,10 +1,11 @@
 """NF4 weights times few rows, as one Triton kernel: codes are decoded in registers and met by x there.
 
-A program owns `TILE_OUT` rows of a weight and goes through its blocks of 64 values `TILE_BLOCKS` at a time; the next codes are
-fetched while the present ones are decoded. One row of x is multiplied in float32 lanes, and each block's sum is scaled once.
-More rows go through the tensor cores, each weight rounded to x's dtype as `dequantize` rounds it. The code book is looked up by
-`gather` (shuffles in a single warp, else shared memory): two instructions less than a lookup in global memory. Where a weight
-is too small to fill the GPU, `in` is split over programs whose float32 sums are added in a fixed order.
+A program owns `TILE_OUT` rows of a weight and goes through its blocks of 64 values `TILE_BLOCKS` at a time; the next
+codes are fetched, eight a word, while the present ones are looked up by shuffles between the lanes of a warp (ptx.py). The two
+nibbles of a byte meet the even and the odd values of x, read together as one word where they have 16 bits, so that nothing is
+interleaved. One row of x is multiplied in float32 lanes, and each block's sum is scaled once. More rows go through the tensor
+cores, each weight rounded to x's dtype as `dequantize` rounds it. Where a weight is too small to fill the GPU, `in` is split
+over programs whose float32 sums are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
+from triton import knobs
 
 from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
+from jaxsloth.kernels.nf4.ptx import lookup
 from jaxsloth.kernels.nf4.triton_kernel import _table
 
 WEIGHTS = 3  # that one launch takes
 PROCESSORS = 132  # of the GPU that the tiles are chosen for, an H200; any other runs them too
 REDUCE = 512
-# The next codes are fetched by hand; pipelining would stage the lookups too.
+INTERPRETED = knobs.runtime.interpret  # which runs no PTX
+# Of the high and of the low nibbles of four bytes.
+LOOKUPS = {"HIGH": lookup(range(4, 32, 8)), "LOW": lookup(range(0, 32, 8))}
 LAUNCH = {"num_stages": 1, "enable_fp_fusion": True}
 REDUCE_LAUNCH = {"num_warps": 4}
 
@@ -39,21 +44,45 @@ class Tiles(NamedTuple):
 
 @triton.jit
 @no_type_check  # the tests' type checker would wrap the source that Triton reads
-def _words(codes, row, inside, row_words, first, end, WORDS: tl.constexpr, TILE_BLOCKS: tl.constexpr):
+def _words(start_of_row, inside, first, end, WORDS: tl.constexpr, TILE_BLOCKS: tl.constexpr):
     """int32 ``[TILE_OUT, TILE_BLOCKS * WORDS]`` from block `first` on, eight codes a word."""
     word = first * WORDS + tl.arange(0, TILE_BLOCKS * WORDS)
     mask = inside[:, None] & (word < end * WORDS)[None, :]
-    return tl.load(codes + row[:, None] * row_words + word[None, :], mask=mask, other=0, eviction_policy="evict_first")
+    return tl.load(start_of_row[:, None] + word[None, :], mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
 @no_type_check
-def _decode(word, values, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """float32 ``[HEIGHT, WIDTH * 8]``: each word's codes looked up, in the order of the values they stand for."""
-    pair = tl.join(word, word >> 16)
-    byte = tl.join(pair, pair >> 8)
-    index = tl.join(byte >> 4, byte) & 15  # the high nibble comes first
-    return tl.reshape(tl.gather(values, tl.reshape(index, (HEIGHT * WIDTH * 8,)), 0), (HEIGHT, WIDTH * 8))
+def _values(word, table, PLACE: tl.constexpr, LOOKUP: tl.constexpr):
+    """float32 ``[TILE_OUT, words * 4]`` of the nibbles from bit PLACE of each byte on."""
+    if LOOKUP is None:
+        a, b = tl.load(table + ((word >> PLACE) & 15)), tl.load(table + ((word >> (PLACE + 8)) & 15))
+        c, d = tl.load(table + ((word >> (PLACE + 16)) & 15)), tl.load(table + ((word >> (PLACE + 24)) & 15))
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            LOOKUP, "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+        )
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (word.shape[0], word.shape[1] * 4))
+
+
+@triton.jit
+@no_type_check
+def _pair(x, place, mask):
+    """The values of x, `place` counting pairs, at an even and at the following channel; pairs of 16-bit values are one word."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    if DTYPE.primitive_bitwidth == 32:
+        even, odd = tl.load(x + 2 * place, mask=mask, other=0.0), tl.load(x + 2 * place + 1, mask=mask, other=0.0)
+    else:
+        word = tl.load(x.to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=mask, other=0)
+        even, odd = word.to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return even, odd
+
+
+@triton.jit
+@no_type_check
+def _scaled(values, scale, TILE_BLOCKS: tl.constexpr):
+    blocks = tl.reshape(values, (values.shape[0], TILE_BLOCKS, values.shape[1] // TILE_BLOCKS))
+    return tl.reshape(blocks * scale[:, :, None], values.shape)
 
 
 @triton.jit
@@ -106,7 +135,10 @@ def matvec_kernel(
     ROWS: tl.constexpr,
     TILE_OUT: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
 ):
+    PAIRS: tl.constexpr = SIZE // 2
     tile, part = tl.program_id(0), tl.program_id(1)
     tiles0, tiles1 = tl.cdiv(out0, TILE_OUT), tl.cdiv(out1, TILE_OUT)
     total = out0 + out1 + out2
@@ -122,27 +154,26 @@ def matvec_kernel(
     start = part * blocks_each
     end = tl.minimum(start + blocks_each, blocks)
     sums = tl.zeros((TILE_OUT, TILE_BLOCKS if ROWS == 1 else ROWS), tl.float32)
-    values = tl.load(table + tl.arange(0, 16))
-    fetched = _words(codes, row, inside, row_words, start, end, SIZE // 8, TILE_BLOCKS)
+    start_of_row = codes + row.to(tl.int64) * row_words
+    fetched = _words(start_of_row, inside, start, end, SIZE // 8, TILE_BLOCKS)
     for first in range(start, end, TILE_BLOCKS):
         word = fetched
-        fetched = _words(codes, row, inside, row_words, first + TILE_BLOCKS, end, SIZE // 8, TILE_BLOCKS)
+        fetched = _words(start_of_row, inside, first + TILE_BLOCKS, end, SIZE // 8, TILE_BLOCKS)
         block = first + tl.arange(0, TILE_BLOCKS)
         mask = inside[:, None] & (block < end)[None, :]
-        index = row[:, None] * blocks + block[None, :]
-        scale = _scales(absmax, outer, offset, book, index, mask, NESTED, NESTED_SIZE)
-        weight = _decode(word, values, TILE_OUT, TILE_BLOCKS * (SIZE // 8))
-        channel = first * SIZE + tl.arange(0, TILE_BLOCKS * SIZE)
-        there = channel < end * SIZE
+        scale = _scales(absmax, outer, offset, book, row[:, None] * blocks + block[None, :], mask, NESTED, NESTED_SIZE)
+        high, low = _values(word, table, 4, HIGH), _values(word, table, 0, LOW)
+        pair = first * PAIRS + tl.arange(0, TILE_BLOCKS * PAIRS)
+        there = pair < end * PAIRS
         if ROWS == 1:
-            product = weight * tl.load(x + channel, mask=there, other=0.0).to(tl.float32)[None, :]
-            sums += tl.sum(tl.reshape(product, (TILE_OUT, TILE_BLOCKS, SIZE)), axis=2) * scale
+            even, odd = _pair(x, pair, there)
+            product = high * even.to(tl.float32)[None, :] + low * odd.to(tl.float32)[None, :]
+            sums += tl.sum(tl.reshape(product, (TILE_OUT, TILE_BLOCKS, PAIRS)), axis=2) * scale
         else:
-            which = tl.arange(0, ROWS)
-            place = which[None, :] * x_stride + channel[:, None]
-            values_of_x = tl.load(x + place, mask=there[:, None] & (which < rows)[None, :], other=0.0)
-            weight = tl.reshape(tl.reshape(weight, (TILE_OUT, TILE_BLOCKS, SIZE)) * scale[:, :, None], weight.shape)
-            sums = tl.dot(weight.to(x.dtype.element_ty), values_of_x, sums, input_precision="ieee")
+            which = tl.arange(0, ROWS)[None, :]
+            even, odd = _pair(x, which * x_stride + pair[:, None], there[:, None] & (which < rows))
+            sums = tl.dot(_scaled(high, scale, TILE_BLOCKS).to(even.dtype), even, sums, input_precision="ieee")
+            sums = tl.dot(_scaled(low, scale, TILE_BLOCKS).to(odd.dtype), odd, sums, input_precision="ieee")
     if ROWS == 1:
         result = tl.sum(sums, axis=1)
         place, kept = column + row + part * total, inside
@@ -171,16 +202,13 @@ def add_parts_kernel(parts, bias, y, size, width, BIASED: tl.constexpr, SPLIT: t
 
 
 def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
-    """Tiles that give every processor enough to do. For one row a program is a single warp, whose lookups are shuffles and
-    which waits for no other; for more it is the four warps of a tensor-core tile, where four parts did best for each of an
-    8B model's layers (docs/performance.md)."""
-    out, across, warps, most = (4, 8, 1, 16) if rows == 1 else (64, 2, 4, 4)
+    """Tiles that give every processor enough to do, the fastest of those tried with an 8B model's layers (docs/performance.md).
+    For one row a program is a single warp, which waits for no other; for more it is the four warps of a tensor-core tile."""
+    out, across, warps, most = (4, 16, 1, 16) if rows == 1 else (64, 2, 4, 8)
     wanted = 15 * PROCESSORS
-    if rows == 1 and sum(triton.cdiv(one, out) for one in outs) < wanted:
-        out, across = 2, 16
+    if rows == 1 and 2 * sum(triton.cdiv(one, out) for one in outs) < wanted:
+        out = 2
     programs, split = sum(triton.cdiv(one, out) for one in outs), 1
-    if rows > 1 and programs > 2 * PROCESSORS:
-        across = 1
     while 2 * programs * split <= wanted and split < most and blocks // (split * 2) >= across:
         split *= 2
     return Tiles(out, across, split, warps)
@@ -216,6 +244,8 @@ def matvec(
     tiles = tiles_for(rows, blocks, outs)
     y = torch.empty(rows, total, dtype=x.dtype, device=x.device)
     parts = y
+    if x.stride(0) % 2 or x.data_ptr() % 4:  # pairs must be whole
+        x = x.clone(memory_format=torch.contiguous_format)
     if tiles.split > 1:
         parts = torch.empty(tiles.split, rows, total, dtype=torch.float32, device=x.device)
     levels = [_levels(weights[min(place, len(weights) - 1)]) for place in range(WEIGHTS)]
@@ -226,7 +256,7 @@ def matvec(
         pointers = [pointer for level in levels for pointer in level]
         counts = (
             rows,
-            x.stride(0),
+            x.stride(0) // 2,
             in_ // 8,
             blocks,
             triton.cdiv(triton.cdiv(blocks, tiles.split), tiles.blocks) * tiles.blocks,
@@ -240,6 +270,7 @@ def matvec(
             ROWS=1 if rows == 1 else MATVEC_ROWS,
             TILE_OUT=tiles.out,
             TILE_BLOCKS=tiles.blocks,
+            **(dict.fromkeys(LOOKUPS) if INTERPRETED else LOOKUPS),
             **launch,
         )
         if tiles.split > 1:

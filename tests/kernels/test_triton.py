@@ -213,9 +213,9 @@ def test_matvec_compiles(dtype, nested, rows):
         arguments = {**pointers(dtype, "x"), "y": "*fp32" if split else TYPES[dtype], **pointers(dtype, "bias")}
         arguments |= {"table": "*fp32", **levels, **counts}
         constants = {"NESTED": nested, "NESTED_SIZE": NESTED_BLOCK, "BIASED": not split, "SIZE": BLOCK, "ROWS": rows}
-        constants |= {"TILE_OUT": tiles.out, "TILE_BLOCKS": tiles.blocks}
+        constants |= {"TILE_OUT": tiles.out, "TILE_BLOCKS": tiles.blocks, **matvec_triton.LOOKUPS}
         options = {**matvec_triton.LAUNCH, "num_warps": tiles.warps}
-        compile_ptx(matvec_triton.matvec_kernel, arguments, constants, options)
+        assert "shfl.sync.idx" in compile_ptx(matvec_triton.matvec_kernel, arguments, constants, options)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -175,7 +175,9 @@ def check_matvec(function: Callable[..., torch.Tensor], case: Any, dtype: str, n
     weights = [nf4_torch.quantize(inputs[f"weight{place}"], nested=nested) for place in range(len(case.outs))]
     x = inputs["x"].to(getattr(torch, dtype))
     if case.strided:
-        x = torch.cat([x, torch.full_like(x[:, :40], float("nan"))], dim=1)[:, : case.in_]
+        lead = int(nested)  # rows that begin between two words, and are no whole number of them
+        gap = torch.full_like(x[:, : 40 + lead], float("nan"))
+        x = torch.cat([gap[:, :lead], x, gap[:, lead:]], dim=1)[:, lead : lead + case.in_]
     bias = None if inputs["bias"] is None else inputs["bias"].to(x.dtype)
     with poisoned():
         got, again = function(x, weights, bias), function(x, weights, bias)
