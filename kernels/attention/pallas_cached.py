@@ -163,8 +163,8 @@ def _attend_kernel(
         seen = place < end
         key, value = read(keys, place, seen), read(values, place, seen)
         scores = dot_float32(query, key, (1, 1)) * scale
-        if soft_cap is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-            scores = soft_cap * (1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * LOG2_E / soft_cap))))
+        if soft_cap is not None:  # from exponentials it would be off by 2**-24, soft_cap times over
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
         scores = jnp.where(seen[None, :], scores * LOG2_E, HIDDEN)
         higher = jnp.maximum(peak, jnp.max(scores, axis=1))
         weight = jnp.exp2(scores - higher[:, None])  # a tile has a slot that is seen: hidden ones weigh nothing
