@@ -21,7 +21,7 @@ from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
 from jaxsloth.kernels.jax_platform import precision_of
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL, Dropout
-from jaxsloth.kernels.nf4.contract import MATVEC, Nested
+from jaxsloth.kernels.nf4.contract import MATVEC, MATVEC_ROWS, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
 from jaxsloth.kernels.registry import Facts, Implementation, Op, resolve, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
@@ -61,10 +61,16 @@ class Ops:
         self.gated_activation = choose(GATED_ACTIVATION)
         self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)
         self.lora_matmul = choose(LORA_MATMUL)
-        self.rms_norm = choose(RMS_NORM)
         self.rope = choose(ROPE)
+        self._rms_norm = choose(RMS_NORM)
+        # XLA makes one kernel of few rows' norm, their residual sum and the weight's slice (docs/performance.md).
+        self._rms_norm_of_few = resolve(RMS_NORM, "jax", facts, requested.get(RMS_NORM.name, "xla"))
         self._facts, self._matvec = facts, requested.get(MATVEC.name)
         self._attention = requested.get(ATTENTION.name)
+
+    def rms_norm(self, x: Any, weight: Any, **options: Any) -> Any:
+        few = x.size <= MATVEC_ROWS * x.shape[-1]
+        return (self._rms_norm_of_few if few else self._rms_norm)(x, weight, **options)
 
     def attention(self, spec: specs.Attention) -> Implementation:
         """Which one depends on the layer."""
