@@ -1,11 +1,11 @@
 """NF4 weights times few rows, as one Triton kernel: codes are decoded in registers and met by x there.
 
-A program owns `TILE_OUT` rows of a weight and goes through its blocks of 64 values `TILE_BLOCKS` at a time; the next
-codes are fetched, eight a word, while the present ones are looked up by shuffles between the lanes of a warp (ptx.py). The two
-nibbles of a byte meet the even and the odd values of x, read together as one word where they have 16 bits, so that nothing is
-interleaved. One row of x is multiplied in float32 lanes, and each block's sum is scaled once. More rows go through the tensor
-cores, each weight rounded to x's dtype as `dequantize` rounds it. Where a weight is too small to fill the GPU, `in` is split
-over programs whose float32 sums are added in a fixed order.
+A program owns `TILE_OUT` rows of a weight and goes through its blocks of 64 values `TILE_BLOCKS` at a time; codes are looked
+up by shuffles between the lanes of a warp (ptx.py). One row of x is multiplied in float32 lanes, and each block's sum is scaled
+once; the next codes are fetched, eight a word, while the present ones are met. More rows go through the tensor cores, each
+weight rounded to x's dtype as `dequantize` rounds it: there the two nibbles of a byte meet the even and the odd values of x,
+read together as one word where they have 16 bits, so that nothing is interleaved. Where a weight is too small to fill the GPU,
+`in` is split over programs whose float32 sums are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ WEIGHTS = 3  # that one launch takes
 PROCESSORS = 132  # of the GPU that the tiles are chosen for, an H200; any other runs them too
 REDUCE = 512
 INTERPRETED = knobs.runtime.interpret  # which runs no PTX
-# Of the high and of the low nibbles of four bytes.
-LOOKUPS = {"HIGH": lookup(range(4, 32, 8)), "LOW": lookup(range(0, 32, 8))}
+# Of a word in the order of its values, of the high and of the low nibbles of four bytes.
+LOOKUPS = {
+    "WORD": lookup([8 * byte + place for byte in range(4) for place in (4, 0)]),
+    "HIGH": lookup(range(4, 32, 8)),
+    "LOW": lookup(range(0, 32, 8)),
+}
 LAUNCH = {"num_stages": 1, "enable_fp_fusion": True}
 REDUCE_LAUNCH = {"num_warps": 4}
 
@@ -44,25 +48,43 @@ class Tiles(NamedTuple):
 
 @triton.jit
 @no_type_check  # the tests' type checker would wrap the source that Triton reads
-def _words(start_of_row, inside, first, end, WORDS: tl.constexpr, TILE_BLOCKS: tl.constexpr):
+def _words(words, inside, first, end, WORDS: tl.constexpr, TILE_BLOCKS: tl.constexpr):
     """int32 ``[TILE_OUT, TILE_BLOCKS * WORDS]`` from block `first` on, eight codes a word."""
     word = first * WORDS + tl.arange(0, TILE_BLOCKS * WORDS)
     mask = inside[:, None] & (word < end * WORDS)[None, :]
-    return tl.load(start_of_row[:, None] + word[None, :], mask=mask, other=0, eviction_policy="evict_first")
+    return tl.load(words[:, None] + word[None, :], mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
 @no_type_check
-def _values(word, table, PLACE: tl.constexpr, LOOKUP: tl.constexpr):
-    """float32 ``[TILE_OUT, words * 4]`` of the nibbles from bit PLACE of each byte on."""
+def _of_words(word, table, LOOKUP: tl.constexpr):
+    """float32 ``[TILE_OUT, words * 8]``: each word's codes looked up, in the order of the values they stand for."""
     if LOOKUP is None:
-        a, b = tl.load(table + ((word >> PLACE) & 15)), tl.load(table + ((word >> (PLACE + 8)) & 15))
-        c, d = tl.load(table + ((word >> (PLACE + 16)) & 15)), tl.load(table + ((word >> (PLACE + 24)) & 15))
+        pair = tl.join(word, word >> 16)
+        byte = tl.join(pair, pair >> 8)
+        found = tl.load(table + (tl.join(byte >> 4, byte) & 15))  # the high nibble comes first
     else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            LOOKUP, "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            LOOKUP,
+            "=f,=f,=f,=f,=f,=f,=f,=f,r",
+            [word],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
         )
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (word.shape[0], word.shape[1] * 4))
+        found = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(found, (word.shape[0], word.shape[1] * 8))
+
+
+@triton.jit
+@no_type_check
+def _of_bytes(byte, table, PLACE: tl.constexpr, LOOKUP: tl.constexpr):
+    """float32 of the nibbles from bit PLACE of each byte on."""
+    if LOOKUP is None:
+        found = tl.load(table + ((byte.to(tl.int32) >> PLACE) & 15))
+    else:
+        found = tl.inline_asm_elementwise(LOOKUP, "=f,=f,=f,=f,r", [byte], dtype=tl.float32, is_pure=True, pack=4)
+    return found
 
 
 @triton.jit
@@ -80,21 +102,22 @@ def _pair(x, place, mask):
 
 @triton.jit
 @no_type_check
-def _scaled(values, scale, TILE_BLOCKS: tl.constexpr):
-    blocks = tl.reshape(values, (values.shape[0], TILE_BLOCKS, values.shape[1] // TILE_BLOCKS))
-    return tl.reshape(blocks * scale[:, :, None], values.shape)
+def _maxima(absmax, row, inside, first, end, blocks, TILE_BLOCKS: tl.constexpr):
+    """What is stored of the maxima ``[TILE_OUT, TILE_BLOCKS]`` from block `first` on: themselves, or their codes."""
+    block = first + tl.arange(0, TILE_BLOCKS)
+    mask = inside[:, None] & (block < end)[None, :]
+    return tl.load(absmax + row[:, None] * blocks + block[None, :], mask=mask, other=0)
 
 
 @triton.jit
 @no_type_check
-def _scales(absmax, outer, offset, book, index, mask, NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr):
+def _scales(stored, outer, offset, book, index, mask, NESTED: tl.constexpr, NESTED_SIZE: tl.constexpr):
     """The float32 scale of every block, 0 outside the mask."""
     if NESTED:
-        code = tl.load(absmax + index, mask=mask, other=0).to(tl.int32)
-        product = tl.load(book + code) * tl.load(outer + index // NESTED_SIZE, mask=mask, other=0.0)
+        product = tl.load(book + stored.to(tl.int32)) * tl.load(outer + index // NESTED_SIZE, mask=mask, other=0.0)
         scale = tl.where(mask, product + tl.load(offset), 0.0)
     else:
-        scale = tl.load(absmax + index, mask=mask, other=0.0)
+        scale = stored
     return scale
 
 
@@ -122,7 +145,7 @@ def matvec_kernel(
     book2,
     rows,
     x_stride,
-    row_words,
+    row_bytes,
     blocks,
     blocks_each,
     out0,
@@ -135,6 +158,7 @@ def matvec_kernel(
     ROWS: tl.constexpr,
     TILE_OUT: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    WORD: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
 ):
@@ -154,26 +178,38 @@ def matvec_kernel(
     start = part * blocks_each
     end = tl.minimum(start + blocks_each, blocks)
     sums = tl.zeros((TILE_OUT, TILE_BLOCKS if ROWS == 1 else ROWS), tl.float32)
-    start_of_row = codes + row.to(tl.int64) * row_words
-    fetched = _words(start_of_row, inside, start, end, SIZE // 8, TILE_BLOCKS)
+    start_of_row = codes + row.to(tl.int64) * row_bytes
+    if ROWS == 1:
+        words = start_of_row.to(tl.pointer_type(tl.int32), bitcast=True)
+        fetched = _words(words, inside, start, end, SIZE // 8, TILE_BLOCKS)
+    coming = _maxima(absmax, row, inside, start, end, blocks, TILE_BLOCKS)
     for first in range(start, end, TILE_BLOCKS):
-        word = fetched
-        fetched = _words(start_of_row, inside, first + TILE_BLOCKS, end, SIZE // 8, TILE_BLOCKS)
+        # Loads keep their order, so that those of the next step stand before what waits for this one's.
+        if ROWS == 1:
+            word = fetched
+            fetched = _words(words, inside, first + TILE_BLOCKS, end, SIZE // 8, TILE_BLOCKS)
+        stored = coming
+        coming = _maxima(absmax, row, inside, first + TILE_BLOCKS, end, blocks, TILE_BLOCKS)
         block = first + tl.arange(0, TILE_BLOCKS)
         mask = inside[:, None] & (block < end)[None, :]
-        scale = _scales(absmax, outer, offset, book, row[:, None] * blocks + block[None, :], mask, NESTED, NESTED_SIZE)
-        high, low = _values(word, table, 4, HIGH), _values(word, table, 0, LOW)
-        pair = first * PAIRS + tl.arange(0, TILE_BLOCKS * PAIRS)
-        there = pair < end * PAIRS
+        index = row[:, None] * blocks + block[None, :]
         if ROWS == 1:
-            even, odd = _pair(x, pair, there)
-            product = high * even.to(tl.float32)[None, :] + low * odd.to(tl.float32)[None, :]
-            sums += tl.sum(tl.reshape(product, (TILE_OUT, TILE_BLOCKS, PAIRS)), axis=2) * scale
+            scale = _scales(stored, outer, offset, book, index, mask, NESTED, NESTED_SIZE)
+            channel = first * SIZE + tl.arange(0, TILE_BLOCKS * SIZE)
+            own = tl.load(x + channel, mask=channel < end * SIZE, other=0.0).to(tl.float32)
+            product = _of_words(word, table, WORD) * own[None, :]
+            sums += tl.sum(tl.reshape(product, (TILE_OUT, TILE_BLOCKS, SIZE)), axis=2) * scale
         else:
-            which = tl.arange(0, ROWS)[None, :]
-            even, odd = _pair(x, which * x_stride + pair[:, None], there[:, None] & (which < rows))
-            sums = tl.dot(_scaled(high, scale, TILE_BLOCKS).to(even.dtype), even, sums, input_precision="ieee")
-            sums = tl.dot(_scaled(low, scale, TILE_BLOCKS).to(odd.dtype), odd, sums, input_precision="ieee")
+            # Not fetched a step ahead: bytes that a loop carries are taken apart and put together again.
+            place = block[None, :, None] * PAIRS + tl.arange(0, PAIRS)[None, None, :]
+            byte = tl.load(start_of_row[:, None, None] + place, mask=mask[:, :, None], other=0, eviction_policy="evict_first")
+            scale = _scales(stored, outer, offset, book, index, mask, NESTED, NESTED_SIZE)
+            pair, which = first * PAIRS + tl.arange(0, TILE_BLOCKS * PAIRS), tl.arange(0, ROWS)[None, :]
+            even, odd = _pair(x, which * x_stride + pair[:, None], (pair < end * PAIRS)[:, None] & (which < rows))
+            high = (_of_bytes(byte, table, 4, HIGH) * scale[:, :, None]).to(x.dtype.element_ty)
+            low = (_of_bytes(byte, table, 0, LOW) * scale[:, :, None]).to(x.dtype.element_ty)
+            sums = tl.dot(tl.reshape(high, (TILE_OUT, TILE_BLOCKS * PAIRS)), even, sums, input_precision="ieee")
+            sums = tl.dot(tl.reshape(low, (TILE_OUT, TILE_BLOCKS * PAIRS)), odd, sums, input_precision="ieee")
     if ROWS == 1:
         result = tl.sum(sums, axis=1)
         place, kept = column + row + part * total, inside
@@ -215,10 +251,10 @@ def tiles_for(rows: int, blocks: int, outs: Sequence[int]) -> Tiles:
 
 
 def _levels(weight: NF4) -> tuple[Any, ...]:
-    nested, words = weight.nested, weight.codes.view(torch.int32)
+    nested, codes = weight.nested, weight.codes
     if nested is None:  # the pointers of a second level are never read then; any will do
-        return words, weight.absmax, weight.absmax, weight.absmax, weight.absmax
-    return words, weight.absmax, nested.absmax, nested.offset, nested.code
+        return codes, weight.absmax, weight.absmax, weight.absmax, weight.absmax
+    return codes, weight.absmax, nested.absmax, nested.offset, nested.code
 
 
 @torch.no_grad()
@@ -257,7 +293,7 @@ def matvec(
         counts = (
             rows,
             x.stride(0) // 2,
-            in_ // 8,
+            in_ // 2,
             blocks,
             triton.cdiv(triton.cdiv(blocks, tiles.split), tiles.blocks) * tiles.blocks,
         )

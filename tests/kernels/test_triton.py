@@ -205,9 +205,9 @@ def test_placement_compiles(dtype):
 def test_matvec_compiles(dtype, nested, rows):
     levels: dict[str, str] = {}
     for place in range(matvec_triton.WEIGHTS):
-        levels |= {f"codes{place}": "*i32", f"absmax{place}": "*u8" if nested else "*fp32"}
+        levels |= {f"codes{place}": "*u8", f"absmax{place}": "*u8" if nested else "*fp32"}
         levels |= dict.fromkeys((f"outer{place}", f"offset{place}", f"book{place}"), "*fp32")
-    counts = numbers("rows", "x_stride", "row_words", "blocks", "blocks_each", "out0", "out1", "out2")
+    counts = numbers("rows", "x_stride", "row_bytes", "blocks", "blocks_each", "out0", "out1", "out2")
     for outs, split in (((4096,), False), ((28672,), False), ((64,), True)):
         tiles = matvec_triton.tiles_for(rows, 64, outs)
         arguments = {**pointers(dtype, "x"), "y": "*fp32" if split else TYPES[dtype], **pointers(dtype, "bias")}
