@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook(["jaxsloth.kernels"], "beartype.beartype")
+pytest.register_assert_rewrite("tests.support", "tests.kernels.torch_checks", "tests.kernels.fp8_checks")
 
 TESTS = Path(__file__).parent
 # Files that take a minute and more, longest first. Workers take whole files, so the last ones to be taken must be short.

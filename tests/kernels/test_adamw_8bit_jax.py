@@ -22,7 +22,7 @@ from tests.kernels.adamw_8bit_checks import (
     check_each_step_against_bitsandbytes,
     check_free_run_against_bitsandbytes,
 )
-from tests.kernels.test_jax_nf4 import lowered_for_cuda
+from tests.support.lowering import lowered_for_cuda
 
 FUNCTIONS = {"xla": xla_ops.adamw_8bit, "pallas": partial(pallas_kernel.adamw_8bit, interpret=True)}
 every_function = pytest.mark.parametrize("name", FUNCTIONS)

@@ -28,8 +28,8 @@ from tests.kernels.fp8_checks import (
     nf4_inputs,
 )
 from tests.kernels.torch_checks import DTYPES, relative_error
-from tests.models.test_backends import VOCAB, build
 from tests.models.test_gpu_passes import MODES, WIDE
+from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
 pytestmark = pytest.mark.gpu

@@ -13,8 +13,8 @@ import torch
 
 from jaxsloth.kernels.attention import pallas_cached, torch_ops, xla_cached
 from jaxsloth.kernels.attention.cases import CACHED_CASES, make_cached_inputs
-from tests.kernels.test_jax_nf4 import lowered_for_cuda
 from tests.kernels.torch_checks import judge_cached_attention, to_torch
+from tests.support.lowering import lowered_for_cuda
 
 INTERPRETED: tuple[Any, Any] = partial(pallas_cached.append, interpret=True), partial(pallas_cached.attend, interpret=True)
 OPS: dict[str, tuple[Any, Any]] = {"xla": (xla_cached.append, xla_cached.attend), "pallas": INTERPRETED}

@@ -13,7 +13,7 @@ from jaxsloth.kernels.attention.cases import CASES
 from jaxsloth.kernels.registry import Facts, Implementation, Op
 from jaxsloth.parity.l1_ops import error
 from jaxsloth.parity.op_runners import part, prepare, run_jax, run_reference
-from tests.kernels.test_jax_nf4 import lowered_for_cuda
+from tests.support.lowering import lowered_for_cuda
 
 # An interpreted kernel of three loops takes seconds to compile.
 FAST = ("grouped", "window_bidirectional", "window_soft_cap_packed", "decode_left_padded", "long_packed_soft_cap")

@@ -11,8 +11,8 @@ import pytest
 from jaxsloth.kernels.linear_cross_entropy import pallas_kernel, xla_ops
 from jaxsloth.kernels.linear_cross_entropy.cases import CASES
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
-from tests.kernels.test_jax_nf4 import lowered_for_cuda
 from tests.kernels.test_jax_ops import check
+from tests.support.lowering import lowered_for_cuda
 
 
 @pytest.fixture

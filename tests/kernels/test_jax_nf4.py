@@ -14,6 +14,7 @@ from bitsandbytes import functional
 from jaxsloth.kernels.nf4 import pallas_kernel, pallas_matvec, xla_ops
 from jaxsloth.kernels.nf4.cases import CASES, MATVEC_CASES, make_inputs, make_matvec_inputs
 from jaxsloth.kernels.nf4.contract import MATVEC_TOLERANCES, NF4, Nested
+from tests.support.lowering import lowered_for_cuda
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_level = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -128,16 +129,6 @@ def test_wrong_input(weight, offset, message):
     given = None if offset is None else jnp.float32(offset)
     with pytest.raises(ValueError, match=message):
         xla_ops.quantize(jnp.zeros(weight), offset=given)
-
-
-def lowered_for_cuda(function, *arguments) -> str:
-    """The program for a GPU, made without one."""
-    traced = jax.jit(function).trace(*arguments)
-    if jax.__version_info__ < (0, 11):
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @each_level

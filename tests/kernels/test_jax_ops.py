@@ -21,7 +21,7 @@ from jaxsloth.kernels.lora_matmul.xla_ops import lora_matmul
 from jaxsloth.kernels.registry import Facts, Implementation, Op, all_ops
 from jaxsloth.parity.l1_ops import error
 from jaxsloth.parity.op_runners import ARGUMENTS, part, prepare, run_jax, run_reference
-from tests.kernels.test_jax_nf4 import lowered_for_cuda
+from tests.support.lowering import lowered_for_cuda
 
 DTYPES = ("float32", "bfloat16", "float16")
 PALLAS_NORMS = ("rms_norm", "layer_norm")

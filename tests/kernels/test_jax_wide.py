@@ -29,7 +29,7 @@ from jaxsloth.kernels.rms_norm.xla_ops import rms_norm
 from jaxsloth.kernels.rope.pallas_kernel import Heads, merge, split
 from jaxsloth.kernels.rope.pallas_kernel import refuses as rope_refuses
 from jaxsloth.kernels.rope.xla_ops import rope
-from tests.kernels.test_jax_nf4 import lowered_for_cuda
+from tests.support.lowering import lowered_for_cuda
 
 BAR = 2e-6  # relative Frobenius, float32 sums of another order
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.kernels.registry import RefusedError, choose_fused, choose_named
-from tests.models.test_backends import VOCAB, build
+from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
 REASONS = {"triton": "needs an NVIDIA GPU", "library": "knows no soft cap", "torch": None, "slow": "is never reached"}

@@ -12,7 +12,7 @@ from transformers import MinistralConfig, MinistralForCausalLM
 from jaxsloth.backend import BuildOptions
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.parity.measure import relative_frobenius
-from tests.models.test_backends import BACKENDS, VOCAB, build, compare_gradients, peft_over
+from tests.support.small_models import BACKENDS, VOCAB, build, compare_gradients, peft_over
 from tests.support.sources import examples, first_batch, stream
 from tests.support.tiny import CONFIG
 

@@ -9,79 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
-from jaxsloth.generation import GenerationSettings, generate
+from jaxsloth.backend import OptimizerOptions
+from jaxsloth.generation import generate
 from jaxsloth.kernels.registry import RefusedError
-from jaxsloth.models.names import tensor_shapes
 from jaxsloth.models.registry import spec_from_config
-from jaxsloth.models.spec import Norm, Rope, RopeScaling
+from jaxsloth.models.spec import Rope, RopeScaling
 from jaxsloth.torch_backend import decode_step
 from jaxsloth.torch_backend import generate as torch_generate
-from jaxsloth.training.initialize import initial_adapters
-from jaxsloth.transforms import add_lora, quantize
-from tests.support.sources import DictSource, transformers_llama
+from jaxsloth.transforms import quantize
+from tests.support.decoding import (
+    PROMPTS,
+    SETTINGS,
+    VARIANTS,
+    adapted,
+    build,
+    of_layers,
+    padded,
+    random_tensors,
+)
+from tests.support.sources import transformers_llama
 from tests.support.tiny import CONFIG
-
-PROMPTS = [[5, 9, 77, 30], [200, 3, 4, 8, 15, 16, 23, 42, 99], [7]]
-SETTINGS = GenerationSettings(max_new_tokens=12, eos_ids=())
-NORM = Norm(eps=1e-5)
-
-
-def of_layers(spec, attention=None, **changes):
-    """The spec with fields of every layer, and of every layer's attention, replaced."""
-    layers = tuple(
-        replace(layer, attention=replace(layer.attention, **attention(index) if attention else {}), **changes)
-        for index, layer in enumerate(spec.layers)
-    )
-    return replace(spec, layers=layers)
-
-
-def two_ropes(index):
-    return {"rope": Rope(10000.0, 16), "window": 5} if index % 2 else {"rope": Rope(500.0, 16)}
-
-
-def no_rope(index):
-    return {"rope": None} if index % 2 else {}
-
-
-VARIANTS = {
-    "dense": lambda spec: spec,
-    "nf4": lambda spec: quantize(spec, nested=False),
-    "nested": lambda spec: quantize(spec, nested=True),
-    "qk_norm": lambda spec: of_layers(spec, lambda _: {"qk_norm": NORM}),
-    "windows": lambda spec: of_layers(spec, lambda index: {"window": 5 if index % 2 else None, "soft_cap": 2.0}),
-    "no_rope": lambda spec: of_layers(spec, no_rope),
-    "two_ropes": lambda spec: of_layers(spec, two_ropes),
-    "sandwich": lambda spec: replace(
-        of_layers(spec, placement="pre_post"),
-        embedding=replace(spec.embedding, scale=8.0),
-        head=replace(spec.head, soft_cap=3.0),
-    ),
-    "unnormed": lambda spec: of_layers(spec, attention_norm=None),
-    "gemma_norm": lambda spec: of_layers(spec, mlp_norm=replace(NORM, weight_offset=1.0)),
-}
-
-
-def random_tensors(spec, seed=4):
-    generator = np.random.Generator(np.random.Philox(seed))
-    return {
-        name: generator.normal(float(len(shape) == 1), 0.1 if len(shape) == 1 else 2 * shape[-1] ** -0.5, shape).astype(
-            np.float32
-        )
-        for name, shape in tensor_shapes(spec).items()
-    }
-
-
-def build(spec, name, tensors=None, **implementations):
-    options = BuildOptions(implementations={"decode_step": name, **implementations})
-    return load_backend("torch").build(spec, DictSource(tensors or random_tensors(spec)), options)
-
-
-def adapted(model, seed=5):
-    spec = add_lora(model.spec, r=4, alpha=8.0, targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
-    values = initial_adapters(spec, "kaiming", seed, model.base_tensor)
-    generator = np.random.Generator(np.random.Philox(seed))
-    return spec, {n: generator.normal(0, 0.2, v.shape).astype(np.float32) if "lora_B" in n else v for n, v in values.items()}
 
 
 @pytest.mark.parametrize("with_adapters", [pytest.param(False, marks=pytest.mark.slow), True], ids=["base", "adapted"])
@@ -91,7 +38,7 @@ def test_it_says_what_the_layers_say(variant, with_adapters):
     spec = VARIANTS[variant](spec_from_config(CONFIG | biased))
     answers = []
     for name in ("fused", "composed"):
-        model = build(spec, name)
+        model = build("torch", spec, name)
         if with_adapters:
             model.add_adapters(*adapted(model))
         answers.append(generate(model, PROMPTS, SETTINGS))
@@ -103,7 +50,7 @@ def test_it_says_what_transformers_says():
     spec = spec_from_config(CONFIG)
     tensors = random_tensors(spec)
     judge = transformers_llama(CONFIG, tensors)
-    answers = generate(build(spec, "fused", tensors), PROMPTS, SETTINGS)
+    answers = generate(build("torch", spec, "fused", tensors), PROMPTS, SETTINGS)
     for prompt, ours in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([prompt])
         asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
@@ -115,12 +62,14 @@ def test_it_says_what_transformers_says():
 def test_any_number_of_rows(rows):
     spec = quantize(spec_from_config(CONFIG), nested=True)
     prompts = [[3 + row, 9, 12][: 1 + row % 3] for row in range(rows)]
-    assert generate(build(spec, "fused"), prompts, SETTINGS) == generate(build(spec, "composed"), prompts, SETTINGS)
+    assert generate(build("torch", spec, "fused"), prompts, SETTINGS) == generate(
+        build("torch", spec, "composed"), prompts, SETTINGS
+    )
 
 
 def test_a_program_serves_many_requests_and_sees_new_adapters():
     spec = quantize(spec_from_config(CONFIG), nested=False)
-    model, judge = build(spec, "fused"), build(spec, "composed")
+    model, judge = build("torch", spec, "fused"), build("torch", spec, "composed")
     lora, values = adapted(model)
     for one in (model, judge):
         one.add_adapters(lora, values)
@@ -140,7 +89,7 @@ def test_a_program_serves_many_requests_and_sees_new_adapters():
 
 
 def test_two_requests_at_once_do_not_share_a_cache():
-    model = build(spec_from_config(CONFIG), "fused")
+    model = build("torch", spec_from_config(CONFIG), "fused")
     expected = [generate(model, [prompt], SETTINGS)[0] for prompt in PROMPTS[:2]]
     states = []
     for prompt in PROMPTS[:2]:
@@ -152,7 +101,7 @@ def test_two_requests_at_once_do_not_share_a_cache():
 
 
 def test_steps_may_follow_bursts():
-    model, judge = (build(spec_from_config(CONFIG), name) for name in ("fused", "composed"))
+    model, judge = (build("torch", spec_from_config(CONFIG), name) for name in ("fused", "composed"))
     logits = []
     for one in (model, judge):
         state, first = one.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
@@ -166,7 +115,7 @@ def test_steps_may_follow_bursts():
 
 def test_a_large_cache_is_not_kept(monkeypatch):
     monkeypatch.setattr(decode_step, "KEPT_BYTES", 1000)
-    model = build(spec_from_config(CONFIG), "fused")
+    model = build("torch", spec_from_config(CONFIG), "fused")
     generate(model, PROMPTS, SETTINGS)
     gc.collect()
     assert model.idle_step is None
@@ -174,28 +123,21 @@ def test_a_large_cache_is_not_kept(monkeypatch):
 
 def test_prompts_are_read_in_parts(monkeypatch):
     spec = of_layers(spec_from_config(CONFIG), lambda index: {"window": 4 if index % 2 else None})
-    whole = [build(spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
+    whole = [build("torch", spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
     monkeypatch.setattr(torch_generate, "PREFILL", 9)  # three slots at a time
-    parts = [build(spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
+    parts = [build("torch", spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
     for logits in (*whole, *parts):
         assert np.abs(logits - whole[0]).max() < 1e-5
-
-
-def padded():
-    ids = np.zeros((3, 9), np.int32)
-    for row, prompt in zip(ids, PROMPTS, strict=True):
-        row[-len(prompt) :] = prompt
-    return ids, np.array([len(prompt) for prompt in PROMPTS], np.int32)
 
 
 def test_what_it_refuses():
     spec = spec_from_config(CONFIG)
     stretched = Rope(10000.0, 16, RopeScaling("dynamic", 2.0))
     with pytest.raises(RefusedError, match="dynamic scaling changes them with the length"):
-        build(of_layers(spec, lambda _: {"rope": stretched}), "fused").start_decode(*padded(), 10)
+        build("torch", of_layers(spec, lambda _: {"rope": stretched}), "fused").start_decode(*padded(), 10)
     with pytest.raises(RefusedError, match="no implementation 'graph'"):
-        build(spec, "graph").start_decode(*padded(), 10)
-    assert generate(build(of_layers(spec, lambda _: {"rope": stretched}), None), PROMPTS, SETTINGS)
+        build("torch", spec, "graph").start_decode(*padded(), 10)
+    assert generate(build("torch", of_layers(spec, lambda _: {"rope": stretched}), None), PROMPTS, SETTINGS)
 
 
 @pytest.mark.gpu
@@ -205,7 +147,7 @@ def test_the_graph_says_what_the_layers_say(variant, rows):
     spec = VARIANTS[variant](spec_from_config(CONFIG))
     prompts, answers = [PROMPTS[row % 3] for row in range(rows)], []
     for name in ("fused", "composed"):
-        model = build(spec, name)
+        model = build("torch", spec, name)
         model.add_adapters(*adapted(model))
         answers.append([generate(model, prompts, replace(SETTINGS, max_new_tokens=count)) for count in (40, 25)])
         if name == "fused":

@@ -12,7 +12,7 @@ from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import fp8, layer_pass
 from jaxsloth.torch_backend.passes import FastPass
-from tests.models.test_backends import VOCAB, build
+from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
 FUSED = {"train_pass": "fused"}

@@ -14,7 +14,7 @@ from jaxsloth.jax_backend import block_pass, placement
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
-from tests.models.test_backends import LLAMA3, VOCAB, build, check_gradients
+from tests.support.small_models import LLAMA3, VOCAB, build, check_gradients
 from tests.support.sources import examples, first_batch, stream
 
 FUSED = {"train_pass": "fused"}

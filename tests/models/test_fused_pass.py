@@ -20,7 +20,7 @@ from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import layer_pass, layers, passes
 from jaxsloth.torch_backend.layers import Ops
 from jaxsloth.torch_backend.optimizer import total_norm
-from tests.models.test_backends import LLAMA3, VOCAB, build
+from tests.support.small_models import LLAMA3, VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
 FUSED = {"train_pass": "fused"}

@@ -10,7 +10,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import passes
-from tests.models.test_backends import VOCAB, build
+from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsloth.backend import BuildOptions, load_backend
 from jaxsloth.generation import generate
 from jaxsloth.jax_backend import decode_step, placement
 from jaxsloth.jax_backend.layers import Cache, Ops
@@ -16,18 +15,12 @@ from jaxsloth.kernels.registry import Facts, RefusedError
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Rope, RopeScaling
 from jaxsloth.transforms import quantize
-from tests.kernels.test_jax_nf4 import lowered_for_cuda
-from tests.models.test_decode_step import PROMPTS, SETTINGS, VARIANTS, adapted, build, of_layers, padded, random_tensors
-from tests.support.sources import DictSource
+from tests.support.decoding import PROMPTS, SETTINGS, VARIANTS, adapted, build, of_layers, padded
+from tests.support.lowering import lowered_for_cuda
 from tests.support.tiny import CONFIG
 
 BIASED = CONFIG | {"attention_bias": True, "mlp_bias": True}
 FAST = ("nested", "two_ropes", "sandwich")
-
-
-def built(spec, name, dtype="float32", **implementations):
-    options = BuildOptions(dtype=dtype, implementations={"decode_step": name, **implementations})
-    return load_backend("jax").build(spec, DictSource(random_tensors(spec)), options)
 
 
 def same_answers(*models):
@@ -42,18 +35,18 @@ def same_answers(*models):
 @pytest.mark.parametrize("variant", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
 def test_it_says_what_the_layers_say(variant):
     spec = VARIANTS[variant](spec_from_config(BIASED))
-    same_answers(built(spec, "fused", nf4_matvec="xla"), build(spec, "composed"))
+    same_answers(build("jax", spec, "fused", nf4_matvec="xla"), build("torch", spec, "composed"))
 
 
 def test_the_layers_say_it_with_the_matvec():
     spec = quantize(spec_from_config(BIASED), nested=True)
-    same_answers(built(spec, "composed", nf4_matvec="xla"), build(spec, "composed"))
+    same_answers(build("jax", spec, "composed", nf4_matvec="xla"), build("torch", spec, "composed"))
 
 
 @pytest.mark.parametrize("name", ["fused", "composed"])
 def test_steps_and_other_rows_may_follow_bursts(name):
     spec, found = VARIANTS["windows"](spec_from_config(CONFIG)), []
-    for model in (built(spec, name), build(spec, "composed")):
+    for model in (build("jax", spec, name), build("torch", spec, "composed")):
         state, first = model.start_decode(*padded(), 30)
         bursts = list(state.greedy(first.argmax(axis=1), 10))
         assert sum(burst.shape[1] for burst in bursts) == 10
@@ -70,9 +63,9 @@ def test_steps_and_other_rows_may_follow_bursts(name):
 def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
     spec = spec_from_config(CONFIG)
     monkeypatch.setattr(placement, "free_memory", lambda: 1000.0)
-    model = built(spec, None)
+    model = build("jax", spec, None)
     with pytest.raises(RefusedError, match="no room for that"):
-        generate(built(spec, "fused"), PROMPTS, SETTINGS)
+        generate(build("jax", spec, "fused"), PROMPTS, SETTINGS)
     monkeypatch.setattr("jaxsloth.jax_backend.model.platform", lambda: "cuda")
     assert model.decodes_fused(room=True) and not model.decodes_fused(room=False)
 
@@ -81,9 +74,9 @@ def test_what_it_refuses():
     spec = spec_from_config(CONFIG)
     stretched = of_layers(spec, lambda _: {"rope": Rope(10000.0, 16, RopeScaling("dynamic", 2.0))})
     with pytest.raises(RefusedError, match="dynamic scaling changes them with the length"):
-        built(stretched, "fused").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
+        build("jax", stretched, "fused").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
     with pytest.raises(RefusedError, match="no implementation 'graph'"):
-        built(spec, "graph").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
+        build("jax", spec, "graph").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
 
 
 @pytest.mark.gpu
@@ -93,7 +86,7 @@ def test_the_kernels_say_what_the_layers_say(variant, rows):
     spec = VARIANTS[variant](spec_from_config(BIASED))
     prompts, answers = [PROMPTS[row % 3] for row in range(rows)], []
     for name in ("fused", "composed"):
-        model = built(spec, name)
+        model = build("jax", spec, name)
         model.add_adapters(*adapted(model))
         answers.append(generate(model, prompts, replace(SETTINGS, max_new_tokens=40)))
     assert answers[0] == answers[1]
@@ -101,7 +94,7 @@ def test_the_kernels_say_what_the_layers_say(variant, rows):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_kernels_lower_for_cuda(monkeypatch, rows):
-    model = built(quantize(spec_from_config(BIASED), nested=True), "fused", "bfloat16")
+    model = build("jax", quantize(spec_from_config(BIASED), nested=True), "fused", dtype="bfloat16")
     model._ops = Ops(Facts("cuda", "bfloat16"), {})
     model._assemble({})
     monkeypatch.setattr(decode_step, "platform", lambda: "cuda")

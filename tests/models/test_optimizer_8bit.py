@@ -13,7 +13,7 @@ from jaxsloth.parity.measure import max_abs
 from jaxsloth.recipe import RecipeError, make_recipe
 from jaxsloth.torch_backend.optimizer import Flat
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
-from tests.models.test_backends import BACKENDS, VOCAB, build, judge_loss, later_losses, losses_of, peft_model, six_steps
+from tests.support.small_models import BACKENDS, VOCAB, build, judge_loss, later_losses, losses_of, peft_model, six_steps
 from tests.support.sources import examples, first_batch, stream
 from tests.support.tiny import CONFIG
 

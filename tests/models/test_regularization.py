@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsloth.backend import PLAIN, BuildOptions, OptimizerOptions, Regularization
-from tests.models.test_backends import VOCAB, build
+from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, stream
 
 BAR = 1e-5
