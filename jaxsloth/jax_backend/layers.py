@@ -63,7 +63,7 @@ class Ops:
         self.lora_matmul = choose(LORA_MATMUL)
         self.rope = choose(ROPE)
         self._rms_norm = choose(RMS_NORM)
-        # XLA makes one kernel of few rows' norm, their residual sum and the weight's slice (docs/performance.md).
+        # For as many rows as a matvec takes: XLA joins their norm, residual sum and weight's slice (docs/performance.md).
         self._rms_norm_of_few = resolve(RMS_NORM, "jax", facts, requested.get(RMS_NORM.name, "xla"))
         self._facts, self._matvec = facts, requested.get(MATVEC.name)
         self._attention = requested.get(ATTENTION.name)

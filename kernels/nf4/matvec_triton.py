@@ -20,19 +20,14 @@ from jaxtyping import Float
 from triton import knobs
 
 from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
-from jaxsloth.kernels.nf4.ptx import lookup
+from jaxsloth.kernels.nf4.ptx import HIGH, LOW, WORD
 from jaxsloth.kernels.nf4.triton_kernel import _table
 
 WEIGHTS = 3  # that one launch takes
 PROCESSORS = 132  # of the GPU that the tiles are chosen for, an H200; any other runs them too
 REDUCE = 512
 INTERPRETED = knobs.runtime.interpret  # which runs no PTX
-# Of a word in the order of its values, of the high and of the low nibbles of four bytes.
-LOOKUPS = {
-    "WORD": lookup([8 * byte + place for byte in range(4) for place in (4, 0)]),
-    "HIGH": lookup(range(4, 32, 8)),
-    "LOW": lookup(range(0, 32, 8)),
-}
+LOOKUPS = {"WORD": WORD, "HIGH": HIGH, "LOW": LOW}
 LAUNCH = {"num_stages": 1, "enable_fp_fusion": True}
 REDUCE_LAUNCH = {"num_warps": 4}
 

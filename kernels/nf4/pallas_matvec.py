@@ -23,10 +23,9 @@ from jaxtyping import Array, Float, Int
 from jaxsloth.kernels.jax_platform import dot_float32
 from jaxsloth.kernels.nf4.contract import BLOCK, MATVEC_ROWS, NESTED_BLOCK, NF4
 from jaxsloth.kernels.nf4.pallas_kernel import _arguments
-from jaxsloth.kernels.nf4.ptx import lookup
+from jaxsloth.kernels.nf4.ptx import HIGH, LOW
 
 _BYTES = BLOCK // 2
-HIGH, LOW = (lookup([place + 8 * byte for byte in range(4)]) for place in (4, 0))
 LOOKUP = {"constraints": "=f,=f,=f,=f,r", "pack": 4}
 WARPS = 15 * 132  # that an H200 is busy with at one row of x; any other GPU runs them too
 PROGRAMS = 768  # the same, for several rows

@@ -32,3 +32,8 @@ def lookup(places: Sequence[int]) -> str:
         lines.append(f"shr.u32 code, ${len(places)}, {place};")
         lines.append(f"shfl.sync.idx.b32 ${i}, {values[0]}, code, {_HALVES_OF_A_WARP}, 0xffffffff;")
     return "{ " + " ".join(lines) + " }"
+
+
+# Of a word's codes in the order of the values they stand for, and of the high and of the low nibbles of its four bytes.
+WORD = lookup([8 * byte + place for byte in range(4) for place in (4, 0)])
+HIGH, LOW = lookup(range(4, 32, 8)), lookup(range(0, 32, 8))
