@@ -19,7 +19,18 @@ from transformers import AutoModelForCausalLM
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.module.skeleton import HollowBias
-from tests.support.modules import BACKENDS, TRAINING, adapted, assert_same_passes, batch, losses_of_a_loop, our_base
+from tests.support.modules import (
+    BACKENDS,
+    TRAINING,
+    adapted,
+    assert_same_passes,
+    batch,
+    logits,
+    losses_of_a_loop,
+    moved,
+    our_base,
+    trained,
+)
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.sources import transformers_llama
 from tests.support.tiny import CONFIG, byte_tokenizer, random_weights, write_checkpoint
@@ -48,26 +59,8 @@ def pair(backend: str, **settings: Any) -> tuple[Any, Any]:
     return adapted(our_base(backend, **BIASED), **own), adapted(their_base(), **own)
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def biases(model: Any) -> list[torch.Tensor]:
     return [p for name, p in model.named_parameters() if name.endswith(".bias") and p.requires_grad]
-
-
-def moved(model: Any) -> Any:
-    """The model, with trained biases that are no longer the base's: by the same draws for any model."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for bias in biases(model):
-            bias += 0.2 * torch.randn(bias.shape, generator=generator)
-    return model
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(batch()["input_ids"]).logits
 
 
 def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], bar: float) -> None:
@@ -88,7 +81,7 @@ def test_passes_of_the_module_are_pefts(backend, settings):
     assert all(map(torch.equal, biases(ours), biases(theirs)))
     rows = batch()
     real = rows["attention_mask"].bool()
-    moved(ours), moved(theirs)
+    moved(ours, ".bias", 0.2), moved(theirs, ".bias", 0.2)
     scores = (
         lambda model: model(**rows).loss,
         lambda model: model(**rows).logits[real].logsumexp(-1).sum(),
@@ -214,7 +207,7 @@ def test_biases_that_are_not_trained_hold_nothing_and_change_nothing(backend):
     with pytest.raises(RuntimeError, match="memory location"), torch.no_grad():
         hollow[0].add_(1.0)
     expected = logits(twin)
-    moved(adapted(twin, bias="lora_only"))
+    moved(adapted(twin, bias="lora_only"), ".bias", 0.2)
     assert type(hollow[0]) is HollowBias
     copied = copy.deepcopy(twin)
     with torch.no_grad():
@@ -257,7 +250,7 @@ def test_what_a_native_trainer_cannot_train_says_why(backend, checkpoint, tmp_pa
     with pytest.raises(ValueError, match="bias must be one of none, all, lora_only, and 'some' came"):
         native_model(checkpoint, backend, bias="some")
     model, _ = native_model(checkpoint, backend, target_modules=TARGETS, bias="lora_only", layers_to_transform=[0])
-    expected = logits(moved(model))
+    expected = logits(moved(model, ".bias", 0.2))
     if backend == "jax":
         with pytest.raises(ValueError, match=r"trained in 1 of 4 stacked blocks; train all or none of them"):
             train(model)

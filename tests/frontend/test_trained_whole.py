@@ -25,11 +25,14 @@ from tests.support.modules import (
     adapted,
     assert_same_passes,
     batch,
+    logits,
     lora,
     losses_of_a_loop,
+    moved,
     our_base,
     pair,
     their_base,
+    trained,
 )
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, write_checkpoint
@@ -61,25 +64,6 @@ def nothing_said(monkeypatch):
     monkeypatch.setattr(arguments, "_said", set())
 
 
-def trained(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def moved(model: Any) -> Any:
-    """The model, with what is trained whole no longer the base's: by the same draws for any model."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".modules_to_save." in name:
-                p += 0.02 * torch.randn(p.shape, generator=generator)
-    return model
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(batch()["input_ids"]).logits
-
-
 def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], bar: float) -> None:
     assert left.keys() == right.keys() and sum("modules_to_save" in name for name in left) == 2
     for name, value in right.items():
@@ -95,7 +79,7 @@ def assert_saved_in_16_bits(folder: Path, model: Any) -> None:
 
 @both
 def test_passes_of_the_module_are_pefts(backend):
-    ours, theirs = (moved(model) for model in pair(backend, modules_to_save=BOTH_ENDS))
+    ours, theirs = (moved(model, ".modules_to_save.", 0.02) for model in pair(backend, modules_to_save=BOTH_ENDS))
     assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
         (n, p.shape, p.requires_grad) for n, p in theirs.named_parameters()
     ]
@@ -245,7 +229,9 @@ def test_trainers_of_others(backend, trainer, tmp_path):
         elif trainer == "dpo":
             args = trl.DPOConfig(str(tmp_path), **SETTINGS | JUDGES | {"learning_rate": 2e-3, "max_steps": 6})
             pairs = Dataset.from_list(PAIRS)
-            made = trl.DPOTrainer(moved(model), args=args, train_dataset=pairs, processing_class=byte_tokenizer())
+            made = trl.DPOTrainer(
+                moved(model, ".modules_to_save.", 0.02), args=args, train_dataset=pairs, processing_class=byte_tokenizer()
+            )
         else:
             own = {name: value for name, value in SETTINGS.items() if name != "max_length"}
             args = transformers.TrainingArguments(str(tmp_path), **own | JUDGES)
@@ -262,7 +248,7 @@ def test_trainers_of_others(backend, trainer, tmp_path):
 @both
 def test_the_reference_of_dpo_is_the_model_as_it_was(backend, checkpoint, tmp_path):
     model, tokenizer = native_model(checkpoint, backend, modules_to_save=BOTH_ENDS)
-    moved(model)
+    moved(model, ".modules_to_save.", 0.02)
     settings = SETTINGS | {"learning_rate": 2e-3, "max_steps": 8}
     judge = trl.DPOTrainer(
         under_their_peft(model, their_base()),

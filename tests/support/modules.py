@@ -70,6 +70,25 @@ def batch(lengths: tuple[int, ...] = (37, 30, 20), left: bool = False) -> dict[s
     return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, -100)}
 
 
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def moved(model: Any, part: str, by: float) -> Any:
+    """The model, with what it trains under names with `part` no longer the base's: by the same draws for any model."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if part in name and p.requires_grad:
+                p += by * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch()["input_ids"]).logits
+
+
 def assert_same_passes(ours: Any, theirs: Any, scores: Iterable[Callable[[Any], torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Each score of the two models, and all gradients after its backward; the judge's gradients, summed over the scores."""
     expected: dict[str, torch.Tensor] = {}
