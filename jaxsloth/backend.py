@@ -6,21 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from jaxsloth.batch import Batch, Window
+from jaxsloth.bridge import Bridge
 from jaxsloth.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from jaxsloth.bridge import Bridge
-
-BackendName = Literal["torch", "jax"]
-DtypeName = Literal["float32", "bfloat16", "float16"]
-CheckpointingName = Literal["none", "selective", "full", "offload", "auto"]
-ComputeName = Literal["exact", "fp8"]
-BACKENDS: tuple[BackendName, ...] = ("torch", "jax")
+from jaxsloth.options import BACKENDS, BackendName, CheckpointingName, ComputeName, DtypeName
 
 
 @dataclass(frozen=True)

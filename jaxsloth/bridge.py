@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.options import CheckpointingName
 
 Output = Literal["loss", "hidden", "logits"]
 Weights = Mapping[str, tuple[Any, ...]]

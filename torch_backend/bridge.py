@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +23,7 @@ from jaxsloth.torch_backend.guest import SEPARATOR, Guest, guest_spec, members
 from jaxsloth.torch_backend.layers import Adapter, Context, Linear
 from jaxsloth.torch_backend.passes import runs_fused
 from jaxsloth.torch_backend.placement import to_device
-
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.model import TorchModel
+from jaxsloth.torch_backend.state import ModelState
 
 Leaves = Mapping[str, tuple[nn.Parameter, ...]]  # a layer's A and B, or what stands in place of a base tensor, by name
 
@@ -33,7 +31,7 @@ Leaves = Mapping[str, tuple[nn.Parameter, ...]]  # a layer's A and B, or what st
 class Bridge:
     """See `jaxsloth.bridge.Bridge`. A group is a kind of layer over all blocks that have it adapted; its name is theirs."""
 
-    def __init__(self, model: TorchModel) -> None:
+    def __init__(self, model: ModelState) -> None:
         self._model, self._decoder = model, model.decoder
         self._layers, self._base = model.decoder.linears(), model.keep_base()
         places = {name: name.rpartition(".") for name in self._base}

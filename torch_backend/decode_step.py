@@ -10,20 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from jaxsloth.kernels.nf4.contract import MATVEC, NF4
-from jaxsloth.kernels.registry import Facts, choose_fused, select
+from jaxsloth.kernels.registry import Facts, select
 from jaxsloth.models import spec as specs
-from jaxsloth.models.buildable import decode_refusal
+from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.layer_pass import Kernels
 from jaxsloth.torch_backend.layers import Linear, Ops
-
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.model import TorchModel
 
 logger = logging.getLogger("jaxsloth.torch_backend")
 
@@ -31,29 +28,6 @@ BURST = 8  # tokens a row that are read at once; so many more are under way mean
 SLOTS = 256  # caches are rounded up to this, so that one program serves many requests
 KEPT_BYTES = 2**30  # of caches, up to which a program waits for the next request
 WEIGHTS = 3  # that one nf4_matvec takes
-
-
-def take_step(model: TorchModel, batch: int, capacity: int) -> Step | None:
-    """A program for so many rows and slots, the one of an earlier request where it fits; None where the layers are to be run
-    as they are. implementations={"decode_step": "fused" or "composed"} asks for one by name.
-
-    Raises:
-        RefusedError: "fused" was asked for and can't run this model, or another name came.
-    """
-    requested = (model.options.implementations or {}).get("decode_step")
-    if not choose_fused("decode_step", "torch", requested, decode_refusal(model.spec), model.decoder.device.type):
-        return None
-    step, model.idle_step = model.idle_step, None
-    if step is None or not step.serves(model, batch, capacity):
-        del step  # its caches go before new ones come
-        step = Step(model, batch, capacity + -capacity % SLOTS)
-    return step
-
-
-def give_back(model: TorchModel, step: Step) -> None:
-    """Leaves a program to the next request, unless it holds much memory."""
-    if step.cache_bytes <= KEPT_BYTES:
-        model.idle_step = step
 
 
 class Products:
@@ -196,17 +170,16 @@ class Modules:
 class Step:
     """The program for `batch` rows and `capacity` slots. caches: (keys, values) a layer."""
 
-    def __init__(self, model: TorchModel, batch: int, capacity: int) -> None:
-        decoder, device = model.decoder, model.decoder.device
-        self._decoder, self._spec = decoder, model.spec
+    def __init__(self, decoder: Decoder, batch: int, capacity: int, requested: str | None) -> None:
+        device, spec = decoder.device, decoder.spec
+        self._decoder, self._spec = decoder, spec
         self.batch, self.capacity = batch, capacity
         self._modules = Modules(decoder.ops, device)
-        requested = (model.options.implementations or {}).get("nf4_matvec")
         self._layers = [
             LayerStep(block, layer, batch, decoder.dtype, requested, self._modules)
-            for block, layer in zip(decoder.model.layers, model.spec.layers, strict=True)
+            for block, layer in zip(decoder.model.layers, spec.layers, strict=True)
         ]
-        self._made_of = memory_of(model)
+        self._made_of = memory_of(decoder)
         self.caches = [
             tuple(
                 torch.zeros(
@@ -214,7 +187,7 @@ class Step:
                 )
                 for _ in range(2)
             )
-            for layer in model.spec.layers
+            for layer in spec.layers
         ]
         self.cache_bytes = sum(t.numel() * t.element_size() for pair in self.caches for t in pair)
         self.first = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -222,14 +195,14 @@ class Step:
         self._positions = torch.zeros(batch, 1, dtype=torch.int32, device=device)
         self._token = torch.zeros(batch, dtype=torch.int64, device=device)
         self._said = torch.zeros(capacity, batch, dtype=torch.int64, device=device)  # by the slot that was read last
-        self._scale = torch.tensor(model.spec.embedding.scale, dtype=decoder.dtype, device=device)
+        self._scale = torch.tensor(spec.embedding.scale, dtype=decoder.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._tried = device.type != "cuda"
 
-    def serves(self, model: TorchModel, batch: int, capacity: int) -> bool:
+    def serves(self, decoder: Decoder, batch: int, capacity: int) -> bool:
         """Whether the program fits a request: enough slots and not four times too many, and every weight where it was."""
         fits = self.batch == batch and capacity <= self.capacity <= 4 * (capacity + SLOTS)
-        return fits and self._spec == model.spec and self._made_of == memory_of(model)
+        return fits and self._spec == decoder.spec and self._made_of == memory_of(decoder)
 
     @torch.no_grad()
     def begin(self, lengths: np.ndarray, used: int) -> None:
@@ -322,8 +295,8 @@ def _arrived(said: torch.Tensor, event: torch.cuda.Event | None) -> np.ndarray:
     return said.numpy().T.astype(np.int32)
 
 
-def memory_of(model: TorchModel) -> tuple[Any, ...]:
+def memory_of(decoder: Decoder) -> tuple[Any, ...]:
     """What a recorded program depends on: where every tensor lies and which adapters there are."""
-    places = [tensor.data_ptr() for tensor in (*model.decoder.parameters(), *model.decoder.buffers())]
-    adapters = [(linear.scale, linear.lora_A is None) for linear in model.decoder.linears()]
+    places = [tensor.data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())]
+    adapters = [(linear.scale, linear.lora_A is None) for linear in decoder.linears()]
     return tuple(places), tuple(adapters)

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from jaxsloth.kernels.registry import choose_fused
+from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.spec import Attention
-from jaxsloth.torch_backend import decode_step
+from jaxsloth.torch_backend.decode_step import KEPT_BYTES, SLOTS, Step
 from jaxsloth.torch_backend.layers import Cache, Context
 from jaxsloth.torch_backend.placement import to_device
-
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.model import TorchModel
+from jaxsloth.torch_backend.state import ModelState
 
 PREFILL = 8192  # tokens of all rows that one pass over the prompts takes
+
+
+def take_step(model: ModelState, batch: int, capacity: int) -> Step | None:
+    """A program for so many rows and slots, the one of an earlier request where it fits; None where the layers are to be run
+    as they are. implementations={"decode_step": "fused" or "composed"} asks for one by name.
+
+    Raises:
+        RefusedError: "fused" was asked for and can't run this model, or another name came.
+    """
+    requested = (model.options.implementations or {}).get("decode_step")
+    if not choose_fused("decode_step", "torch", requested, decode_refusal(model.spec), model.decoder.device.type):
+        return None
+    step, model.idle_step = model.idle_step, None
+    if step is None or not step.serves(model.decoder, batch, capacity):
+        del step  # its caches go before new ones come
+        step = Step(model.decoder, batch, capacity + -capacity % SLOTS, (model.options.implementations or {}).get("nf4_matvec"))
+    return step
+
+
+def give_back(model: ModelState, step: Step) -> None:
+    """Leaves a program to the next request, unless it holds much memory."""
+    if step.cache_bytes <= KEPT_BYTES:
+        model.idle_step = step
 
 
 class DecodeState:
     """A batch being decoded. Slots are shared by all rows; a row's padding occupies its first ones and is never seen."""
 
-    def __init__(self, model: TorchModel, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
+    def __init__(self, model: ModelState, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
         batch, length = input_ids.shape
         if length > capacity:
             raise ValueError(f"the prompts take {length} slots and the cache has {capacity}")
@@ -35,14 +57,14 @@ class DecodeState:
         self._segments = np.zeros((batch, capacity), np.int32)
         self._segments[:, :length] = slots >= padding
         positions = np.maximum(slots - padding, 0).astype(np.int32)
-        self._step = decode_step.take_step(model, batch, capacity)
+        self._step = take_step(model, batch, capacity)
         if self._step is None:
             self._caches = tuple(
                 Cache(self._empty(batch, layer.attention), self._empty(batch, layer.attention)) for layer in decoder.spec.layers
             )
         else:
             self._caches = tuple(Cache(keys, values) for keys, values in self._step.caches)
-            weakref.finalize(self, decode_step.give_back, model, self._step).atexit = False
+            weakref.finalize(self, give_back, model, self._step).atexit = False
         size = max(PREFILL // batch, 1)
         for start in range(0, length, size):
             part = slice(start, start + size)

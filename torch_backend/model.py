@@ -23,60 +23,34 @@ from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
 from jaxsloth.kernels.registry import Facts, check_requested, resolve
-from jaxsloth.models.names import EMBEDDING, LM_HEAD, lora_names, own_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import fp8, placement
 from jaxsloth.torch_backend.bridge import Bridge
-from jaxsloth.torch_backend.decode_step import Step
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.generate import DecodeState
 from jaxsloth.torch_backend.layers import Linear, Ops
 from jaxsloth.torch_backend.objective import SUMMED, make_context, summed_loss
 from jaxsloth.torch_backend.optimizer import Flat
-from jaxsloth.torch_backend.passes import FastPass, make_pass
 from jaxsloth.torch_backend.preference import PreferenceStep, make_row_log_probs
+from jaxsloth.torch_backend.state import ModelState
 from jaxsloth.torch_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class TorchModel:
+class TorchModel(ModelState):
     """See `jaxsloth.backend.Model`. `decoder` is the nn.Module."""
 
     def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
         device = placement.device()
-        self.spec, self.options = spec, options
         facts = Facts(device.type, options.dtype, {"hidden": spec.hidden})  # type: ignore[arg-type]
         take = _loader(spec, source, device, DTYPES[options.dtype])
         check_requested(options.implementations or {})
         fp8.check_options(options, device)
         ops = Ops(facts, options.implementations or {})
-        self.decoder = Decoder(spec, take, ops, DTYPES[options.dtype], options.gradient_checkpointing not in ("none", "auto"))
-        self._base: dict[str, torch.nn.Parameter] = {}  # what `keep_base` holds
-        self._flat: Flat | None = None
-        self._fast: FastPass | None = None
-        self.idle_step: Step | None = None  # the last request's decoding program, for the next one
-
-    def fast_pass(self) -> FastPass | None:
-        """The written-out training pass, one for training and evaluation; None where autograd is used."""
-        if self._fast is None:
-            self._fast = make_pass(self)
-        return self._fast
-
-    def flat(self) -> Flat:
-        if self._flat is None:
-            raise ValueError("the model has no adapters to train; call add_adapters first")
-        return self._flat
-
-    def keep_base(self) -> Mapping[str, torch.nn.Parameter]:
-        """The base's embedding, head and biases by tensor name, held from the first call on, whatever is then trained in their
-        place. Without one the decoder alone holds them, and lets go of what is trained whole."""
-        if not self._base:
-            names = [name for name in (EMBEDDING, LM_HEAD) if name == EMBEDDING or not self.spec.head.tied]
-            self._base = {f"{name}.weight": self.decoder.get_submodule(name).weight for name in names}  # type: ignore[misc]
-            biased = {f"{linear.name}.bias": linear.bias for linear in self.decoder.linears()}
-            self._base |= {name: bias for name, bias in biased.items() if bias is not None}
-        return self._base
+        recompute = options.gradient_checkpointing not in ("none", "auto")
+        super().__init__(spec, options, Decoder(spec, take, ops, DTYPES[options.dtype], recompute))
 
     def add_adapters(self, spec: ModelSpec, values: Mapping[str, np.ndarray]) -> None:
         if spec.lora is None or replace(spec, lora=None) != replace(self.spec, lora=None):
@@ -133,14 +107,14 @@ class TorchModel:
     @torch.no_grad()
     def logits(self, batch: Batch) -> np.ndarray:
         ids = torch.from_numpy(batch.input_ids).to(self.decoder.device)
-        return self.decoder.logits(self.decoder.hidden(ids, make_context(self, batch))).cpu().numpy()
+        return self.decoder.logits(self.decoder.hidden(ids, make_context(self.decoder, batch))).cpu().numpy()
 
     def gradients(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         flat = self.flat()
         flat.gradient.zero_()
         fast, count = self.fast_pass(), batch.valid_tokens()
         if fast is None:
-            loss = summed_loss(self, batch, None) / count
+            loss = summed_loss(self.decoder, batch, None) / count
             loss.backward()
         else:
             fast.begin(batch.input_ids.size)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.layers import Context
 from jaxsloth.torch_backend.placement import to_device
-
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.model import TorchModel
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,7 +36,7 @@ class Objective(Hashable, Protocol):
         """
         ...
 
-    def add_gradients(self, model: TorchModel, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
+    def add_gradients(self, decoder: Decoder, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
         """What a step wants to know; the gradients are added to the trained tensors' by autograd."""
         ...
 
@@ -55,8 +53,8 @@ class SummedLoss:
         del chosen, shape
         return losses.sum(), tensors["factor"]
 
-    def add_gradients(self, model: TorchModel, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
-        loss = summed_loss(model, batch, words, tensors.get("noise"), self.smoothing)
+    def add_gradients(self, decoder: Decoder, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
+        loss = summed_loss(decoder, batch, words, tensors.get("noise"), self.smoothing)
         (loss * tensors["factor"]).backward()
         return loss.detach()
 
@@ -72,7 +70,7 @@ def by_row(losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int]) -
 
 
 def summed_loss(
-    model: TorchModel,
+    decoder: Decoder,
     batch: Batch,
     dropout_words: torch.Tensor | None,
     noise: torch.Tensor | None = None,
@@ -80,34 +78,34 @@ def summed_loss(
 ) -> torch.Tensor:
     """The cross-entropy summed over the batch's targets, float32; differentiable by everything that is trained. noise: what is
     added to the embeddings, ``[batch, length, hidden]``."""
-    return _loss(model, batch, dropout_words, per_token=False, smoothing=smoothing, noise=noise)[0]
+    return _loss(decoder, batch, dropout_words, per_token=False, smoothing=smoothing, noise=noise)[0]
 
 
 def target_losses(
-    model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None, smoothing: float = 0.0
+    decoder: Decoder, batch: Batch, dropout_words: torch.Tensor | None, smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the cross-entropy of every target of the batch, differentiable; their indices into the flat batch)."""
-    return _loss(model, batch, dropout_words, per_token=True, smoothing=smoothing)
+    return _loss(decoder, batch, dropout_words, per_token=True, smoothing=smoothing)
 
 
 def _loss(
-    model: TorchModel,
+    decoder: Decoder,
     batch: Batch,
     dropout_words: torch.Tensor | None,
     per_token: bool,
     smoothing: float,
     noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    device = model.decoder.device
+    device = decoder.device
     # Found on the host: asking the device would wait for it.
     chosen = to_device(np.flatnonzero(batch.targets != IGNORE), device)
-    context = replace(make_context(model, batch, dropout_words), noise=noise)
+    context = replace(make_context(decoder, batch, dropout_words), noise=noise)
     ids, targets = to_device(batch.input_ids, device), to_device(batch.targets, device)
-    return model.decoder.loss(ids, context, targets, chosen, per_token, smoothing), chosen
+    return decoder.loss(ids, context, targets, chosen, per_token, smoothing), chosen
 
 
-def make_context(model: TorchModel, batch: Batch, dropout_words: torch.Tensor | None = None) -> Context:
-    device = model.decoder.device
-    tables = model.decoder.rope_tables(to_device(batch.positions, device), int(batch.positions.max(initial=0)) + 1)
+def make_context(decoder: Decoder, batch: Batch, dropout_words: torch.Tensor | None = None) -> Context:
+    device = decoder.device
+    tables = decoder.rope_tables(to_device(batch.positions, device), int(batch.positions.max(initial=0)) + 1)
     rows = to_device(batch.rows, device) if dropout_words is not None else None
     return Context(tables, to_device(batch.segments, device), rows=rows, dropout_words=dropout_words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.objective import Objective, Tensors
 from jaxsloth.torch_backend.placement import free_memory, host_memory, to_device
 
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.model import TorchModel
-
 logger = logging.getLogger("jaxsloth.torch_backend")
 
 GRAPHS_KEPT = 8
@@ -40,12 +37,11 @@ AUTO_ORDER = ("none", "selective", "offload", "full")
 Arrays = dict[str, np.ndarray]
 
 
-def make_pass(model: TorchModel) -> FastPass | None:
+def make_pass(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> FastPass | None:
     """The written-out pass, or None where autograd has to do it; see `runs_fused`."""
-    options = model.options
-    if not runs_fused(model.decoder, model.spec, options):
+    if not runs_fused(decoder, spec, options):
         return None
-    return FastPass(model.decoder, model.spec, options.gradient_checkpointing, options.compute)
+    return FastPass(decoder, spec, options.gradient_checkpointing, options.compute)
 
 
 def runs_fused(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,12 +15,11 @@ from jaxsloth.backend import OptimizerOptions, PreferenceOptions, PreferenceResu
 from jaxsloth.batch import Batch, Window, check_reference, pairs_of
 from jaxsloth.models.names import check_base_is_whole
 from jaxsloth.torch_backend import placement
+from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.objective import Tensors, by_row, target_losses
 from jaxsloth.torch_backend.placement import to_device
+from jaxsloth.torch_backend.state import ModelState
 from jaxsloth.torch_backend.train_step import RowLosses, WindowStep
-
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.model import TorchModel
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class PairLoss:
         row = (chosen // shape[1]).clamp(max=shape[0] - 1)
         return log_probs, (slopes * -tensors["factor"]).index_select(0, row)
 
-    def add_gradients(self, model: TorchModel, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
-        losses, chosen = target_losses(model, batch, words)
+    def add_gradients(self, decoder: Decoder, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
+        losses, chosen = target_losses(decoder, batch, words)
         log_probs, slopes = self.weigh(losses.detach(), chosen, batch.input_ids.shape, tensors)
         losses.backward(slopes)
         return log_probs
@@ -74,7 +73,7 @@ class PairLoss:
 class PreferenceStep(WindowStep):
     """See `jaxsloth.backend.PreferenceStep`."""
 
-    def __init__(self, model: TorchModel, options: OptimizerOptions, preference: PreferenceOptions) -> None:
+    def __init__(self, model: ModelState, options: OptimizerOptions, preference: PreferenceOptions) -> None:
         self._pair_loss = PairLoss(preference)
         super().__init__(model, options, self._pair_loss)
 
@@ -99,7 +98,7 @@ class PreferenceStep(WindowStep):
         return PreferenceResult(*self._update(learning_rate, losses.sum() / count), whole)
 
 
-def make_row_log_probs(model: TorchModel, adapters: bool) -> Callable[[Batch], np.ndarray]:
+def make_row_log_probs(model: ModelState, adapters: bool) -> Callable[[Batch], np.ndarray]:
     """See `jaxsloth.backend.Model.row_log_probs`."""
     rows, flat = RowLosses(model), None
     if not adapters and model.spec.lora is not None:

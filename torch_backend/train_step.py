@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,15 +16,13 @@ from jaxsloth.torch_backend import placement
 from jaxsloth.torch_backend.objective import Objective, SummedLoss, Tensors, by_row, target_losses
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
 from jaxsloth.torch_backend.placement import to_device
-
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.model import TorchModel
+from jaxsloth.torch_backend.state import ModelState
 
 
 class WindowStep:
     """One optimizer step: every micro-batch's gradients are summed in the flat buffer, then reduced and applied once."""
 
-    def __init__(self, model: TorchModel, options: OptimizerOptions, objective: Objective) -> None:
+    def __init__(self, model: ModelState, options: OptimizerOptions, objective: Objective) -> None:
         self._model, self._objective = model, objective
         self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
@@ -52,7 +49,7 @@ class WindowStep:
             if self._fast is not None:
                 yield micro, self._fast.add_gradients(batch, self._objective, tensors_of(micro))
             else:
-                yield micro, self._objective.add_gradients(model, batch, words, tensors_of(micro))
+                yield micro, self._objective.add_gradients(model.decoder, batch, words, tensors_of(micro))
 
     def _factor(self, count: int) -> torch.Tensor:
         """What a mean over `count` is differentiated times."""
@@ -73,7 +70,7 @@ class WindowStep:
 class TrainStep(WindowStep):
     """See `jaxsloth.backend.TrainStep`."""
 
-    def __init__(self, model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> None:
+    def __init__(self, model: ModelState, options: OptimizerOptions, regularization: Regularization) -> None:
         super().__init__(model, options, SummedLoss(regularization.label_smoothing))
         self._alpha = regularization.embedding_noise
 
@@ -98,7 +95,7 @@ class TrainStep(WindowStep):
 
 
 class EvalStep:
-    def __init__(self, model: TorchModel, smoothing: float) -> None:
+    def __init__(self, model: ModelState, smoothing: float) -> None:
         self._rows = RowLosses(model, smoothing)
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, int]:
@@ -110,7 +107,7 @@ class EvalStep:
 class RowLosses:
     """The cross-entropy of this process' rows of a batch, dropout off: (float32 ``[its rows]``, which they are)."""
 
-    def __init__(self, model: TorchModel, smoothing: float = 0.0) -> None:
+    def __init__(self, model: ModelState, smoothing: float = 0.0) -> None:
         self._model, self._smoothing = model, smoothing
         self._fast = model.fast_pass() if model.spec.lora is not None else None
 
@@ -119,14 +116,14 @@ class RowLosses:
         mine = placement.share(batch.input_ids.shape[0])
         own = Batch(batch.input_ids[mine], batch.targets[mine], batch.segments[mine], batch.positions[mine], batch.rows[mine])
         if self._fast is None:
-            return by_row(*target_losses(self._model, own, None, self._smoothing), own.input_ids.shape), mine
+            return by_row(*target_losses(self._model.decoder, own, None, self._smoothing), own.input_ids.shape), mine
         self._fast.begin(0)
         return self._fast.row_losses(own, self._smoothing), mine
 
 
-def make_train_step(model: TorchModel, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
+def make_train_step(model: ModelState, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
     return TrainStep(model, options, regularization)
 
 
-def make_eval_step(model: TorchModel, smoothing: float) -> EvalStep:
+def make_eval_step(model: ModelState, smoothing: float) -> EvalStep:
     return EvalStep(model, smoothing)

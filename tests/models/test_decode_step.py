@@ -14,7 +14,6 @@ from jaxsloth.generation import generate
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Rope, RopeScaling
-from jaxsloth.torch_backend import decode_step
 from jaxsloth.torch_backend import generate as torch_generate
 from jaxsloth.transforms import quantize
 from tests.support.decoding import (
@@ -114,7 +113,7 @@ def test_steps_may_follow_bursts():
 
 
 def test_a_large_cache_is_not_kept(monkeypatch):
-    monkeypatch.setattr(decode_step, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(torch_generate, "KEPT_BYTES", 1000)
     model = build("torch", spec_from_config(CONFIG), "fused")
     generate(model, PROMPTS, SETTINGS)
     gc.collect()
