@@ -9,11 +9,11 @@ def check_buildable(spec: ModelSpec, backend: str) -> None:
     """ValueError names the first field of the spec that the backends have no layer for; both have the same ones."""
     wrong: list[str] = []
     for index, layer in enumerate(spec.layers):
-        norms = (layer.attention_norm, layer.mlp_norm, layer.attention.qk_norm)
+        norms = [*(norm for branch in layer.branches for norm in branch.norms.values()), layer.attention.qk_norm]
         if any(norm is not None and (norm.kind != "rms" or norm.bias) for norm in norms):
             wrong.append(f"layers[{index}]: layer norms")
-        if layer.placement == "post":
-            wrong.append(f"layers[{index}].placement 'post'")
+        if any(branch.position == "post" or branch.scale != 1.0 for branch in layer.branches):
+            wrong.append(f"layers[{index}]: norms behind the sum, or scaled branches")
         if not layer.mlp.gated:
             wrong.append(f"layers[{index}].mlp.gated False")
     embedding, head = spec.embedding, spec.head

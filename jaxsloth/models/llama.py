@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsloth.models.config import activation, integer, number, rope_of, token_ids
-from jaxsloth.models.spec import Attention, Embedding, Head, Layer, Mlp, ModelSpec, Norm
+from jaxsloth.models.spec import Attention, Block, Embedding, Head, Mlp, ModelSpec, Norm
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
@@ -24,7 +24,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     head_dim = integer(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
     norm = Norm(kind="rms", eps=number(config, "rms_norm_eps"))
     bias = bool(config.get("attention_bias", False))
-    layer = Layer(
+    block = Block.pre_norm(
         attention=Attention(
             heads=heads,
             kv_heads=kv_heads,
@@ -39,13 +39,12 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
             activation=activation(config),
             bias=bool(config.get("mlp_bias", False)),
         ),
-        attention_norm=norm,
-        mlp_norm=norm,
+        norm=norm,
     )
     return ModelSpec(
         family="llama",
         hidden=hidden,
-        layers=(layer,) * integer(config, "num_hidden_layers"),
+        layers=(block,) * integer(config, "num_hidden_layers"),
         embedding=Embedding(vocab=integer(config, "vocab_size")),
         norm=norm,
         head=Head(tied=bool(config.get("tie_word_embeddings", False))),

@@ -6,7 +6,7 @@ adapters and in error messages.
 
 from __future__ import annotations
 
-from jaxsloth.models.spec import Linear, ModelSpec
+from jaxsloth.models.spec import Attention, Linear, ModelSpec, Norm
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
@@ -54,33 +54,29 @@ def linears(spec: ModelSpec) -> tuple[Linear, ...]:
     return tuple(linear for index in range(len(spec.layers)) for linear in layer_linears(spec, index))
 
 
-def norm_names(spec: ModelSpec, index: int) -> dict[str, int]:
-    """The norms of block `index`: name -> width."""
-    layer, prefix = spec.layers[index], layer_prefix(index)
-    names = {}
-    if layer.attention_norm is not None:
-        names[f"{prefix}.input_layernorm"] = spec.hidden
-    names[f"{prefix}.post_attention_layernorm"] = spec.hidden
-    if layer.placement == "pre_post":
-        names[f"{prefix}.pre_feedforward_layernorm"] = spec.hidden
-        names[f"{prefix}.post_feedforward_layernorm"] = spec.hidden
-    if layer.attention.qk_norm is not None:
-        names[f"{prefix}.self_attn.q_norm"] = layer.attention.head_dim
-        names[f"{prefix}.self_attn.k_norm"] = layer.attention.head_dim
-    return names
+def norms(spec: ModelSpec, index: int) -> dict[str, tuple[Norm, int]]:
+    """The norms of block `index`: name -> (settings, width)."""
+    block, prefix = spec.layers[index], layer_prefix(index)
+    found = {}
+    for branch in block.branches:
+        found |= {f"{prefix}.{name}": (norm, spec.hidden) for name, norm in branch.norms.items()}
+        if isinstance(branch.body, Attention) and branch.body.qk_norm is not None:
+            own = branch.body.qk_norm, branch.body.head_dim
+            found |= {f"{prefix}.{branch.name}.{name}": own for name in ("q_norm", "k_norm")}
+    return found
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every base tensor that a decoder with this spec needs: name -> shape. A tied head has no tensor of its own."""
     shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": (spec.embedding.vocab, spec.hidden)}
-    for index, layer in enumerate(spec.layers):
+    for index in range(len(spec.layers)):
         for linear in layer_linears(spec, index):
             shapes[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
             if linear.bias:
                 shapes[f"{linear.name}.bias"] = (linear.out_features,)
-        for name, width in norm_names(spec, index).items():
+        for name, (norm, width) in norms(spec, index).items():
             shapes[f"{name}.weight"] = (width,)
-            if layer.mlp_norm.bias:
+            if norm.bias:
                 shapes[f"{name}.bias"] = (width,)
     if spec.norm is not None:
         shapes[f"{FINAL_NORM}.weight"] = (spec.hidden,)

@@ -6,8 +6,8 @@ another (adapters added, base quantized). Sizes are counts of elements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 ScalingKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -80,19 +80,93 @@ class Mlp:
     fused: bool = False
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One block. placement: where the norms stand around attention and MLP.
+BodyT = TypeVar("BodyT")
 
-    "pre": norm, sublayer, add. "pre_post": norm, sublayer, norm, add (Gemma 2 and 3). "post": sublayer, add, norm (BERT).
-    attention_norm is None where the norm before attention is the identity (ModernBERT's first layer).
+
+@dataclass(frozen=True)
+class Branch:
+    """One sublayer on the residual stream: ``x + scale·post_norm(body(norm(x)))``.
+
+    Where position is "post" (BERT) it is ``norm(x + scale·body(x))``. A norm that is None is the identity. Names are those
+    under which a block's parts lie in a checkpoint: "self_attn", "input_layernorm".
     """
 
-    attention: Attention
-    mlp: Mlp
-    attention_norm: Norm | None
-    mlp_norm: Norm
-    placement: Literal["pre", "pre_post", "post"] = "pre"
+    name: str
+    body: Attention | Mlp
+    norm: Norm | None = None
+    norm_name: str = ""
+    post_norm: Norm | None = None
+    post_norm_name: str = ""
+    position: Literal["pre", "post"] = "pre"
+    scale: float = 1.0
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        """The branch's own norms by name, in the order in which the forward pass meets them."""
+        both = ((self.norm_name, self.norm), (self.post_norm_name, self.post_norm))
+        return {name: norm for name, norm in both if norm is not None}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of the model: its branches, one after the other."""
+
+    branches: tuple[Branch, ...]
+
+    @classmethod
+    def pre_norm(cls, attention: Attention, mlp: Mlp, norm: Norm | None, mlp_norm: Norm | None = None) -> Block:
+        """Llama's: a norm before each of the two. mlp_norm None: the same as before attention."""
+        return cls(
+            (
+                Branch("self_attn", attention, norm, "input_layernorm"),
+                Branch("mlp", mlp, norm if mlp_norm is None else mlp_norm, "post_attention_layernorm"),
+            )
+        )
+
+    @classmethod
+    def sandwich(cls, attention: Attention, mlp: Mlp, norm: Norm) -> Block:
+        """Gemma 2's and 3's: a norm before and one behind each of the two."""
+        return cls(
+            (
+                Branch("self_attn", attention, norm, "input_layernorm", norm, "post_attention_layernorm"),
+                Branch("mlp", mlp, norm, "pre_feedforward_layernorm", norm, "post_feedforward_layernorm"),
+            )
+        )
+
+    def with_bodies(self, **bodies: Attention | Mlp) -> Block:
+        """The same block with other bodies, by their branches' names."""
+        return Block(tuple(replace(branch, body=bodies.get(branch.name, branch.body)) for branch in self.branches))
+
+    @property
+    def attention(self) -> Attention:
+        return self._body(Attention)
+
+    @property
+    def mlp(self) -> Mlp:
+        return self._body(Mlp)
+
+    def _body(self, kind: type[BodyT]) -> BodyT:
+        return next(branch.body for branch in self.branches if isinstance(branch.body, kind))
+
+    # What code that has not learnt of branches yet asks for.
+    @property
+    def attention_norm(self) -> Norm | None:
+        return self.branches[0].norm
+
+    @property
+    def mlp_norm(self) -> Norm:
+        norm = self.branches[1].norm
+        assert norm is not None
+        return norm
+
+    @property
+    def placement(self) -> str:
+        if any(branch.position == "post" for branch in self.branches):
+            return "post"
+        return "pre" if all(branch.post_norm is None for branch in self.branches) else "pre_post"
+
+
+Layer = Block  # the same
 
 
 @dataclass(frozen=True)
@@ -163,7 +237,7 @@ class ModelSpec:
 
     family: str
     hidden: int
-    layers: tuple[Layer, ...]
+    layers: tuple[Block, ...]
     embedding: Embedding
     norm: Norm | None  # after the last layer
     head: Head

@@ -29,7 +29,7 @@ def alternating(theta: float):
             attention = layers[index].attention
             assert attention.rope is not None
             local = replace(attention, window=WINDOW, rope=replace(attention.rope, theta=theta))
-            layers[index] = replace(layers[index], attention=local)
+            layers[index] = layers[index].with_bodies(self_attn=local)
         return replace(spec, layers=tuple(layers))
 
     return revise

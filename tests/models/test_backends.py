@@ -12,6 +12,7 @@ import torch
 from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
 from jaxsloth.kernels.nf4.contract import NF4, Nested
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.models.spec import Block
 from jaxsloth.parity.l2_logits import pack
 from jaxsloth.parity.measure import max_abs, relative_frobenius
 from jaxsloth.parity.subjects import judge_logits, valid_rows
@@ -237,8 +238,8 @@ def test_damaged_weights_are_named(backend, damage, message):
 @both
 def test_an_unsupported_part_is_named(backend):
     spec = spec_from_config(CONFIG)
-    layer = replace(spec.layers[0], placement="post")
-    with pytest.raises(ValueError, match="placement 'post'"):
+    layer = Block(tuple(replace(branch, position="post") for branch in spec.layers[0].branches))
+    with pytest.raises(ValueError, match="norms behind the sum"):
         load_backend(backend).build(replace(spec, layers=(layer,) * 4), DictSource(random_weights(CONFIG, 1)), BuildOptions())
 
 

@@ -27,7 +27,7 @@ from transformers import (
 
 from jaxsloth.models.names import tensor_shapes, trainable_shapes
 from jaxsloth.models.registry import spec_from_config
-from jaxsloth.models.spec import Attention, Embedding, Head, Layer, Mlp, ModelSpec, Norm, Rope
+from jaxsloth.models.spec import Attention, Block, Embedding, Head, Mlp, ModelSpec, Norm, Rope
 from jaxsloth.transforms import add_lora, match_modules, quantize
 
 SMALL = {
@@ -113,11 +113,11 @@ def test_quantize_names_every_linear_layer_of_the_blocks():
     assert len(spec.quantization.modules) == 14 and "lm_head" not in spec.quantization.modules
 
 
-def block(placement="pre", norm=None, **parts) -> Layer:
+def block(make=Block.pre_norm, norm=None, **parts) -> Block:
     norm = norm or Norm()
     attention = {"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": 8**-0.5, "rope": Rope(1e4, 8)} | parts.get("attention", {})
     mlp = {"width": 48, "activation": "silu"} | parts.get("mlp", {})
-    return Layer(Attention(**attention), Mlp(**mlp), norm, norm, placement)
+    return make(Attention(**attention), Mlp(**mlp), norm)
 
 
 def spec_of(layers, **changes) -> ModelSpec:
@@ -138,7 +138,7 @@ def test_the_spec_expresses_other_families():
             Gemma2ForCausalLM(Gemma2Config(**SMALL)),
             spec_of(
                 [
-                    block("pre_post", gemma, attention={"window": w, "soft_cap": 50.0}, mlp={"activation": "gelu_tanh"})
+                    block(Block.sandwich, gemma, attention={"window": w, "soft_cap": 50.0}, mlp={"activation": "gelu_tanh"})
                     for w in (8, None)
                 ],
                 embedding=Embedding(vocab=50, scale=32**0.5),
@@ -156,7 +156,7 @@ def test_the_spec_expresses_other_families():
         ),
         "gemma3": (
             Gemma3ForCausalLM(Gemma3TextConfig(**SMALL)),
-            spec_of([block("pre_post", gemma, attention={"qk_norm": gemma})] * 2, norm=gemma, head=Head(tied=True)),
+            spec_of([block(Block.sandwich, gemma, attention={"qk_norm": gemma})] * 2, norm=gemma, head=Head(tied=True)),
         ),
         "phi3": (
             Phi3ForCausalLM(Phi3Config(**{k: v for k, v in SMALL.items() if k != "head_dim"})),

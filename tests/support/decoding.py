@@ -9,7 +9,7 @@ import numpy as np
 from jaxsloth.backend import BuildOptions, load_backend
 from jaxsloth.generation import GenerationSettings
 from jaxsloth.models.names import tensor_shapes
-from jaxsloth.models.spec import Norm, Rope
+from jaxsloth.models.spec import Block, Norm, Rope
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.transforms import add_lora, quantize
 from tests.support.sources import DictSource
@@ -19,13 +19,21 @@ SETTINGS = GenerationSettings(max_new_tokens=12, eos_ids=())
 NORM = Norm(eps=1e-5)
 
 
-def of_layers(spec, attention=None, **changes):
-    """The spec with fields of every layer, and of every layer's attention, replaced."""
+def of_layers(spec, attention):
+    """The spec with fields of every layer's attention replaced; attention: a function of the layer's index."""
     layers = tuple(
-        replace(layer, attention=replace(layer.attention, **attention(index) if attention else {}), **changes)
-        for index, layer in enumerate(spec.layers)
+        block.with_bodies(self_attn=replace(block.attention, **attention(index))) for index, block in enumerate(spec.layers)
     )
     return replace(spec, layers=layers)
+
+
+def of_blocks(spec, change):
+    """The spec with every block changed."""
+    return replace(spec, layers=tuple(change(block) for block in spec.layers))
+
+
+def sandwich(block):
+    return Block.sandwich(block.attention, block.mlp, block.branches[0].norm)
 
 
 def two_ropes(index):
@@ -45,12 +53,17 @@ VARIANTS = {
     "no_rope": lambda spec: of_layers(spec, no_rope),
     "two_ropes": lambda spec: of_layers(spec, two_ropes),
     "sandwich": lambda spec: replace(
-        of_layers(spec, placement="pre_post"),
+        of_blocks(spec, sandwich),
         embedding=replace(spec.embedding, scale=8.0),
         head=replace(spec.head, soft_cap=3.0),
     ),
-    "unnormed": lambda spec: of_layers(spec, attention_norm=None),
-    "gemma_norm": lambda spec: of_layers(spec, mlp_norm=replace(NORM, weight_offset=1.0)),
+    "unnormed": lambda spec: of_blocks(
+        spec, lambda block: Block.pre_norm(block.attention, block.mlp, None, block.branches[1].norm)
+    ),
+    "gemma_norm": lambda spec: of_blocks(
+        spec,
+        lambda block: Block.pre_norm(block.attention, block.mlp, block.branches[0].norm, replace(NORM, weight_offset=1.0)),
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from jaxsloth.frontend.module.skeleton import Hollow, HollowBias, HollowLinear
-from jaxsloth.models.names import FINAL_NORM, linears, norm_names
+from jaxsloth.models.names import FINAL_NORM, linears, norms
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.transforms import SAVEABLE
 
@@ -62,9 +62,9 @@ def active_parts(root: nn.Module, spec: ModelSpec) -> Active:
         PeftFeatureError: a layer was wrapped by something else than plain LoRA, or something of the base is to be trained,
             was written or has hooks, which would never be called.
     """
-    norms = [name for index in range(len(spec.layers)) for name in norm_names(spec, index)]
+    norm_names = [name for index in range(len(spec.layers)) for name in norms(spec, index)]
     find = _Finder(root)
-    for name in (FINAL_NORM, *norms):
+    for name in (FINAL_NORM, *norm_names):
         _check_leaf(name, find(name))
     saved = {f"{name}.weight": _saved(name, find(name)) for name in SAVEABLE}
     whole = {name: weight for name, weight in saved.items() if weight is not None}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jaxsloth.models.names import EMBEDDING, FINAL_NORM, linears, norm_names
+from jaxsloth.models.names import EMBEDDING, FINAL_NORM, linears, norms
 from jaxsloth.models.spec import ModelSpec
 
 # The bits of a quiet NaN of each dtype, and how many bits of payload it takes.
@@ -147,7 +147,7 @@ def fill(backbone: nn.Module, spec: ModelSpec, hollow: Placeholders) -> None:
         weight = hollow.parameter(f"{linear.name}.weight", linear.out_features, linear.in_features)
         bias = hollow.bias(f"{linear.name}.bias", linear.out_features) if linear.bias else None
         _put(backbone, linear.name.removeprefix(f"{prefix}."), HollowLinear(weight, bias))
-    widths = {name: width for index in range(len(spec.layers)) for name, width in norm_names(spec, index).items()}
+    widths = {name: width for index in range(len(spec.layers)) for name, (_, width) in norms(spec, index).items()}
     for name, width in {**widths, FINAL_NORM: spec.hidden}.items():
         _put(backbone, name.removeprefix(f"{prefix}."), HollowNorm(hollow.parameter(f"{name}.weight", width)))
 
