@@ -44,17 +44,23 @@ class Bnb4BitSource:
             return self._files.read(name)
         state, codes = self._states[name], np.asarray(self._files.read(name)).reshape(-1).view(np.uint8)
         out, in_ = state["shape"]
-        nested = None
+        nested, absmax = None, np.asarray(self._part(name, "absmax"))
         if "nested_offset" in state:
             nested = Nested(
                 absmax=np.asarray(self._part(name, "nested_absmax"), np.float32),
                 offset=np.asarray(state["nested_offset"], np.float32),
                 code=np.asarray(self._part(name, "nested_quant_map"), np.float32),
             )
-        return NF4(codes=codes, absmax=np.asarray(self._part(name, "absmax")), nested=nested, shape=(out, in_))
+        scales = (absmax,) if nested is None else (nested.absmax, nested.offset)
+        if not all(np.isfinite(part).all() for part in scales):
+            raise CheckpointError(f"{self.file_of(name)}: {name} has NaN or infinite block maxima; the checkpoint is damaged")
+        return NF4(codes=codes, absmax=absmax, nested=nested, shape=(out, in_))
 
     def file_of(self, name: str) -> Path:
         return self._files.file_of(name)
+
+    def stored_as(self, name: str) -> str:
+        return "NF4" if name in self._states else self._files.stored_as(name)
 
     def _part(self, weight: str, part: str) -> np.ndarray:
         name = f"{weight}.{part}"
@@ -75,6 +81,17 @@ class Bnb4BitSource:
         if not np.array_equal(np.asarray(self._part(weight, "quant_map"), np.float32), CODE):
             raise CheckpointError(f"{file}: {weight} uses another code book than NF4's")
         return state
+
+
+def dequantized(weight: NF4) -> np.ndarray:
+    """The float32 weight ``[out, in]`` that an NF4 of numpy arrays stands for."""
+    count = weight.shape[0] * weight.shape[1]
+    scales = np.asarray(weight.absmax, np.float32)
+    if weight.nested is not None:
+        outer = np.repeat(weight.nested.absmax, NESTED_BLOCK)[: weight.absmax.size]
+        scales = weight.nested.code[weight.absmax.reshape(-1)] * outer + weight.nested.offset
+    values = np.stack([CODE[weight.codes >> 4], CODE[weight.codes & 15]], axis=-1).reshape(-1)[:count]
+    return (values * np.repeat(scales.reshape(-1), BLOCK)[:count]).astype(np.float32).reshape(weight.shape)
 
 
 def is_bnb4bit(config: Mapping[str, Any]) -> bool:

@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxsloth.backend import TensorSource
 from jaxsloth.convert.bnb4bit_source import Bnb4BitSource, is_bnb4bit
+from jaxsloth.convert.fitting import CheckpointSource, check_tensors, fitted, stored_quantization
 from jaxsloth.convert.gguf_source import GgufSource, gguf_config
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
+from jaxsloth.models.names import tensor_shapes
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.models.spec import ModelSpec
 
 PACKAGE_SCHEME = "package:"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its Hugging Face config, its tensors, where it is and what it is."""
+    """An opened checkpoint: its Hugging Face config, its tensors, where it is and what it is. name: what was asked for, which
+    is what adapters say that their base is."""
 
     config: dict[str, Any]
-    source: TensorSource
+    source: CheckpointSource
     path: Path
     kind: Literal["safetensors", "bnb-4bit", "gguf"]
+    name: str
+
+    def spec(self) -> ModelSpec:
+        """The model that it holds, with the layers quantized that are stored so.
+
+        Raises:
+            ValueError: config.json describes no supported model, or not the one whose tensors are here (CheckpointError).
+        """
+        spec = spec_from_config(self.config)
+        check_tensors(self.source, tensor_shapes(spec), self.path)
+        return replace(spec, quantization=stored_quantization(self.source, spec)) if self.kind == "bnb-4bit" else spec
+
+
+def find_checkpoint(name: str, **hub: Any) -> Checkpoint:
+    """`open_checkpoint` of what `resolve_path` finds."""
+    return replace(open_checkpoint(resolve_path(name, **hub)), name=name)
 
 
 def resolve_path(name: str, **hub: Any) -> Path:
@@ -75,7 +95,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: it is neither, or not whole.
     """
     if path.is_file() and path.suffix == ".gguf":
-        return Checkpoint(gguf_config(path), GgufSource(path), path, "gguf")
+        return Checkpoint(gguf_config(path), GgufSource(path), path, "gguf", str(path))
     if not path.is_dir():
         raise CheckpointError(f"{path} must be a folder with config.json and safetensors, or a .gguf file")
     file = path / "config.json"
@@ -86,9 +106,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if is_bnb4bit(config):
-        return Checkpoint(config, Bnb4BitSource(path), path, "bnb-4bit")
+        return Checkpoint(*fitted(config, Bnb4BitSource(path), path), path, "bnb-4bit", str(path))
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method")
         raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes NF4 and unquantized weights can")
-    return Checkpoint(config, SafetensorsSource(path), path, "safetensors")
+    return Checkpoint(*fitted(config, SafetensorsSource(path), path), path, "safetensors", str(path))

@@ -60,6 +60,11 @@ class GgufSource:
         del name
         return self.path
 
+    def stored_as(self, name: str) -> str:
+        """Blocks are dequantized to this."""
+        del name
+        return "F32"
+
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's reordering of q and k rows: it interleaves the two rotary halves of each head (pairs of neighbours

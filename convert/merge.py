@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from jaxsloth.backend import DtypeName, TensorSource
 from jaxsloth.convert.files import whole_folder
+from jaxsloth.convert.fitting import check_cast
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.convert.safetensors_source import INDEX, SINGLE
 from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
@@ -55,7 +56,7 @@ def write_merged(
             merged = _merged(name, source, spec, values)
             stored = store(name, merged) if store is not None else None
             if stored is None:
-                stored = {name: np.ascontiguousarray(merged.astype(_DTYPES[dtype]))}
+                stored = {name: np.ascontiguousarray(check_cast(name, merged, _DTYPES[dtype]))}
             size = sum(tensor.nbytes for tensor in stored.values())
             if shard and sum(held.nbytes for held in shard.values()) + size > shard_bytes:
                 files.append(_save(temporary, shard, len(files)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
+    def stored_as(self, name: str) -> str:
+        """The dtype in safetensors' words."""
+        return str(self._entries[name]["dtype"])
+
     def read(self, name: str) -> np.ndarray:
         """The tensor as a read-only array over the mapped file (bfloat16 as ml_dtypes.bfloat16)."""
         entry = self._entries[name]
@@ -84,6 +88,9 @@ class SafetensorsSource:
     def read(self, name: str) -> np.ndarray:
         return self._files[name].read(name)
 
+    def stored_as(self, name: str) -> str:
+        return self._files[name].stored_as(name)
+
     def file_of(self, name: str) -> Path:
         return self._files[name].path
 
@@ -103,21 +110,3 @@ def _shards(folder: Path) -> list[Path]:
     if not single.is_file():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}")
     return [single]
-
-
-def check_shapes(source: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """That a checkpoint has every tensor that a model needs, with the right shape, before anything is read.
-
-    Raises:
-        CheckpointError: names the tensors that are missing, or the first of another shape, with its file where known.
-    """
-    present = set(source.names())
-    missing = [name for name in expected if name not in present]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:3])}{more}")
-    for name, shape in expected.items():
-        found = tuple(source.shape(name))
-        if found != shape:
-            file = f"{source.file_of(name)}: " if hasattr(source, "file_of") else ""
-            raise CheckpointError(f"{file}tensor {name} must have the shape {shape} by config.json, and it has {found}")

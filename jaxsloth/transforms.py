@@ -93,5 +93,8 @@ def add_lora(
 
 
 def quantize(spec: ModelSpec, *, nested: bool) -> ModelSpec:
-    """The same model with every linear layer of its blocks stored as NF4; embedding, norms and head stay as they are."""
+    """The same model with every linear layer of its blocks stored as NF4; embedding, norms and head stay as they are, and so
+    does a model that is quantized already."""
+    if spec.quantization is not None:
+        return spec
     return replace(spec, quantization=Quantization(nested=nested, modules=tuple(linear.name for linear in linears(spec))))

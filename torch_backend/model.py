@@ -20,6 +20,7 @@ from jaxsloth.backend import (
     TensorSource,
 )
 from jaxsloth.batch import Batch
+from jaxsloth.convert.fitting import cast_error
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4, QUANTIZE, Nested
 from jaxsloth.kernels.registry import Facts, check_requested, resolve
@@ -168,6 +169,11 @@ def _loader(
         tensor = to_torch(value).to(device)
         if not torch.isfinite(tensor).all():
             raise ValueError(f"tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+        stored = torch.float32 if name in quantized else dtype
+        if torch.finfo(tensor.dtype).max > torch.finfo(stored).max:
+            lost = ~torch.isfinite(tensor.to(stored))
+            if lost.any():
+                raise cast_error(name, int(lost.sum()), float(tensor[lost][0]), str(stored).removeprefix("torch."))
         return quantize(tensor, nested=nested) if name in quantized else tensor.to(dtype)
 
     return take

@@ -17,10 +17,9 @@ from rich.table import Table
 
 from jaxsloth.backend import Backend, BuildOptions, DtypeName, Model
 from jaxsloth.batch import IGNORE
-from jaxsloth.convert.checkpoint import open_checkpoint, resolve_path
+from jaxsloth.convert.checkpoint import find_checkpoint
 from jaxsloth.convert.files import ExistsError, write_text
 from jaxsloth.convert.peft_adapter import CONFIG, AdapterConfig, read_adapter
-from jaxsloth.convert.safetensors_source import check_shapes
 from jaxsloth.data.encode import encode_rows
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation, row_reader
@@ -30,8 +29,6 @@ from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.data.windows import eval_batches
 from jaxsloth.evaluation.metrics import FROM_TARGETS, EvaluationError, check_metrics, text_scores
 from jaxsloth.generation import GenerationSettings, generate
-from jaxsloth.models.names import tensor_shapes
-from jaxsloth.models.registry import spec_from_config
 from jaxsloth.recipe import DataRecipe
 from jaxsloth.training.run import choose_backend
 from jaxsloth.transforms import quantize
@@ -133,9 +130,8 @@ def evaluate(settings: EvaluationSettings, console: Console | None = None) -> Ev
     if settings.json_file is not None and settings.json_file.exists():
         raise ExistsError(f"{settings.json_file} exists already; choose another file, or remove it")
     name, adapter, folder = _adapter_of(settings)
-    opened = open_checkpoint(resolve_path(name))
-    spec = spec_from_config(opened.config)
-    check_shapes(opened.source, tensor_shapes(spec))
+    opened = find_checkpoint(name)
+    spec = opened.spec()
     if settings.load_in_4bit:
         spec = quantize(spec, nested=True)
     adapted = None if adapter is None else adapter[0].apply(spec)

@@ -32,7 +32,7 @@ class FastModelForCausalLM(JaxslothForCausalLM):
 
     @classmethod
     def of(cls, loaded: Loaded, max_seq_length: int) -> FastModelForCausalLM:
-        made = cls.over(loaded.model, loaded.checkpoint.config, str(loaded.checkpoint.path))
+        made = cls.over(loaded.model, loaded.checkpoint.config, loaded.checkpoint.name)
         assert isinstance(made, FastModelForCausalLM)
         # Kept out of torch's sight: no part of this module.
         made.__dict__["loaded"] = loaded

@@ -8,12 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from jaxsloth.backend import Backend, BuildOptions, CheckpointingName, DeviceInfo, DtypeName, Model
-from jaxsloth.convert.checkpoint import Checkpoint, open_checkpoint, resolve_path
-from jaxsloth.convert.safetensors_source import check_shapes
+from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.frontend.backends import remember, resolve_backend
-from jaxsloth.models.names import tensor_shapes
-from jaxsloth.models.registry import spec_from_config
 from jaxsloth.transforms import quantize
 
 _AUTOMATIC_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -58,12 +55,11 @@ def load(
     if index is not None:
         engine.use_device(index)
     options = BuildOptions(dtype_name(dtype, engine.devices()), gradient_checkpointing)
-    opened = open_checkpoint(resolve_path(name, **(hub or {})))
+    opened = find_checkpoint(name, **(hub or {}))
     if rope_scaling is not None:
         parameters = dict(opened.config.get("rope_parameters") or {}) | dict(rope_scaling)
         opened = replace(opened, config=opened.config | {"rope_scaling": dict(rope_scaling), "rope_parameters": parameters})
-    spec = spec_from_config(opened.config)
-    check_shapes(opened.source, tensor_shapes(spec))
+    spec = opened.spec()
     tokenizer = load_tokenizer(opened.path)
     if load_in_4bit:
         spec = quantize(spec, nested=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsloth.backend import TensorSource
+from jaxsloth.convert.fitting import check_cast
 from jaxsloth.jax_backend import placement
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import QUANTIZE, Nested
@@ -53,16 +54,19 @@ def load_weights(spec: ModelSpec, source: TensorSource, dtype: Any) -> dict[str,
     checks: dict[str, Any] = {}
     for name, value in _arrivals(spec, source):
         if not isinstance(value, NF4):
-            checks[name] = _finite(value)
-            value = quantize(value, nested=nested) if name in quantized else value.astype(dtype)
+            cast = value if name in quantized else value.astype(dtype)
+            checks[name] = _finite(value), _finite(cast)
+            value = quantize(value, nested=nested) if name in quantized else cast
         key, place = stacked_name(name, period)
         found.setdefault(key, value)
         if name.startswith("model.layers."):
             parts = _parts(value)
             stacks[key] = _put(stacks[key] if key in stacks else _room(parts, count), parts, place)
-    for name, finite in checks.items():  # at the end, since each answer is waited for
+    for name, (finite, fits) in checks.items():  # at the end, since each answer is waited for
         if not finite:
             raise ValueError(f"tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+        if not fits:
+            check_cast(name, source.read(name), dtype)
     return found | {key: _whole(stack, found[key]) for key, stack in stacks.items()}
 
 
@@ -76,6 +80,8 @@ def _arrivals(spec: ModelSpec, source: TensorSource) -> Iterator[tuple[str, Any]
         if tuple(source.shape(name)) != shapes[name]:
             raise ValueError(f"tensor {name} must have the shape {shapes[name]}, and it has {tuple(source.shape(name))}")
         value = source.read(name)
+        if not isinstance(value, NF4) and value.dtype == np.float64:  # JAX has none, and would make it float32 itself
+            check_cast(name, value, np.float32)
         return jax.tree.map(placement.put, value if isinstance(value, NF4) else np.asarray(value))
 
     names = list(shapes)

@@ -249,12 +249,22 @@ class ModelSpec:
     quantization: Quantization | None = None
 
     def layer_period(self) -> int:
-        """The shortest run of layers that repeats through the model: 1 when all are alike (2, 6 where windows alternate).
+        """The shortest run of layers that repeats through the model: 1 when all are alike (2, 6 where windows alternate), and
+        stored alike.
 
         Equal to the number of layers when nothing repeats. JAX stacks and scans the layers by this period.
         """
-        count = len(self.layers)
+        count, stored = len(self.layers), self._quantized_parts()
+        kinds = [(layer, stored.get(index)) for index, layer in enumerate(self.layers)]
         for period in range(1, count):
-            if count % period == 0 and all(self.layers[i] == self.layers[i % period] for i in range(count)):
+            if count % period == 0 and all(kinds[i] == kinds[i % period] for i in range(count)):
                 return period
         return count
+
+    def _quantized_parts(self) -> dict[int, set[str]]:
+        """Which linear layers are NF4, by block."""
+        found: dict[int, set[str]] = {}
+        for module in self.quantization.modules if self.quantization is not None else ():
+            _, _, index, part = module.split(".", 3)
+            found.setdefault(int(index), set()).add(part)
+        return found

@@ -14,13 +14,12 @@ import numpy as np
 
 from jaxsloth.backend import BuildOptions, Model, load_backend
 from jaxsloth.batch import Batch
-from jaxsloth.convert.checkpoint import Checkpoint, open_checkpoint, resolve_path
+from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.data.encode import Example
 from jaxsloth.data.prepare import prepare
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.data.windows import WindowStream
-from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import DataRecipe
 from jaxsloth.training.initialize import initial_adapters
@@ -41,9 +40,9 @@ class Subjects:
     """
 
     def __init__(self, model: str = SMOLLM2, data: str = GSM8K) -> None:
-        self.checkpoint: Checkpoint = open_checkpoint(resolve_path(model))
+        self.checkpoint: Checkpoint = find_checkpoint(model)
         self.tokenizer = load_tokenizer(self.checkpoint.path)
-        base = spec_from_config(self.checkpoint.config)
+        base = self.checkpoint.spec()
         self.spec: ModelSpec = add_lora(base, r=8, alpha=16.0)
         self.data = data
         self._models: dict[str, Model] = {}

@@ -23,15 +23,13 @@ from jaxsloth.backend import (
     load_backend,
     missing_packages,
 )
-from jaxsloth.convert.checkpoint import Checkpoint, open_checkpoint, resolve_path
+from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.peft_adapter import check_values
-from jaxsloth.convert.safetensors_source import check_shapes
 from jaxsloth.data.encode import Example
 from jaxsloth.data.prepare import prepare
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.data.windows import WindowStream, eval_batches
-from jaxsloth.models.names import tensor_shapes, trainable_shapes
-from jaxsloth.models.registry import spec_from_config
+from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import Recipe, make_recipe
 from jaxsloth.training import checkpoint as checkpoints
@@ -89,7 +87,7 @@ def train(
     """
     if stop_after is not None and stop_after < 1:
         raise RunError(f"stop_after must be at least 1, and {stop_after} came")
-    opened = open_checkpoint(resolve_path(recipe.model))
+    opened = find_checkpoint(recipe.model)
     plan = make_plan(recipe, opened, resume=resume)
     model = build_model(plan, opened)
     return execute(plan, model, stop_after=stop_after, quiet=quiet, callbacks=callbacks, on_stage=on_stage)
@@ -98,11 +96,10 @@ def train(
 def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False) -> Plan:
     """Checks a recipe against its checkpoint, data and output folder; reads no weights and writes nothing."""
     saved = check_output(recipe, resume)
-    spec = recipe.apply(spec_from_config(opened.config))
-    check_shapes(opened.source, tensor_shapes(spec))
+    spec = recipe.apply(opened.spec())
     tokenizer = load_tokenizer(opened.path)
     train_examples, held_out = prepare(recipe.data, tokenizer, recipe.seed, spec.embedding.vocab)
-    return plan_from_examples(recipe, spec, str(opened.path), train_examples, held_out, saved)
+    return plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved)
 
 
 def plan_from_examples(

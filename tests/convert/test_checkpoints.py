@@ -18,7 +18,7 @@ from jaxsloth.convert.files import ExistsError, whole_folder
 from jaxsloth.convert.gguf_source import unpermute
 from jaxsloth.convert.merge import write_merged
 from jaxsloth.convert.peft_adapter import read_adapter, write_adapter
-from jaxsloth.convert.safetensors_source import CheckpointError, check_shapes
+from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.kernels.nf4.reference import dequantize
 from jaxsloth.models.names import tensor_shapes, trainable_shapes
 from jaxsloth.models.registry import spec_from_config
@@ -41,8 +41,7 @@ def saved(tmp_path):
 def test_a_saved_model_is_read_back(saved):
     model, folder = saved
     opened = open_checkpoint(folder)
-    spec = spec_from_config(opened.config)
-    check_shapes(opened.source, tensor_shapes(spec))
+    opened.spec()
     for name, value in model.state_dict().items():
         assert np.array_equal(opened.source.read(name), value.numpy())
 
@@ -82,7 +81,7 @@ def test_a_wrong_shape_names_file_and_tensor(tmp_path):
     save_file(weights, folder / "model.safetensors")
     opened = open_checkpoint(folder)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor model\.norm\.weight must have the shape \(64,\)"):
-        check_shapes(opened.source, tensor_shapes(spec_from_config(opened.config)))
+        opened.spec()
 
 
 @pytest.mark.parametrize(
