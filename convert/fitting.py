@@ -63,7 +63,7 @@ def fitted(config: dict[str, Any], source: CheckpointSource, path: Path) -> tupl
     ties, one alone is both, two that are equal are one, and two that differ are not tied."""
     present = set(source.names())
     names = {f"model.{name}" if _lacks_prefix(name, present) else name: name for name in source.names()}
-    if config.get("tie_word_embeddings") and _HEAD in names:
+    if config.get("tie_word_embeddings") is True and _HEAD in names:
         if _TABLE not in names:
             names[_TABLE] = names.pop(_HEAD)
         elif _equal(source, names[_HEAD], names[_TABLE]):

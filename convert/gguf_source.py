@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from jaxsloth.convert.safetensors_source import CheckpointError
+from jaxsloth.foreign import Count, Schema, Size, shown, validated
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -27,18 +29,34 @@ _BLOCK = {
 _DERIVED = {"rope_freqs.weight"}
 
 
+class GgufFields(Schema):
+    """The metadata that a llama model needs."""
+
+    head_count: Size = Field(alias="llama.attention.head_count")
+    head_count_kv: Size | None = Field(None, alias="llama.attention.head_count_kv")
+    embedding_length: Size = Field(alias="llama.embedding_length")
+    feed_forward_length: Size = Field(alias="llama.feed_forward_length")
+    block_count: Size = Field(alias="llama.block_count")
+    key_length: Size | None = Field(None, alias="llama.attention.key_length")
+    context_length: Size = Field(alias="llama.context_length")
+    epsilon: float = Field(alias="llama.attention.layer_norm_rms_epsilon")
+    freq_base: Annotated[float, Field(gt=1)] = Field(10000.0, alias="llama.rope.freq_base")
+    scaling: str | None = Field(None, alias="llama.rope.scaling.type")
+    scaling_factor: float | None = Field(None, alias="llama.rope.scaling.factor")
+    original_context: Size | None = Field(None, alias="llama.rope.scaling.original_context_length")
+    bos: Count | None = Field(None, alias="tokenizer.ggml.bos_token_id")
+    eos: Count | None = Field(None, alias="tokenizer.ggml.eos_token_id")
+    padding: Count | None = Field(None, alias="tokenizer.ggml.padding_token_id")
+
+
 class GgufSource:
     """A GGUF file as a TensorSource. Blocks of any ggml type that the gguf package knows are dequantized when read."""
 
     def __init__(self, path: Path) -> None:
         self._reader = _open(path)
         self.path = path
-        fields = _fields(self._reader)
-        architecture = fields.get("general.architecture")
-        if architecture != "llama":
-            raise CheckpointError(f"{path}: GGUF architecture must be 'llama', and it is {architecture!r}")
-        self._heads = {"q_proj": int(fields["llama.attention.head_count"])}
-        self._heads["k_proj"] = int(fields.get("llama.attention.head_count_kv", self._heads["q_proj"]))
+        fields = _fields(self._reader, path)
+        self._heads = {"q_proj": fields.head_count, "k_proj": fields.head_count_kv or fields.head_count}
         self._tensors = {hf_name(t.name, path): t for t in self._reader.tensors if t.name not in _DERIVED}
 
     def names(self) -> Sequence[str]:
@@ -88,46 +106,37 @@ def gguf_config(path: Path) -> dict[str, Any]:
     """The file's metadata as a Hugging Face llama config.
 
     Raises:
-        CheckpointError: another architecture, or metadata that a llama model needs is missing.
+        CheckpointError: another architecture, or metadata that a llama model needs is missing or wrong.
     """
     reader = _open(path)
-    fields = _fields(reader)
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(f"{path}: GGUF architecture must be 'llama', and it is {architecture!r}")
-
-    def need(name: str) -> Any:
-        if name not in fields:
-            raise CheckpointError(f"{path}: the GGUF metadata lacks {name}")
-        return fields[name]
-
-    heads = int(need("llama.attention.head_count"))
-    hidden = int(need("llama.embedding_length"))
+    fields = _fields(reader, path)
+    heads, hidden = fields.head_count, fields.embedding_length
     names = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in names:
         raise CheckpointError(f"{path}: tensor token_embd.weight is missing")
+    if len(names["token_embd.weight"].shape) != 2:
+        raise CheckpointError(f"{path}: tensor token_embd.weight must have two axes, got {names['token_embd.weight'].shape}")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
-        "intermediate_size": int(need("llama.feed_forward_length")),
-        "num_hidden_layers": int(need("llama.block_count")),
+        "intermediate_size": fields.feed_forward_length,
+        "num_hidden_layers": fields.block_count,
         "num_attention_heads": heads,
-        "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
-        "head_dim": int(fields.get("llama.attention.key_length", hidden // heads)),
+        "num_key_value_heads": fields.head_count_kv or heads,
+        "head_dim": fields.key_length or hidden // heads,
         "hidden_act": "silu",
-        "max_position_embeddings": int(need("llama.context_length")),
-        "rms_norm_eps": float(need("llama.attention.layer_norm_rms_epsilon")),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0))},
+        "max_position_embeddings": fields.context_length,
+        "rms_norm_eps": fields.epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields.freq_base},
         "vocab_size": int(names["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in names,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": fields.bos,
+        "eos_token_id": fields.eos,
+        "pad_token_id": fields.padding,
     }
-    scaling = fields.get("llama.rope.scaling.type")
-    if scaling not in (None, "none"):
-        config["rope_parameters"] |= _rope_scaling(scaling, fields, path)
+    if fields.scaling not in (None, "none"):
+        config["rope_parameters"] |= _rope_scaling(fields, path)
     elif "rope_freqs.weight" in names:
         factors = [float(factor) for factor in names["rope_freqs.weight"].data]
         # llama.cpp writes Llama 3.1's scaling out as the factor that each frequency is divided by: longrope's form.
@@ -136,13 +145,12 @@ def gguf_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _rope_scaling(kind: str, fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    if kind not in ("linear", "yarn"):
-        raise CheckpointError(f"{path}: rope scaling must be none, linear or yarn, and it is {kind!r}")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": float(fields["llama.rope.scaling.factor"])}
-    original = fields.get("llama.rope.scaling.original_context_length")
-    if original is not None:
-        scaling["original_max_position_embeddings"] = int(original)
+def _rope_scaling(fields: GgufFields, path: Path) -> dict[str, Any]:
+    if fields.scaling not in ("linear", "yarn"):
+        raise CheckpointError(f"{path}: llama.rope.scaling.type must be none, linear or yarn, got {fields.scaling!r}")
+    scaling: dict[str, Any] = {"rope_type": fields.scaling, "factor": fields.scaling_factor}
+    if fields.original_context is not None:
+        scaling["original_max_position_embeddings"] = fields.original_context
     return scaling
 
 
@@ -151,9 +159,18 @@ def _open(path: Path) -> Any:
 
     try:
         return GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a whole GGUF file (truncated or corrupt): {error}") from error
+    except Exception as error:  # the gguf package reads offsets and counts as they come, and fails in any way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"{path} is not a whole GGUF file (truncated or corrupt): {reason}") from error
 
 
-def _fields(reader: Any) -> dict[str, Any]:
-    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")}
+def _fields(reader: Any, path: Path) -> GgufFields:
+    wanted = {"general.architecture", *(str(field.alias) for field in GgufFields.model_fields.values())}
+    try:
+        values = {name: field.contents() for name, field in reader.fields.items() if name in wanted}
+    except Exception as error:
+        raise CheckpointError(f"{path}: the GGUF metadata can't be read: {type(error).__name__}: {error}") from error
+    architecture = values.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(f"{path}: general.architecture must be 'llama', got {shown(architecture)}")
+    return validated(GgufFields, values, path, CheckpointError)

@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 from safetensors.numpy import save_file
 
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
+from jaxsloth.foreign import Schema, Size, TextOrTexts, Texts, read_object, shown, validated
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import Lora, ModelSpec
 from jaxsloth.transforms import add_lora
@@ -31,6 +33,20 @@ _MUST_BE_OFF: dict[str, Any] = {
     "megatron_config": None,
     "target_parameters": None,
 }
+
+
+class AdapterDocument(Schema):
+    """The fields of adapter_config.json that are read here."""
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    r: Size
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: TextOrTexts
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: Texts | None = None
 
 
 @dataclass(frozen=True)
@@ -112,31 +128,54 @@ def read_config(folder: Path) -> AdapterConfig:
     Raises:
         CheckpointError: the file is missing or not a LoRA's; a feature is used that no backend has (named).
     """
-    file = Path(folder) / CONFIG
-    if not file.is_file():
-        raise CheckpointError(f"{folder} is not a PEFT adapter: it has no {CONFIG}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type must be LORA, and it is {config.get('peft_type')!r}")
+    file, config = Path(folder) / CONFIG, _read_object(folder)
     for name, off in _MUST_BE_OFF.items():
         if config.get(name) not in (off, None):
-            raise CheckpointError(f"{file}: {name}={config[name]!r} is not supported; it must be {off!r}")
-    targets = config.get("target_modules")
-    if not targets:
-        raise CheckpointError(f"{file}: target_modules is missing")
+            raise CheckpointError(f"{file}: {name} must be {shown(off)}, got {shown(config[name])}: it is not supported")
+    fields = _document(config, file)
+    targets = fields.target_modules
     return AdapterConfig(
-        base_model=config.get("base_model_name_or_path"),
-        r=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        base_model=fields.base_model_name_or_path,
+        r=fields.r,
+        alpha=float(fields.lora_alpha),
+        dropout=float(fields.lora_dropout),
         targets=targets if isinstance(targets, str) else tuple(targets),
-        rslora=bool(config.get("use_rslora", False)),
-        bias=config.get("bias", "none"),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        rslora=fields.use_rslora,
+        bias=fields.bias,
+        modules_to_save=tuple(fields.modules_to_save or ()),
     )
+
+
+def base_model_of(folder: Path) -> str:
+    """The base that a LoRA adapter's folder names; its other fields are looked at too, whatever features they ask for.
+
+    Raises:
+        CheckpointError: adapter_config.json is missing, wrong, or names no base.
+    """
+    file = Path(folder) / CONFIG
+    base = _document(_read_object(folder), file).base_model_name_or_path
+    if not base:
+        raise CheckpointError(
+            f"{file}: base_model_name_or_path must name the base model, got {shown(base)}; give the base itself"
+        )
+    return base
+
+
+def _read_object(folder: Path) -> dict[str, Any]:
+    file = Path(folder) / CONFIG
+    if not file.exists():
+        raise CheckpointError(f"{folder} is not a PEFT adapter: it has no {CONFIG}")
+    config = read_object(file, CheckpointError)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: peft_type must be 'LORA', got {shown(config.get('peft_type'))}")
+    return config
+
+
+def _document(config: dict[str, Any], file: Path) -> AdapterDocument:
+    fields = validated(AdapterDocument, config, file, CheckpointError)
+    if not fields.target_modules:
+        raise CheckpointError(f"{file}: target_modules must name modules, got {shown(fields.target_modules)}")
+    return fields
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from jaxsloth.foreign import ForeignError, Schema, checked, decoded, parse_json, read_object, validated
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,8 +28,21 @@ _DTYPES: dict[str, Any] = {
 _HEADER_LENGTH_BYTES = 8
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ForeignError):
     """A checkpoint that can't be read: the message names the file, and the tensor where it is one."""
+
+
+def _is_inside(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\0" not in name
+
+
+Shard = Annotated[str, checked("the name of a .safetensors file in the index' own folder", _is_inside)]
+
+
+class Index(Schema):
+    """model.safetensors.index.json: which file of the folder holds a tensor."""
+
+    weight_map: dict[str, Shard]
 
 
 class SafetensorsFile:
@@ -36,14 +50,17 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.is_file():
+            raise CheckpointError(f"{path} must be a safetensors file, and is {'a folder' if path.is_dir() else 'not there'}")
         try:
             with safe_open(path, framework="np") as file:  # checks the header against the file's size
                 self.metadata: dict[str, str] = file.metadata() or {}
+            with path.open("rb") as raw:
+                size = int.from_bytes(raw.read(_HEADER_LENGTH_BYTES), "little")
+                text = raw.read(size)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a whole safetensors file (truncated or corrupt): {error}") from error
-        with path.open("rb") as raw:
-            size = int.from_bytes(raw.read(_HEADER_LENGTH_BYTES), "little")
-            header = json.loads(raw.read(size))
+        header = parse_json(decoded(text, path, CheckpointError), f"{path} (its header)", CheckpointError)
         header.pop("__metadata__", None)
         self._entries: dict[str, Any] = header
         self._data_start = _HEADER_LENGTH_BYTES + size
@@ -97,11 +114,10 @@ class SafetensorsSource:
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from error
+    if index.exists():
+        names = sorted(set(validated(Index, read_object(index, CheckpointError), index, CheckpointError).weight_map.values()))
+        if not names:
+            raise CheckpointError(f"{index}: weight_map must name at least one tensor's file, and is empty")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(f"{index} names files that are missing: {', '.join(missing)}")

@@ -59,12 +59,12 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
 ) -> None:
     """Answer a prompt, as it is written."""
-    from jaxsloth.convert.peft_adapter import CONFIG, read_adapter, read_config
+    from jaxsloth.convert.peft_adapter import CONFIG, base_model_of, read_adapter
     from jaxsloth.frontend.loading import load
     from jaxsloth.generation import GenerationSettings, answer_texts
 
     if adapter is None and (Path(model) / CONFIG).is_file():
-        adapter, model = model, str(read_config(Path(model)).base_model)
+        adapter, model = model, base_model_of(Path(model))
     loaded = load(model, backend=backend, load_in_4bit=load_in_4bit, dtype=dtype)
     tokenizer = loaded.tokenizer
     if adapter is not None:

@@ -16,48 +16,47 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from jaxsloth import foreign
+from jaxsloth.foreign import ForeignError, explain, read_text, shown
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.transforms import ALL_LINEAR, add_lora, quantize
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Numbers are bounded, so that a slip of the keyboard is an error here and not an overflow, or a machine without memory. They
+# are strict: no string and no boolean is taken for one.
+Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Rows = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+Length = Annotated[int, Field(gt=0, le=2**24, strict=True)]
+Multiple = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+Rank = Annotated[int, Field(gt=0, le=2**16, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Texts = Annotated[tuple[str, ...], Field(max_length=2**16)]
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-class RecipeError(ValueError):
+class RecipeError(ForeignError):
     """A recipe that can't be used; the message lists every wrong field."""
 
 
 class Section(BaseModel):
-    """Part of a recipe: immutable, unknown keys refused, and no boolean taken for a number."""
+    """Part of a recipe: immutable, and unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_bool_for_number(cls, values: Any) -> Any:
-        if isinstance(values, Mapping):
-            for name, value in values.items():
-                field = cls.model_fields.get(name)
-                if isinstance(value, bool) and field is not None and field.annotation in (int, float):
-                    raise ValueError(f"{name} must be a number, and {value} came")
-        return values
 
 
 class LoraRecipe(Section):
     """Adapters (Hu et al. 2021). The scale is alpha / r, or alpha / sqrt(r) with rslora (Kalajdzievski 2023)."""
 
-    r: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    r: Rank = 16
+    alpha: Annotated[float, Field(gt=0, le=1e6, strict=True)] = 16.0
     dropout: Fraction = 0.0
-    targets: str | tuple[str, ...] = Field(
-        default=ALL_LINEAR, description="'all-linear', a regular expression, or a list of names"
-    )
-    rslora: bool = False
+    targets: str | Texts = Field(default=ALL_LINEAR, description="'all-linear', a regular expression, or a list of names")
+    rslora: Switch = False
     bias: Literal["none", "all", "lora_only"] = "none"
     init: Literal["kaiming", "gaussian"] = Field(default="kaiming", description="A's distribution; B starts at zero")
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Texts = ()
 
 
 class DataRecipe(Section):
@@ -75,15 +74,15 @@ class DataRecipe(Section):
         default=None, description="a name (chatml, llama-3.1, qwen-3 …), a Jinja template, or null for the tokenizer's own"
     )
     system: str | None = Field(default=None, description="a system message put before every conversation that has none")
-    response_only: bool = Field(default=True, description="only the answers are learnt, not the prompts")
-    packing: bool = False
-    max_length: Positive = 1024
-    truncation: bool = Field(default=False, description="cut longer rows at the end; off: a longer row is an error")
-    pad_to_multiple_of: Positive = Field(
+    response_only: Switch = Field(default=True, description="only the answers are learnt, not the prompts")
+    packing: Switch = False
+    max_length: Length = 1024
+    truncation: Switch = Field(default=False, description="cut longer rows at the end; off: a longer row is an error")
+    pad_to_multiple_of: Multiple = Field(
         default=64, description="batch lengths are rounded up to this, so that few shapes compile"
     )
     limit: Positive | None = Field(default=None, description="use the first rows only")
-    shuffle: bool = True
+    shuffle: Switch = True
     validation_path: str | None = None
     validation_fraction: Fraction = Field(default=0.0, description="share of the rows held out, chosen by the seed")
 
@@ -94,11 +93,11 @@ class OptimizerRecipe(Section):
     name: Literal["adamw", "adamw_8bit"] = Field(
         default="adamw", description="adamw_8bit keeps its moments in 8 bits, as bitsandbytes' AdamW8bit does"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0, le=1e3, strict=True)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1e3, strict=True)] = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    eps: Annotated[float, Field(gt=0, le=1, strict=True)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e30, strict=True)] | None = 1.0
 
 
 class ScheduleRecipe(Section):
@@ -119,7 +118,7 @@ class EvaluationRecipe(Section):
     """every: optimizer steps between evaluations on the held-out rows; null: only at the end."""
 
     every: Positive | None = None
-    batch_size: Positive = 8
+    batch_size: Rows = 8
 
 
 class CheckpointRecipe(Section):
@@ -128,7 +127,7 @@ class CheckpointRecipe(Section):
     output: str = "outputs/run"
     every: Positive | None = None
     keep: Positive = Field(default=2, description="how many of the newest checkpoints stay")
-    best: bool = False
+    best: Switch = False
 
 
 class Recipe(Section):
@@ -150,13 +149,13 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    batch_size: Positive = 2
-    accumulation: Positive = 1
+    epochs: Annotated[float, Field(gt=0, le=1e6, strict=True)] | None = None
+    batch_size: Rows = 2
+    accumulation: Rows = 1
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoints: CheckpointRecipe = CheckpointRecipe()
     log_every: Positive = 1
-    seed: NonNegative = 0
+    seed: Seed = 0
     implementations: dict[str, str] = Field(default_factory=dict, description="op -> implementation asked for by name")
 
     @field_validator("dtype", mode="before")
@@ -171,9 +170,7 @@ class Recipe(Section):
         if self.compute == "fp8" and self.backend == "jax":
             raise ValueError("compute: fp8 runs on the torch backend so far; set backend: torch, or compute: exact")
         if self.compute == "fp8" and self.dtype not in ("auto", "bfloat16"):
-            raise ValueError(
-                f"compute: fp8 needs dtype bfloat16, and {self.dtype} came; set dtype: bfloat16, or compute: exact"
-            )
+            raise ValueError(f"compute: fp8 needs dtype bfloat16, got {self.dtype}; set dtype: bfloat16, or compute: exact")
         held_out = self.data.validation_path is not None or self.data.validation_fraction > 0
         if self.checkpoints.best and not held_out:
             raise ValueError("checkpoints.best needs held-out rows: set data.validation_fraction or data.validation_path")
@@ -224,9 +221,9 @@ for _first in "-+0123456789":
     )
 
 
-def parse_yaml(text: str) -> Any:
-    """YAML with 1e-3 read as a number."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain data only
+def parse_yaml(text: str, where: str | Path = "the text") -> Any:
+    """YAML with 1e-3 read as a number; where: its file, for errors."""
+    return foreign.parse_yaml(text, where, RecipeError, _Loader)  # a SafeLoader: builds plain data only
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -235,15 +232,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing, is no mapping, or a field is wrong; every wrong field is listed.
     """
-    file = Path(path)
-    if not file.is_file():
+    file = foreign.local_path(path, "the recipe", RecipeError)
+    if not foreign.present(file):
         raise RecipeError(f"no recipe file at {file}")
-    try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not YAML: {error}") from error
+    values = parse_yaml(read_text(file, RecipeError, foreign.MEBIBYTE), file)
     if not isinstance(values, dict):
-        raise RecipeError(f"{file} must hold a mapping of recipe fields, and it holds {type(values).__name__}")
+        raise RecipeError(f"{file} must hold a mapping of recipe fields, got {shown(values)}")
     for override in overrides:
         _apply_override(values, override)
     return make_recipe(values, origin=str(file))
@@ -252,7 +246,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def make_recipe(values: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     """A Recipe from plain data; `RecipeError` lists every wrong field."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(dict(values))
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors(include_url=False)]
         raise RecipeError(f"{origin} is not a valid recipe:\n  " + "\n  ".join(lines)) from error
@@ -266,7 +260,7 @@ def json_schema() -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"an override must look like key=value, and {override!r} came")
+        raise RecipeError(f"an override must look like key=value, got {override!r}")
     *parents, last = key.split(".")
     target = values
     for parent in parents:
@@ -276,7 +270,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise RecipeError(f"override {override!r}: {parent!r} is a value, not a section")
         target = child
-    target[last] = parse_yaml(text)
+    target[last] = parse_yaml(text, f"the override {override!r}")
 
 
 def _explain(detail: ErrorDetails) -> str:
@@ -286,9 +280,7 @@ def _explain(detail: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(detail["loc"][-1]), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
         return f"{field}: unknown key; {hint}"
-    message = detail["msg"].removeprefix("Value error, ")
-    came = "" if detail["type"] in ("missing", "value_error") else f", and {detail['input']!r} came"
-    return f"{field}: {message}{came}"
+    return explain(detail, field)
 
 
 def _fields_at(location: Sequence[int | str]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from jaxsloth.foreign import ForeignError
 from jaxsloth.models.names import EMBEDDING, LM_HEAD, linears
 from jaxsloth.models.spec import Lora, ModelSpec, Quantization
 
@@ -29,10 +30,16 @@ def match_modules(spec: ModelSpec, targets: str | Sequence[str]) -> tuple[str, .
     if targets == ALL_LINEAR:
         return tuple(names)
     if isinstance(targets, str):
-        found = [name for name in names if re.fullmatch(targets, name)]
+        try:
+            expression = re.compile(targets)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ForeignError(f"lora.targets: {targets!r} is no regular expression: {error}; give names as a list") from error
+        found = [name for name in names if expression.fullmatch(name)]
         if not found:
             raise ValueError(f"lora.targets: the expression {targets!r} matches no linear layer; the layers end in {kinds}")
         return tuple(found)
+    if not targets:
+        raise ForeignError(f"lora.targets must name at least one layer, got an empty list; the layers end in {kinds}")
     for target in targets:
         if not any(_ends_with(name, target) for name in names):
             raise ValueError(f"lora.targets: {target!r} matches no linear layer; the layers end in {kinds}, or {ALL_LINEAR!r}")

@@ -27,20 +27,20 @@ def test_scientific_notation_is_a_number(text, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora": {"r": -3}}, "lora.r: Input should be greater than 0, and -3 came"),
-        ({"lora": {"r": True}}, "r must be a number, and True came"),
+        ({"lora": {"r": -3}}, "lora.r must be greater than 0, got -3"),
+        ({"lora": {"r": True}}, "lora.r must be a valid integer, got true"),
         ({"data": {"path": "d", "max_lenght": 3}}, "data.max_lenght: unknown key; did you mean 'max_length'?"),
         ({"zzz": 1}, "zzz: unknown key; allowed: model, data"),
-        ({"quantization": "int3"}, "quantization: Input should be 'none', 'nf4' or 'nf4-nested', and 'int3' came"),
+        ({"quantization": "int3"}, "quantization must be 'none', 'nf4' or 'nf4-nested', got 'int3'"),
         ({"epochs": 1}, "give exactly one of steps and epochs"),
         ({"steps": None}, "give exactly one of steps and epochs"),
         ({"checkpoints": {"best": True}}, "checkpoints.best needs held-out rows"),
         ({"evaluation": {"every": 5}}, "evaluation.every needs held-out rows"),
         ({"schedule": {"warmup_steps": 3, "warmup_ratio": 0.1}}, "give warmup_steps or warmup_ratio, not both"),
-        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: Input should be a finite number"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate must be a finite number, got nan"),
         ({"compute": "fp8", "backend": "jax"}, "compute: fp8 runs on the torch backend so far"),
-        ({"compute": "fp8", "dtype": "fp32"}, "compute: fp8 needs dtype bfloat16, and float32 came"),
-        ({"lora": {"dropout": 1.0}}, "lora.dropout: Input should be less than 1, and 1.0 came"),
+        ({"compute": "fp8", "dtype": "fp32"}, "compute: fp8 needs dtype bfloat16, got float32"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout must be less than 1, got 1.0"),
     ],
 )
 def test_wrong_fields_are_named(changes, message):
@@ -52,7 +52,7 @@ def test_wrong_fields_are_named(changes, message):
 def test_every_wrong_field_is_listed():
     with pytest.raises(RecipeError) as caught:
         make_recipe(LEAST | {"seed": "x", "batch_size": 0})
-    assert "seed:" in str(caught.value) and "batch_size:" in str(caught.value)
+    assert "seed must" in str(caught.value) and "batch_size must" in str(caught.value)
 
 
 def test_overrides():

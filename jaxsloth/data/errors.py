@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxsloth.foreign import ForeignError
 
-class DataError(ValueError):
+
+class DataError(ForeignError):
     """Data that can't be trained on: what must hold, what came, what to do."""
 
 

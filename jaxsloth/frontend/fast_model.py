@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxsloth.convert.peft_adapter import CONFIG
-from jaxsloth.convert.safetensors_source import CheckpointError
+from jaxsloth.convert.peft_adapter import CONFIG, base_model_of
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.backends import resolve_backend
@@ -115,7 +113,7 @@ class FastLanguageModel:
         hub = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         adapter = Path(model_name) if (Path(model_name) / CONFIG).is_file() else None
         loaded = load(
-            model_name if adapter is None else _base_name(adapter),
+            model_name if adapter is None else base_model_of(adapter),
             backend=backend,
             dtype=dtype,
             load_in_4bit=load_in_4bit and not load_in_16bit,
@@ -237,16 +235,6 @@ def _check(function: Any, given: Mapping[str, Any], refused: Mapping[str, Any], 
     refuse_unknown(name, known, {key: value for key, value in given.items() if key not in known})
     refuse_where_set(name, given, refused)
     warn_where_set(name, given, unused)
-
-
-def _base_name(adapter: Path) -> str:
-    try:
-        base = json.loads((adapter / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{adapter / CONFIG} is not JSON: {error}") from error
-    if not base:
-        raise CheckpointError(f"{adapter / CONFIG} does not name its base model")
-    return str(base)
 
 
 def _as_module(loaded: Any, max_seq_length: int | None, adapter: Path | None) -> tuple[Any, Any]:

@@ -1,10 +1,14 @@
-"""Reading Hugging Face configs: fields that must be there, and rotary settings in their old and new spelling."""
+"""What Hugging Face configs of decoders say, as schemas: fields, their types and bounds; rotary settings in both spellings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
+from pydantic import Field
+
+from jaxsloth.foreign import ForeignError, Positive, Schema, Size, Texts, checked, is_number, shown, validated
 from jaxsloth.models.spec import ActivationName, Rope, RopeScaling, ScalingKind
 
 # Hugging Face's activation names -> ours. "gelu" is the exact one; the others approximate it by tanh.
@@ -16,28 +20,103 @@ ACTIVATIONS: dict[str, ActivationName] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+_MOST_LAYERS = 4096
+_KINDS = ("default", *get_args(ScalingKind), "su")  # su: Phi-3's first name of longrope
 
 
-def integer(config: Mapping[str, Any], name: str) -> int:
-    """A positive integer field; ValueError names it where it is missing or something else."""
-    value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"config.json: {name} must be a positive integer, and {value!r} came")
-    return value
+class ConfigError(ForeignError):
+    """A config that describes no model that can be built: the message names the file, the field and what must hold."""
 
 
-def number(config: Mapping[str, Any], name: str) -> float:
-    value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {name} must be a number, and {value!r} came")
-    return float(value)
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def activation(config: Mapping[str, Any], name: str = "hidden_act") -> ActivationName:
-    value = config.get(name)
-    if value not in ACTIVATIONS:
-        raise ValueError(f"config.json: {name} must be one of {sorted(ACTIVATIONS)}, and {value!r} came")
-    return ACTIVATIONS[value]
+TokenIds = Annotated[
+    Any,
+    checked("a token id or a list of them", lambda v: all(map(_is_id, v)) if isinstance(v, list | tuple) else _is_id(v)),
+]
+PadId = Annotated[int, checked("a token id, or -1 for none", lambda v: _is_id(v) or (v == -1 and not isinstance(v, bool)))]
+Activation = Annotated[str, checked(f"one of {sorted(ACTIVATIONS)}", lambda v: isinstance(v, str) and v in ACTIVATIONS)]
+Layers = Annotated[int, checked(f"an integer from 1 to {_MOST_LAYERS}", lambda v: _is_id(v) and 0 < v <= _MOST_LAYERS)]
+Theta = Annotated[float, Field(gt=1, le=1e30)]
+Factors = Annotated[
+    list[float],
+    checked("a list of positive numbers", lambda v: isinstance(v, list | tuple) and all(is_number(x) and x > 0 for x in v)),
+]
+
+
+class RopeFields(Schema):
+    """rope_parameters (transformers 5), or rope_scaling (4 and before)."""
+
+    rope_type: Annotated[str, checked(f"one of {list(_KINDS)}", lambda v: isinstance(v, str) and v in _KINDS)] | None = None
+    type: Annotated[str, checked(f"one of {list(_KINDS)}", lambda v: isinstance(v, str) and v in _KINDS)] | None = None
+    rope_theta: Theta | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    factor: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    original_max_position_embeddings: Size | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    attention_factor: Positive | None = None
+    mscale: Annotated[float, Field(ge=0)] | None = None
+    mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
+    truncate: bool = True
+    short_factor: Factors | None = None
+    long_factor: Factors | None = None
+
+
+class DecoderFields(Schema):
+    """The fields of a config that decoders share."""
+
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    vocab_size: Size
+    max_position_embeddings: Size
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
+    hidden_act: Activation
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    rope_theta: Theta | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    original_max_position_embeddings: Size | None = None
+    bos_token_id: TokenIds | None = None
+    eos_token_id: TokenIds | None = None
+    pad_token_id: PadId | None = None
+
+
+class NamedFields(Schema):
+    """What a config says of the family that it belongs to."""
+
+    architectures: Texts | None = None
+    model_type: str | None = None
+
+
+def read_fields(config: Mapping[str, Any], where: str | Path) -> DecoderFields:
+    """The fields, checked for themselves and against each other.
+
+    Raises:
+        ConfigError: a field is missing or wrong, or two do not fit each other.
+    """
+    fields = validated(DecoderFields, config, where, ConfigError)
+    heads, kv_heads, hidden = fields.num_attention_heads, fields.num_key_value_heads, fields.hidden_size
+    if kv_heads is not None and heads % kv_heads:
+        raise ConfigError(f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
+    if fields.head_dim is None and hidden % heads:
+        raise ConfigError(f"{where}: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        outside = [i for i in token_ids(getattr(fields, name)) if i >= fields.vocab_size]
+        if outside:
+            raise ConfigError(f"{where}: {name} must be below vocab_size ({fields.vocab_size}), got {outside[0]}")
+    return fields
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
@@ -47,41 +126,76 @@ def token_ids(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
-def rope_of(config: Mapping[str, Any], head_dim: int, default_theta: float = 10000.0) -> Rope:
+def only_id(value: Any) -> int | None:
+    """The first of the ids, where there is one; -1 is none."""
+    found = token_ids(value)
+    return found[0] if found and found[0] >= 0 else None
+
+
+def rope_of(fields: DecoderFields, head_dim: int, where: str | Path, default_theta: float = 10000.0) -> Rope:
     """The rotary settings, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4 and before)."""
-    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or default_theta)
-    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return Rope(theta=theta, rotary_dim=int(head_dim * partial), scaling=_scaling(config, parameters))
+    given = dict(fields.rope_scaling or {}) | dict(fields.rope_parameters or {})
+    place = f"{where}: {'rope_parameters' if fields.rope_parameters else 'rope_scaling'}"
+    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+    if nested:
+        raise ConfigError(f"{place}.{nested[0]} must be a value, got {shown(given[nested[0]])}: this family has one rope")
+    rope = validated(RopeFields, given, place, ConfigError)
+    theta = rope.rope_theta or fields.rope_theta or default_theta
+    dim = int(head_dim * (rope.partial_rotary_factor or fields.partial_rotary_factor or 1.0))
+    if dim < 2 or dim % 2:
+        raise ConfigError(f"{where}: the rotated part of a head must be of an even number of channels, got {dim} of {head_dim}")
+    return Rope(theta=theta, rotary_dim=dim, scaling=_scaling(fields, rope, dim, place))
 
 
-def _scaling(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> RopeScaling | None:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+def _scaling(fields: DecoderFields, rope: RopeFields, dim: int, place: str) -> RopeScaling | None:
+    kind = rope.rope_type or rope.type or "default"
     if kind == "default":
         return None
-    if kind == "su":  # Phi-3's first name of longrope
+    if kind == "su":
         kind = "longrope"
-    if kind not in get_args(ScalingKind):
-        raise ValueError(f"config.json: rope_type must be one of {['default', *get_args(ScalingKind)]}, and {kind!r} came")
-    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    factor = parameters.get("factor")
+    original = rope.original_max_position_embeddings or fields.original_max_position_embeddings
+    factor = rope.factor
     if factor is None and kind in ("yarn", "longrope") and original:
-        factor = config["max_position_embeddings"] / original
-    if not isinstance(factor, int | float) or factor < 1.0:
-        raise ValueError(f"config.json: rope scaling {kind!r} needs a factor of at least 1, and {factor!r} came")
-    short, long = parameters.get("short_factor"), parameters.get("long_factor")
+        factor = fields.max_position_embeddings / original
+    if factor is None or factor < 1.0:
+        raise ConfigError(f"{place}: rope scaling {kind!r} needs a factor of at least 1, got {shown(factor)}")
+    _check_kind(kind, rope, dim, place)
     return RopeScaling(
-        kind=kind,
+        kind=kind,  # type: ignore[arg-type]
         factor=float(factor),
         original_max_positions=original,
-        low_freq_factor=parameters.get("low_freq_factor"),
-        high_freq_factor=parameters.get("high_freq_factor"),
-        beta_fast=parameters.get("beta_fast"),
-        beta_slow=parameters.get("beta_slow"),
-        attention_factor=parameters.get("attention_factor"),
-        mscale=parameters.get("mscale"),
-        mscale_all_dim=parameters.get("mscale_all_dim"),
-        truncate=parameters.get("truncate", True),
-        short_factor=None if short is None else tuple(short),
-        long_factor=None if long is None else tuple(long),
+        low_freq_factor=rope.low_freq_factor,
+        high_freq_factor=rope.high_freq_factor,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+        attention_factor=rope.attention_factor,
+        mscale=rope.mscale,
+        mscale_all_dim=rope.mscale_all_dim,
+        truncate=rope.truncate,
+        short_factor=None if rope.short_factor is None else tuple(rope.short_factor),
+        long_factor=None if rope.long_factor is None else tuple(rope.long_factor),
     )
+
+
+def _check_kind(kind: str, rope: RopeFields, dim: int, place: str) -> None:
+    """What a kind of scaling needs beside its factor, as transformers has it."""
+    needed = {
+        "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "longrope": ("short_factor", "long_factor"),
+    }.get(kind, ())
+    missing = [name for name in needed if getattr(rope, name) is None]
+    if missing:
+        raise ConfigError(f"{place}.{missing[0]} is missing; rope scaling {kind!r} needs it")
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    if kind == "llama3" and low is not None and high is not None and low >= high:
+        raise ConfigError(f"{place}: low_freq_factor ({low}) must be below high_freq_factor ({high})")
+    if kind == "yarn" and (rope.beta_slow or 1.0) >= (rope.beta_fast or 32.0):
+        raise ConfigError(f"{place}: beta_slow ({rope.beta_slow}) must be below beta_fast ({rope.beta_fast})")
+    if kind == "dynamic" and dim < 4:
+        raise ConfigError(f"{place}: rope scaling 'dynamic' needs at least 4 rotated channels a head, got {dim}")
+    for name in needed if kind == "longrope" else ():
+        count = len(getattr(rope, name))
+        if count != dim // 2:
+            raise ConfigError(
+                f"{place}.{name} must hold {dim // 2} numbers, one a channel pair, got {len(getattr(rope, name))}"
+            )

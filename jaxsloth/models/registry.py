@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from jaxsloth.foreign import validated
 from jaxsloth.models import llama
+from jaxsloth.models.config import ConfigError, NamedFields
 from jaxsloth.models.spec import ModelSpec
 
 # family -> the module that knows it. A family stands here when both backends run it and tests against transformers say so.
@@ -18,16 +21,20 @@ def families() -> dict[str, str]:
     return dict(_NAMES)
 
 
-def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+def spec_from_config(config: Mapping[str, Any], where: str | Path = "config.json") -> ModelSpec:
     """The spec of a checkpoint's Hugging Face config (a dict, as in config.json).
 
+    Args:
+        where: the file that it is from, for errors.
+
     Raises:
-        ValueError: the architecture is not supported (the message lists those that are), or a field is wrong.
+        ConfigError: the architecture is not supported (the message lists those that are), or a field is wrong.
     """
-    named = tuple(config.get("architectures") or ())
+    fields = validated(NamedFields, config, where, ConfigError)
+    named = tuple(fields.architectures or ())
     for family, module in _FAMILIES.items():
-        if any(name in module.ARCHITECTURES for name in named) or (not named and config.get("model_type") == family):
-            return module.spec_from_config(config)
+        if any(name in module.ARCHITECTURES for name in named) or (not named and fields.model_type == family):
+            return module.spec_from_config(config, where)
     supported = [name for module in _FAMILIES.values() for name in module.ARCHITECTURES]
-    came = ", ".join(named) or config.get("model_type") or "a config with neither architectures nor model_type"
-    raise ValueError(f"unsupported architecture: {came}; supported: {', '.join(supported)}")
+    got = ", ".join(named) or fields.model_type or "a config with neither architectures nor model_type"
+    raise ConfigError(f"{where}: unsupported architecture: {got}; supported: {', '.join(supported)}")

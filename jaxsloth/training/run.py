@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from jaxsloth.backend import (
@@ -31,7 +30,7 @@ from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.data.windows import WindowStream, eval_batches
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.recipe import Recipe, make_recipe
+from jaxsloth.recipe import Recipe, load_recipe
 from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import SavedRun
 from jaxsloth.training.initialize import initial_adapters
@@ -152,7 +151,7 @@ def check_output(recipe: Recipe, resume: bool) -> SavedRun | None:
     file = output / RECIPE
     if not file.is_file():
         raise RunError(f"{output} is not a run's folder: it has no {RECIPE}")
-    before = make_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), origin=str(file))
+    before = load_recipe(file)
     changed = before.differences(recipe)
     if changed:
         raise RunError(

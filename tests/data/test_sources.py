@@ -55,10 +55,10 @@ def test_folder_through_datasets(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not a JSON object"),
-        ("a.jsonl", '{"text": "a"}\n[1]\n', r"a\.jsonl, line 2: a row must be an object.*list came"),
-        ("a.json", '[{"text": "a"},\n {"text" "b"}]', r"a\.json, line 2: not JSON"),
-        ("a.json", "[1]", r"a\.json, entry 0: a row must be an object.*int came"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not JSON: .*each line must hold one object"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', r"a\.jsonl, line 2: a row must be an object.*got a list"),
+        ("a.json", '[{"text": "a"},\n {"text" "b"}]', r"a\.json: not JSON: .* at line 2"),
+        ("a.json", "[1]", r"a\.json, entry 0: a row must be an object.*got 1"),
         ("a.csv", "text,label\na,1\nb\n", r"a\.csv, line 3: a row must have the header's 2 fields"),
         ("a.csv", 'text\n"a"b\n', r"a\.csv, line 2: not CSV"),
         ("a.parquet", "no parquet at all", r"a\.parquet is not a whole Parquet file"),
@@ -78,7 +78,7 @@ def test_wrong_files(tmp_path, name, content, message):
 def test_wrong_encoding(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes('{"text": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.jsonl must be UTF-8"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 must be UTF-8"):
         load_rows(str(file))
 
 

@@ -62,8 +62,8 @@ def test_the_old_spelling_of_a_scaling():
     ("changes", "message"),
     [
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type must be one of"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor of at least 1"),
-        ({"hidden_size": "64"}, "hidden_size must be a positive integer, and '64' came"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor must be greater than or equal to 1, got 0.5"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer below 2\\^31, got '64'"),
         ({"hidden_act": "tanh"}, "hidden_act must be one of"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"architectures": ["MambaForCausalLM"]}, "unsupported architecture: MambaForCausalLM; supported: LlamaForCausalLM"),

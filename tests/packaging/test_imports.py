@@ -21,9 +21,10 @@ BACKEND_MAY = ("kernels", "models", "recipe", "backend", "batch", "convert")
 
 # A file matches the first pattern that fits. (third-party packages, parts of jaxsloth, packages allowed inside functions only)
 RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
-    ("jaxsloth/models/*.py", {"pydantic"}, ("models",), set()),
-    ("jaxsloth/transforms.py", {"pydantic"}, ("models",), set()),
-    ("jaxsloth/recipe.py", {"pydantic", "pydantic_core", "yaml"}, ("models", "transforms"), set()),
+    ("jaxsloth/models/*.py", {"pydantic"}, ("models", "foreign"), set()),
+    ("jaxsloth/transforms.py", {"pydantic"}, ("models", "foreign"), set()),
+    ("jaxsloth/foreign.py", {"pydantic", "pydantic_core", "yaml"}, (), set()),
+    ("jaxsloth/recipe.py", {"pydantic", "pydantic_core", "yaml"}, ("models", "foreign", "transforms"), set()),
     ("jaxsloth/batch.py", NUMBERS, (), set()),
     ("jaxsloth/options.py", set(), (), set()),
     ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "options"), set()),
@@ -54,14 +55,14 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("kernels/*/pallas_kernel.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     (
         "convert/*.py",
-        NUMBERS | {"safetensors"},
-        ("convert", "models", "transforms", "backend", "kernels.nf4.contract"),
+        NUMBERS | {"safetensors", "pydantic"},
+        ("convert", "foreign", "models", "transforms", "backend", "kernels.nf4.contract"),
         FRAMEWORKS | {"gguf", "huggingface_hub"},
     ),
     (
         "jaxsloth/data/*.py",
         NUMBERS | {"jinja2", "rich"},
-        ("data", "recipe", "batch", "convert"),
+        ("data", "recipe", "batch", "convert", "foreign"),
         {"datasets", "transformers", "pyarrow", "jinja2"},
     ),
     (
@@ -79,8 +80,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ),
     (
         "jaxsloth/training/*.py",
-        NUMBERS | {"rich", "yaml", "safetensors"},
-        ("training", "data", "convert", "models", "recipe", "batch", "backend"),
+        NUMBERS | {"rich", "safetensors"},
+        ("training", "data", "convert", "models", "recipe", "batch", "backend", "foreign"),
         {"matplotlib"},
     ),
     (

@@ -29,7 +29,7 @@ def refuse(recipe, output, error, match, **arguments):
     ("override", "match"),
     [
         ("lora.rank=8", r"lora\.rank: unknown key"),
-        ("lora.r=-1", r"lora\.r: .*greater than 0.*-1 came"),
+        ("lora.r=-1", r"lora\.r must be greater than 0, got -1"),
         ("epochs=2", "exactly one of steps and epochs"),
         ("backend=tensorflow", "'torch' or 'jax'"),
     ],
