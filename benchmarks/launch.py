@@ -81,7 +81,7 @@ def start_entry(
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", str(place / "task.json")],
             cwd=place,
-            env=_environment(work, _import_folder(scratch)),
+            env=_environment(work, scratch),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -116,19 +116,23 @@ def _import_folder(scratch: Path) -> Path:
     return folder
 
 
-def _environment(work: Work, imports: Path) -> dict[str, str]:
-    """The worker starts in an empty folder (Unsloth writes where it stands), so import paths must be whole."""
+def worker_environment(scratch: Path) -> dict[str, str]:
+    """A worker starts in an empty folder (Unsloth writes where it stands), so import paths must be whole."""
     paths = [
-        str(imports.absolute()),
+        str(_import_folder(scratch).absolute()),
         *(str(Path(path).absolute()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path),
     ]
-    environment = os.environ | {
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def _environment(work: Work, scratch: Path) -> dict[str, str]:
+    environment = worker_environment(scratch)
     if work.memory_limit is not None:
         total = device_memory()
         if total is not None:

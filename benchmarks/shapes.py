@@ -47,6 +47,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 64,
     },
+    "3b": {
+        **_LLAMA3,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
     "8b": {
         **_LLAMA3,
         "hidden_size": 4096,
@@ -60,12 +69,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def shape_config(name: str) -> dict[str, Any]:
-    """The Hugging Face config of a named shape: "tiny", "1b" (Llama-3.2-1B with an untied head) or "8b" (Llama-3.1-8B); a
-    number of layers may follow, as in "8b-4"."""
-    base, _, layers = name.partition("-")
-    if base not in CONFIGS or (layers and not layers.isdigit()):
+    """The Hugging Face config of a named shape: "tiny", "1b" and "3b" (Llama-3.2's with an untied head) or "8b" (Llama-3.1-8B);
+    a number of layers may follow, as in "8b-4", or "bias": biases on the linear layers."""
+    base, _, more = name.partition("-")
+    if base not in CONFIGS or not (more in ("", "bias") or more.isdigit()):
         raise ValueError(f"shape must be one of {sorted(CONFIGS)}, perhaps with a number of layers ('8b-4'), not {name!r}")
-    return CONFIGS[base] | ({"num_hidden_layers": int(layers)} if layers else {})
+    changes = {"num_hidden_layers": int(more)} if more.isdigit() else dict.fromkeys(["attention_bias", "mlp_bias"], more != "")
+    return CONFIGS[base] | changes
 
 
 def shape_spec(name: str) -> ModelSpec:

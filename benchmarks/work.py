@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.shapes import shape_spec
 from jaxsloth.backend import DtypeName
-from jaxsloth.models.names import linears, lora_names
+from jaxsloth.models.names import layer_linears, linears, lora_names
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.transforms import add_lora, quantize
@@ -120,22 +120,32 @@ def compared_names(work: Work) -> list[str]:
 
 
 def counted_flops(work: Work) -> dict[str, float]:
+    """`training_flops` of a training row's work."""
+    return training_flops(specs(work)[1], work.batch, work.length)
+
+
+def training_flops(spec: ModelSpec, batch: int, length: int, *, trains_head: bool = False) -> dict[str, float]:
     """Multiply-adds times two of one step that must run ("step"), and of recomputing every layer's forward ("recompute").
 
-    Frozen products take a forward and an input gradient, adapters a weight gradient too; causal attention half its square,
-    and its backward 2.5 times its forward (five products to two).
+    Frozen products take a forward and an input gradient, adapters and a trained head a weight gradient too; causal attention
+    half its square, and its backward 2.5 times its forward (five products to two). Layers before the first adapter, and an
+    adapter's input gradient into them, take the forward alone.
     """
-    _, spec = specs(work)
-    positions = work.batch * work.length
-    frozen = sum(linear.in_features * linear.out_features for linear in linears(spec))
-    adapter = sum(work.r * (linear.in_features + linear.out_features) for linear in linears(spec))
-    head = spec.embedding.vocab * spec.hidden
-    attention = sum(2.0 * positions * work.length * layer.attention.heads * layer.attention.head_dim for layer in spec.layers)
-    forward = 2.0 * positions * (frozen + adapter) + attention
-    return {
-        "step": 4.0 * positions * (frozen + head) + 6.0 * positions * adapter + 3.5 * attention,
-        "recompute": forward,
-    }
+    assert spec.lora is not None
+    positions, adapted = batch * length, set(spec.lora.modules)
+    step = forward = 0.0
+    trains = False
+    for index, block in enumerate(spec.layers):
+        own = layer_linears(spec, index)
+        trains = trains or any(linear.name in adapted for linear in own)
+        frozen = 2.0 * positions * sum(linear.in_features * linear.out_features for linear in own)
+        sizes = sum(linear.in_features + linear.out_features for linear in own if linear.name in adapted)
+        adapter = 2.0 * positions * spec.lora.r * sizes
+        attention = 2.0 * positions * length * block.attention.heads * block.attention.head_dim
+        forward += frozen + adapter + attention
+        step += 2 * frozen + 3 * adapter + 3.5 * attention if trains else frozen + attention
+    head = 2.0 * positions * spec.embedding.vocab * spec.hidden
+    return {"step": step + (3 if trains_head else 2) * head, "recompute": forward}
 
 
 def weight_bytes(work: Work) -> int:

@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import context, decode, facade, ops, packing, step, worker
+from benchmarks import cliffs, context, decode, facade, ops, packing, step, worker
 from benchmarks.agreement import by_layer, difference
+from benchmarks.checkpoint import ensure_checkpoint
 from benchmarks.contenders import parse_entries
 from benchmarks.peers.own import build_options
 from benchmarks.rows import ROWS, Row
@@ -190,3 +191,32 @@ def test_module_and_native_steps_do_the_same_work(scratch, tmp_path):
         assert results[module]["of_native"] == results[module]["median_s"] / results[native]["median_s"]
         assert all(found["tensor"][0] < 1e-4 for found in results[module]["differences"].values())
     assert "of_native" not in results["jaxsloth-jax"]
+
+
+@pytest.mark.parametrize("contender", ["torch", "jax"])
+def test_a_cliff_is_timed_through_the_users_calls(contender, tmp_path):
+    """Rows of two lengths, accumulation and adapters in the upper half, where half of the layers have no backward."""
+    ensure_checkpoint("tiny", tmp_path)
+    row = cliffs.Cliff("row", lengths=(24, 16), accumulation=2, dtype="float32", upper=True)
+    cliffs.ROWS["row"] = row
+    cliffs.work(contender, "tiny", ["row"], tmp_path, tmp_path / "result.json", 1, 2)
+    del cliffs.ROWS["row"]
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["row"]
+    assert "error" not in found and len(found["losses"]) == 3
+    assert found["tokens_per_s"] == pytest.approx(2 * (24 + 16) / found["step_ms"] * 1e3)
+    assert found["flops_per_s"] / found["tokens_per_s"] == pytest.approx(cliffs.flops(row, "tiny") / 80)
+    whole = cliffs.flops(replace(row, upper=False), "tiny")
+    assert 0.6 < cliffs.flops(row, "tiny") / whole < 0.9
+
+
+def test_ratios_of_cliffs():
+    found = {
+        "torch": {
+            "golden": {"tokens_per_s": 200.0, "flops_per_s": 400.0},
+            "dropout": {"tokens_per_s": 150.0, "flops_per_s": 300.0},
+        },
+        "unsloth": {"golden": {"tokens_per_s": 100.0, "flops_per_s": 200.0}, "dropout": {"error": "none"}},
+    }
+    cliffs.add_ratios(found)
+    assert found["torch"]["golden"]["of_peer"] == 2.0 and found["torch"]["dropout"]["of_golden"] == 0.75
+    assert "of_peer" not in found["torch"]["dropout"]
