@@ -6,6 +6,8 @@ Importing this package imports neither torch, jax nor transformers; each public 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from jaxsloth.extras import require
+
 if TYPE_CHECKING:
     from jaxsloth.backend import load_backend
     from jaxsloth.chat_templates import (
@@ -38,6 +40,7 @@ _HOMES = {
     "jaxsloth.frontend.trainer": ("SFTConfig", "SFTTrainer"),
     "jaxsloth.recipe": ("Recipe",),
 }
+_NEED_FRONTEND = ("jaxsloth.frontend.dpo_trainer", "jaxsloth.frontend.fast_model", "jaxsloth.frontend.trainer")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "DPOConfig",
@@ -64,6 +67,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'jaxsloth' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
+    if _HOME[name] in _NEED_FRONTEND:
+        require("frontend", f"jaxsloth.{name}")
     return getattr(import_module(_HOME[name]), name)
 
 

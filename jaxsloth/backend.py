@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from jaxsloth.batch import Batch, Window
 from jaxsloth.bridge import Bridge
+from jaxsloth.extras import MissingExtraError, require
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.options import BACKENDS, BackendName, CheckpointingName, ComputeName, DtypeName
 
@@ -123,13 +123,21 @@ class StepResult:
     """What a train step returns: scalars on the device (or floats), read only when logged.
 
     loss is summed over the window's valid tokens and divided by their count. skipped is nonzero where fp16 overflowed and
-    nothing was updated. together: the three in one array ``[3]``, where a backend has it: one transfer to the host, not three.
+    nothing was updated. together: the three in one array ``[3]``, where a backend has it: one transfer to the host, not three,
+    whose `tolist` and `block_until_ready` wait for this step and for none that was dispatched since.
     """
 
     loss: Any
     grad_norm: Any
     skipped: Any
     together: Any = None
+
+    def wait(self) -> None:
+        """Waits for the device; in a thread too."""
+        if self.together is None:
+            self.floats()
+        else:
+            self.together.block_until_ready()
 
     def floats(self) -> tuple[float, float, bool]:
         """Waits for the device: (loss, grad_norm, skipped)."""
@@ -315,16 +323,8 @@ class Backend(Protocol):
         ...
 
 
-class BackendUnavailableError(ImportError):
+class BackendUnavailableError(MissingExtraError):
     """A backend was asked for whose packages are not installed."""
-
-
-_PACKAGES: dict[BackendName, tuple[str, ...]] = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}
-
-
-def missing_packages(name: BackendName) -> list[str]:
-    """The packages that a backend needs and that are not installed; nothing is imported."""
-    return [package for package in _PACKAGES[name] if find_spec(package) is None]
 
 
 def load_backend(name: str) -> Backend:
@@ -336,9 +336,5 @@ def load_backend(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {list(BACKENDS)}, not {name!r}")
-    missing = missing_packages(name)
-    if missing:
-        raise BackendUnavailableError(
-            f"backend {name!r} needs {', '.join(missing)}, which is not installed; run: pip install 'jaxsloth[{name}]'"
-        )
+    require(name, f"backend {name!r}", BackendUnavailableError)
     return import_module(f"jaxsloth.{name}_backend").BACKEND

@@ -157,7 +157,7 @@ def parity(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Versions, devices, model families, and which implementation every op would use here."""
+    """Versions, devices, model families, what trains and decodes here, and each op's implementation."""
     from jaxsloth.info import collect, show
 
     found = collect()
@@ -190,11 +190,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _is_users(error: Exception) -> bool:
     """Whether an error is one that this project raises for wrong input: its own types, and ValueErrors that its code raised."""
-    from jaxsloth.backend import BackendUnavailableError
+    from jaxsloth.extras import MissingExtraError
     from jaxsloth.kernels.registry import RefusedError
     from jaxsloth.training.loop import NonFiniteLossError
 
-    if isinstance(error, BackendUnavailableError | RefusedError | NonFiniteLossError):
+    if isinstance(error, MissingExtraError | RefusedError | NonFiniteLossError):
         return True
     if not isinstance(error, ValueError):
         return False

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsloth.backend import BACKENDS
+from jaxsloth.extras import require
 from jaxsloth.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).resolve().parent.parent / "examples" / "gsm8k_qlora.yaml"
@@ -26,6 +27,7 @@ def main() -> int:
     Returns:
         0 where the largest difference of the losses is at most `BAR` and the loss fell, else 1.
     """
+    require("demo", "the demo")
     console = Console()
     start = time.perf_counter()
     output = Path("outputs") / time.strftime("demo-%Y%m%d-%H%M%S")

@@ -1,4 +1,4 @@
-"""What `jaxsloth info` tells: versions, devices, families, and the implementation that each op would use here."""
+"""What `jaxsloth info` tells: versions, devices, families, what trains and decodes here, and each op's implementation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsloth import __version__
-from jaxsloth.backend import BACKENDS, DtypeName, load_backend, missing_packages
-from jaxsloth.kernels.registry import Facts, all_ops, select
+from jaxsloth.backend import BACKENDS, DtypeName, load_backend
+from jaxsloth.extras import missing_packages
+from jaxsloth.kernels.registry import Facts, all_ops, fused_by_itself, select
 from jaxsloth.models.registry import families
 
 PACKAGES = (
     *("torch", "triton", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "safetensors", "gguf"),
     *("bitsandbytes", "peft", "trl", "numpy"),
 )
+# What trains and decodes: (what it does, name of the choice) -> by what runs, its parts.
+PASSES = {"training": "train_pass", "greedy decoding": "decode_step"}
+PARTS = {
+    ("train_pass", "torch"): "LoRA inside the frozen products, Triton kernels, cuDNN and flash attention, CUDA graphs",
+    ("train_pass", "jax"): "LoRA inside the frozen products, Pallas kernels, cuDNN attention, one program a step",
+    ("decode_step", "torch"): "NF4 read once a token, a CUDA graph a token",
+    ("decode_step", "jax"): "NF4 read once a token, a program a burst of tokens",
+}
 
 
 def collect() -> dict[str, Any]:
     """Everything as plain data. A backend whose packages are missing is named with what it lacks."""
     backends: dict[str, Any] = {}
     ops: dict[str, Any] = {}
+    passes: dict[str, Any] = {}
     for name in BACKENDS:
         missing = missing_packages(name)
         if missing:
@@ -31,6 +41,10 @@ def collect() -> dict[str, Any]:
             continue
         devices = load_backend(name).devices()
         backends[name] = {"platform": devices.platform, "device": devices.name, "count": devices.count}
+        for title, choice in PASSES.items():
+            reason = fused_by_itself(devices.platform)
+            how = f"fused: {PARTS[choice, name]}" if reason is None else f"composed of the ops below (fused {reason})"
+            passes.setdefault(title, {})[name] = {"uses": "fused" if reason is None else "composed", "how": how}
         dtype: DtypeName = "float32" if devices.platform == "cpu" else "bfloat16"
         for op in (one for one in all_ops() if one.of(name)):
             choice = select(op, name, Facts(devices.platform, dtype))
@@ -42,6 +56,7 @@ def collect() -> dict[str, Any]:
         "packages": {package: _version(package) for package in PACKAGES},
         "backends": backends,
         "families": families(),
+        "passes": passes,
         "ops": ops,
     }
 
@@ -64,7 +79,16 @@ def show(found: dict[str, Any], console: Console) -> None:
             console.print(f"backend {name}: {backend['count']} × {backend['device']}")
     for family, models in found["families"].items():
         console.print(f"family {family}: {models}")
-    table = Table(title="which implementation each op would use here")
+    table = Table(title="what trains and decodes here")
+    for column in ("pass", "backend", "uses"):
+        table.add_column(column, overflow="fold")
+    for title, by_backend in found["passes"].items():
+        for backend, choice in by_backend.items():
+            table.add_row(title, backend, choice["how"])
+    console.print(table)
+    composed = {choice["uses"] for choice in found["passes"].get("training", {}).values()} == {"composed"}
+    whose = "used by both" if composed else "used where a model has parts that the fused pass does not know, and for sampling"
+    table = Table(title=f"ops, {whose}")
     for column in ("op", "backend", "uses", "and why not the others"):
         table.add_column(column, overflow="fold")
     for op, by_backend in found["ops"].items():

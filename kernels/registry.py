@@ -92,7 +92,7 @@ def select(op: Op, backend: BackendName, facts: Facts, requested: str | None = N
 
     Args:
         requested: an implementation's name; then it runs or `RefusedError` says why not. None chooses the first
-            that does not refuse, and logs once which preferred ones refused.
+            that does not refuse; which preferred ones refused is logged for who debugs.
     """
     candidates = {implementation.name: implementation for implementation in op.of(backend)}
     reasons = {name: implementation.refuses(facts) for name, implementation in candidates.items()}
@@ -122,19 +122,34 @@ def choose_named(name: str, backend: BackendName, requested: str | None, reasons
     refused = _preferred(reasons)
     if refused:
         why = "; ".join(f"{one} {reason}" for one, reason in refused)
-        logger.info("op %s on %s uses %s (%s)", name, backend, chosen, why)
+        logger.debug("op %s on %s uses %s (%s)", name, backend, chosen, why)
     return chosen
+
+
+def fused_by_itself(platform: str) -> str | None:
+    """Why a fused pass isn't taken there unless it is asked for, or None."""
+    return None if platform == "cuda" else "is made for NVIDIA GPUs, and runs elsewhere when asked for by name"
 
 
 def choose_fused(name: str, backend: BackendName, requested: str | None, reason: str | None, platform: str) -> bool:
     """Whether a whole pass is "fused", written out for NVIDIA GPUs, or "composed" of ops. reason: why it can't be fused here.
+    A run says once which training pass it has.
 
     Raises:
         RefusedError: "fused" was asked for and can't run, or another name came.
     """
-    if reason is None and requested is None and platform != "cuda":
-        reason = "is made for NVIDIA GPUs (it runs elsewhere when asked for by name)"
-    return choose_named(name, backend, requested, {"fused": reason, "composed": None}) == "fused"
+    if reason is None and requested is None:
+        reason = fused_by_itself(platform)
+    chosen = choose_named(name, backend, requested, {"fused": reason, "composed": None})
+    if name == "train_pass":
+        why = ", as asked for" if requested is not None else "" if reason is None else f" (fused {reason})"
+        _say_once(f"{backend} on {platform} runs the {chosen} training pass{why}")
+    return chosen == "fused"
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.info("%s", message)
 
 
 def _preferred(reasons: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:

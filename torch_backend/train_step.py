@@ -19,6 +19,26 @@ from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.state import ModelState
 
 
+class OnHost:
+    """Values on their way to the host. Reading them waits for what made them, and not for what was launched since, as reading
+    a tensor of the GPU does."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def block_until_ready(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+    def tolist(self) -> list[float]:
+        self.block_until_ready()
+        return self._values.tolist()
+
+
 class WindowStep:
     """One optimizer step: every micro-batch's gradients are summed in the flat buffer, then reduced and applied once."""
 
@@ -55,10 +75,10 @@ class WindowStep:
         """What a mean over `count` is differentiated times."""
         return torch.full((), self._optimizer.loss_scale / count, dtype=torch.float32, device=self._model.decoder.device)
 
-    def _update(self, learning_rate: float, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, torch.Tensor]:
+    def _update(self, learning_rate: float, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, OnHost]:
         """Applies the gradients and sums `total`, this process' part of the loss, over all: the fields of a `StepResult`."""
         grad_norm, skipped = self._optimizer.step(learning_rate, total)
-        return total, grad_norm, skipped, torch.stack([total, grad_norm, torch.full_like(total, float(skipped))])
+        return total, grad_norm, skipped, OnHost(torch.stack([total, grad_norm, torch.full_like(total, float(skipped))]))
 
     def state(self) -> dict[str, np.ndarray]:
         return self._optimizer.state()

@@ -6,12 +6,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
+
+from jaxsloth.extras import require
 
 METRICS = ("loss", "accuracy", "exact_match", "f1", "rouge", "bleu")
 FROM_TARGETS = ("loss", "accuracy")  # the others compare answers that must be generated
 _ROUGES = ("rouge1", "rouge2", "rougeL")
-_PACKAGES = {"rouge": "rouge_score", "bleu": "sacrebleu"}
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -24,17 +24,14 @@ def check_metrics(names: Iterable[str]) -> tuple[str, ...]:
     """The names, each once, in METRICS' order.
 
     Raises:
-        EvaluationError: no name, one that is no metric, or one whose package is not installed.
+        EvaluationError: no name, one that is no metric, or one whose packages are not installed.
     """
     asked = {name.strip() for name in names if name.strip()}
     unknown = sorted(asked - set(METRICS))
     if unknown or not asked:
         raise EvaluationError(f"metrics must be of {', '.join(METRICS)}, and {', '.join(unknown) or 'none'} came")
-    missing = sorted(package for name, package in _PACKAGES.items() if name in asked and find_spec(package) is None)
-    if missing:
-        raise EvaluationError(
-            f"these metrics need {', '.join(missing)}, which is not installed; run: pip install 'jaxsloth[evaluate]'"
-        )
+    if asked & {"rouge", "bleu"}:
+        require("evaluate", "measuring rouge or bleu", EvaluationError)
     return tuple(name for name in METRICS if name in asked)
 
 

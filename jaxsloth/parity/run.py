@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jaxsloth.extras import require
 from jaxsloth.parity.measure import Measurement
 
 JUDGES = ("bitsandbytes", "transformers", "peft", "trl", "torch", "jax", "flax", "optax", "numpy")
@@ -74,6 +75,7 @@ def run(model: str | None = None, json_file: Path | None = None, console: Consol
         model: a path, ``package:NAME/file`` or a Hugging Face name; GSM8K's rows are the data in any case.
         json_file: where to write everything measured, with versions and times; written even when a bar is missed.
     """
+    require("parity", "the parity ladder")
     from jaxsloth.parity.subjects import SMOLLM2
 
     console = console or Console()

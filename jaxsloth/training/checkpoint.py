@@ -33,8 +33,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint knows besides weights. step: optimizer steps done; tokens and seconds: since the run began; backend
-    and devices: what the last part of the run was trained on."""
+    """What a checkpoint knows besides weights. step: optimizer steps done; tokens and seconds (of training): since the run
+    began, first_… each part's first step of them; backend and devices: what the last part of the run was trained on."""
 
     step: int
     backend: str
@@ -44,6 +44,8 @@ class TrainerState:
     best_step: int | None = None
     best_loss: float | None = None
     devices: int = 1
+    first_tokens: int = 0
+    first_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ Entry = dict[str, Any]
 
 
 class RunLog:
-    """``log.jsonl`` of a run. A training entry has step, loss, learning_rate, grad_norm, tokens (so far), tokens_per_s and
-    seconds (so far); an evaluation has step, eval_loss and eval_tokens."""
+    """``log.jsonl`` of a run. A training entry has step, loss, learning_rate, grad_norm, tokens and seconds so far (of
+    training: evaluations and saves are left out), and tokens_per_s, the tokens since the entry before by the seconds since; an
+    evaluation has step, eval_loss and eval_tokens."""
 
     def __init__(self, file: Path, resume_step: int) -> None:
         """Keeps the entries up to resume_step, and drops those that a killed run wrote after its last checkpoint."""

@@ -48,7 +48,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. Losses are nats a token; seconds are of training alone; peak_memory is bytes on one device."""
+    """What a run came to. Losses are nats a token; seconds are of training alone, first_tokens and first_seconds those of
+    each part's first step; peak_memory is bytes on one device (on_host: of the process) since the process began."""
 
     steps: int
     first_loss: float
@@ -56,19 +57,30 @@ class RunResult:
     eval_loss: float | None
     tokens: int
     seconds: float
+    first_tokens: int
+    first_seconds: float
     peak_memory: int | None
+    on_host: bool
     output: Path
     entries: list[Entry]
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The whole run's mean without first steps, whose time is compiling; None where there was no other step."""
+        seconds = self.seconds - self.first_seconds
+        return (self.tokens - self.first_tokens) / seconds if self.tokens > self.first_tokens and seconds > 0 else None
+
     def summary_table(self) -> Table:
         table = Table(title="summary", show_header=False)
-        speed = self.tokens / self.seconds if self.seconds else 0.0
+        first = f"the first step: {self.first_seconds:.1f} s"
+        speed = f"{self.tokens_per_s:,.0f} tokens/s without {first}" if self.tokens_per_s is not None else first
+        memory = "peak memory (of the process)" if self.on_host else "peak memory"
         rows = [
             ("steps", str(self.steps)),
             ("loss", f"{self.first_loss:.4f} → {self.final_loss:.4f}"),
             *([("held-out loss", f"{self.eval_loss:.4f}")] if self.eval_loss is not None else []),
-            ("tokens", f"{self.tokens:,} in {self.seconds:.1f} s ({speed:,.0f} tokens/s)"),
-            *([("peak memory", f"{self.peak_memory / 2**30:.2f} GiB")] if self.peak_memory is not None else []),
+            ("tokens", f"{self.tokens:,} in {self.seconds:.1f} s ({speed})"),
+            *([(memory, f"{self.peak_memory / 2**30:.2f} GiB")] if self.peak_memory is not None else []),
             ("files", f"{self.output}: {ADAPTER}/, {LOG}, {PLOT}"),
         ]
         for row in rows:
@@ -116,6 +128,8 @@ class Bookkeeping:
                 recipe=plan.recipe.model_dump(mode="json"),
                 tokens=progress.tokens,
                 seconds=progress.seconds,
+                first_tokens=progress.first_tokens,
+                first_seconds=progress.first_seconds,
                 best_step=progress.best_step,
                 best_loss=progress.best_loss,
                 devices=plan.devices.count,
@@ -160,7 +174,10 @@ def result_of(plan: Plan, progress: Progress, entries: list[Entry]) -> RunResult
         eval_loss=evaluations[-1] if evaluations else None,
         tokens=progress.tokens,
         seconds=progress.seconds,
+        first_tokens=progress.first_tokens,
+        first_seconds=progress.first_seconds,
         peak_memory=plan.backend.peak_memory(),
+        on_host=plan.devices.platform == "cpu",
         output=plan.output,
         entries=entries,
     )

@@ -20,7 +20,6 @@ from jaxsloth.backend import (
     Model,
     OptimizerOptions,
     load_backend,
-    missing_packages,
 )
 from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.peft_adapter import check_values
@@ -28,6 +27,7 @@ from jaxsloth.data.encode import Example
 from jaxsloth.data.prepare import prepare
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.data.windows import WindowStream, eval_batches
+from jaxsloth.extras import missing_packages
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import Recipe, load_recipe
@@ -191,7 +191,8 @@ def execute(
     console = Console(quiet=quiet or not main)
     first = plan.resume.state.step if plan.resume is not None else 0
     book = Bookkeeping(plan, model, main, on_stage)
-    with ProgressBar(console, plan.total_steps, first) as bar:
+    last = min(plan.total_steps, stop_after or plan.total_steps)
+    with ProgressBar(console, plan.total_steps, first, last) as bar:
         fit = Fit(
             model,
             plan.windows,
@@ -237,9 +238,10 @@ def _progress(saved: SavedRun | None) -> Progress:
         return Progress()
     state = saved.state
     best = saved.folder.parent / f"checkpoint-{state.best_step}"
+    reached = Progress(state.step, state.tokens, state.seconds, state.first_tokens, state.first_seconds)
     if not best.is_dir():  # the run did not keep its best until now; from here on it may
-        return Progress(state.step, state.tokens, state.seconds)
-    return Progress(state.step, state.tokens, state.seconds, state.best_step, state.best_loss)
+        return reached
+    return replace(reached, best_step=state.best_step, best_loss=state.best_loss)
 
 
 @dataclass(frozen=True)

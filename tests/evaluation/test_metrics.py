@@ -6,7 +6,6 @@ import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from jaxsloth.evaluation import metrics
 from jaxsloth.evaluation.metrics import EvaluationError, check_metrics, f1, normalize, text_scores
 
 ANSWERS = ["The ducks lay sixteen eggs a day.", "Because of light!", "Nine", ""]
@@ -68,7 +67,7 @@ def test_names(monkeypatch):
         check_metrics(["meteor", "loss"])
     with pytest.raises(EvaluationError, match="and none came"):
         check_metrics([""])
-    monkeypatch.setattr(metrics, "find_spec", lambda package: None)
-    with pytest.raises(EvaluationError, match=r"need rouge_score, sacrebleu.*pip install 'jaxsloth\[evaluate\]'"):
+    monkeypatch.setattr("jaxsloth.extras.find_spec", lambda package: None)
+    with pytest.raises(EvaluationError, match=r"needs rouge_score, sacrebleu.*pip install 'jaxsloth\[evaluate\]'"):
         check_metrics(["rouge", "bleu"])
     assert check_metrics(["loss"]) == ("loss",)

@@ -16,7 +16,7 @@ REASONS = {"triton": "needs an NVIDIA GPU", "library": "knows no soft cap", "tor
 
 
 def test_the_first_that_does_not_refuse_is_chosen_and_the_others_reasons_are_logged(caplog):
-    with caplog.at_level(logging.INFO, "jaxsloth.kernels"):
+    with caplog.at_level(logging.DEBUG, "jaxsloth.kernels"):
         assert choose_named("attention", "torch", None, REASONS) == "torch"
         assert caplog.messages == [
             "op attention on torch uses torch (triton needs an NVIDIA GPU; library knows no soft cap)",

@@ -27,7 +27,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/recipe.py", {"pydantic", "pydantic_core", "yaml"}, ("models", "foreign", "transforms"), set()),
     ("jaxsloth/batch.py", NUMBERS, (), set()),
     ("jaxsloth/options.py", set(), (), set()),
-    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "options"), set()),
+    ("jaxsloth/extras.py", set(), (), set()),
+    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "options", "extras"), set()),
     ("jaxsloth/bridge.py", NUMBERS, ("options", "batch"), set()),
     ("jaxsloth/device_choice.py", set(), (), set()),
     ("jaxsloth/generation.py", NUMBERS, ("backend",), set()),
@@ -71,7 +72,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
         ("chat_templates", "data", "batch"),
         {"transformers", "tokenizers"},
     ),
-    ("jaxsloth/evaluation/metrics.py", set(), (), {"rouge_score", "sacrebleu"}),
+    ("jaxsloth/evaluation/metrics.py", set(), ("extras",), {"rouge_score", "sacrebleu"}),
     (
         "jaxsloth/evaluation/*.py",
         NUMBERS | {"rich", "pydantic"},
@@ -81,7 +82,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "jaxsloth/training/*.py",
         NUMBERS | {"rich", "safetensors"},
-        ("training", "data", "convert", "models", "recipe", "batch", "backend", "foreign"),
+        ("training", "data", "convert", "models", "recipe", "batch", "backend", "foreign", "extras"),
         {"matplotlib"},
     ),
     (

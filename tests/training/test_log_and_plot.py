@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from matplotlib.image import imread
@@ -75,3 +76,27 @@ def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left():
     assert "5/10" in text
     assert "loss 1.2500  1,234 tokens/s" in text
     assert "left" in text
+
+
+def test_lines_are_printed_where_few_steps_are_logged():
+    """Every seventh step is logged, and none of them is a twentieth of the run."""
+    out = io.StringIO()
+    with ProgressBar(Console(file=out, width=100), 400, 0) as bar:
+        for step in [*range(7, 401, 7), 400]:
+            bar.on_log({"step": step, "loss": 1.0, "tokens_per_s": 1.0})
+    steps = [int(line.split("/")[0].removeprefix("step ")) for line in out.getvalue().splitlines()]
+    assert steps == [21, 42, 63, 84, 105, 126, 140, 161, 182, 203, 224, 245, 266, 280, 301, 322, 343, 364, 385, 400]
+
+
+def test_the_time_left_is_to_where_this_part_stops_and_known_for_long_steps():
+    """60 s a step, which is longer than what rich looks back; the run has 1000 steps, and this part ends at 10."""
+    now = [0.0]
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, get_time=lambda: now[0])
+    with ProgressBar(console, 1000, 0, 10) as bar:
+        for step in range(1, 7):
+            now[0] += 300.0 if step == 1 else 60.0  # the first one compiles
+            bar.on_log({"step": step, "loss": 1.25, "tokens_per_s": 1234.5})
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", out.getvalue())
+    assert " 6/10 loss" in shown
+    assert "left 0:04:00" in shown

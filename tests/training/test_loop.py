@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +12,27 @@ import pytest
 from jaxsloth.backend import OptimizerOptions, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.training.checkpoint import SavedRun, TrainerState
+from jaxsloth.training.completion import Completion, Completions
 from jaxsloth.training.loop import Fit, FitOptions, NonFiniteLossError, Progress
 
 OPTIONS = FitOptions(total_steps=6, learning_rate=lambda step: 0.1 * (step + 1), optimizer=OptimizerOptions(), seed=9)
+
+
+class Unwatched:
+    """Notes no times, and starts no thread that reads results."""
+
+    def __enter__(self) -> Unwatched:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def watch(self, wait: Any) -> Completion:
+        return Completion(wait)
+
+
+@pytest.fixture(autouse=True)
+def unwatched(monkeypatch):
+    monkeypatch.setattr("jaxsloth.training.loop.Completions", Unwatched)
 
 
 @dataclass
@@ -65,8 +84,8 @@ class Windows:
     """Step s has s + 1 tokens, and its row is named s."""
 
     def window(self, step: int) -> Window:
-        ids = np.zeros((1, 1, 8), np.int32)
-        segments = (np.arange(8) <= step).astype(np.int32)[None, None]
+        ids = np.zeros((1, 1, 64), np.int32)
+        segments = (np.arange(64) <= step).astype(np.int32)[None, None]
         return Window(ids, ids, segments, ids, np.full((1, 1), step, np.int32), step + 1)
 
 
@@ -97,6 +116,151 @@ def fit(model: Counting, options: FitOptions, batches: int = 0, resume: SavedRun
     return loop.run(resume), recorder, saved
 
 
+class VirtualDevice(Counting):
+    """A device that computes a step at a time, behind the host's back, in a time of its own: handing over step s takes
+    host[s] seconds (default 1 ms), computing it device[s], an evaluation of a batch 0.7 s."""
+
+    def __init__(self, device: dict[int, float], host: dict[int, float] | None = None) -> None:
+        super().__init__()
+        self.now = self.free = 0.0
+        self.device, self.host = device, host or {}
+
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        done = step + 1
+        self.now += self.host.get(done, 1e-3)
+        self.free = max(self.free, self.now) + self.device[done]
+        return StepResult(None, None, None, Pending(self, self.free, 1.0 / done))
+
+    def eval_step(self) -> Any:
+        def evaluate(batch: Batch) -> tuple[float, int]:
+            self.now = max(self.now, self.free) + 0.7
+            return 2.0, 1
+
+        return evaluate
+
+
+@dataclass
+class Pending:
+    device: VirtualDevice
+    ready: float
+    loss: float
+
+    def block_until_ready(self) -> None:
+        self.device.now = max(self.device.now, self.ready)
+
+    def tolist(self) -> list[float]:
+        self.block_until_ready()
+        return [self.loss, 0.5, 0.0]
+
+
+class Virtual(Unwatched):
+    """What the thread would note, in the device's time."""
+
+    def watch(self, wait: Any) -> Any:
+        result = wait.__self__.together
+
+        class Seen:
+            at = property(lambda self: result.ready if result.ready <= result.device.now else None)
+
+        return Seen()
+
+
+@pytest.fixture
+def virtual(monkeypatch):
+    """Runs the loop over a `VirtualDevice`, with saves of 1.3 s: (the last progress, the training entries)."""
+
+    def run(model: VirtualDevice, options: FitOptions, start: Progress = Progress()):  # noqa: B008
+        monkeypatch.setattr("jaxsloth.training.loop.perf_counter", lambda: model.now)
+        monkeypatch.setattr("jaxsloth.training.loop.Completions", Virtual)
+        recorder, ids = Recorder(), np.zeros((1, 8), np.int32)
+
+        def save(progress: Progress, state: dict[str, np.ndarray]) -> None:
+            model.now += 1.3
+
+        held_out = [Batch(ids, ids, ids, ids, np.zeros(1, np.int32))]
+        progress = Fit(model, Windows(), held_out, options, save, [recorder], start).run()  # type: ignore[arg-type]
+        return progress, [entry for entry in recorder.entries if "loss" in entry]
+
+    return run
+
+
+TIMES = {step: 0.2 + 0.05 * (step % 4) for step in range(1, 41)}  # s of step, much more than what handing it over takes
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize(("evaluate_every", "save_every"), [(None, None), (3, None), (4, 5)])
+@pytest.mark.parametrize("log_every", [1, 2, 10])
+def test_tokens_per_s_are_the_device_s(virtual, log_every, evaluate_every, save_every, late):
+    """Each record within 3 % of its steps' tokens by the time that they take on the device, whatever comes between."""
+    options = replace(
+        OPTIONS, total_steps=34, log_every=log_every, evaluate_every=evaluate_every, save_every=save_every, read_late=late
+    )
+    progress, entries = virtual(VirtualDevice(TIMES), options)
+    assert [entry["step"] for entry in entries] == [*range(log_every, 34, log_every), 34]
+    before = 0
+    for entry in entries:
+        steps = range(before + 1, entry["step"] + 1)
+        true = sum(steps) / sum(TIMES[step] for step in steps)  # step s has s tokens
+        assert entry["tokens_per_s"] == pytest.approx(true, rel=0.03), entry
+        before = entry["step"]
+    assert progress.seconds == pytest.approx(sum(TIMES[s] for s in range(1, 35)), rel=0.03)
+    assert (progress.first_tokens, progress.first_seconds) == (1, pytest.approx(TIMES[1], rel=0.03))
+
+
+def test_compiling_counts_for_the_step_that_needs_it(virtual):
+    """The first step compiles for 20 s, the third for 5."""
+    model = VirtualDevice(TIMES, host={1: 20.0, 3: 5.0})
+    progress, entries = virtual(model, replace(OPTIONS, total_steps=4))
+    expected = [1 / (20 + TIMES[1]), 2 / TIMES[2], 3 / 5, 4 / TIMES[4]]
+    # While the third compiles, the second is computed.
+    expected[2] = 3 / (5 + TIMES[3] - TIMES[2])
+    assert [entry["tokens_per_s"] for entry in entries] == [pytest.approx(true, rel=0.03, abs=0.05) for true in expected]
+    assert progress.first_seconds == pytest.approx(20 + TIMES[1], rel=0.03)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_host_that_is_slower_than_the_device_is_what_counts(virtual, log_every):
+    """Steps of 0.3 s on the host and 0.005 s on the device; whatever is saved between."""
+    model = VirtualDevice(dict.fromkeys(TIMES, 0.005), host=dict.fromkeys(TIMES, 0.3))
+    _, entries = virtual(model, replace(OPTIONS, total_steps=22, save_every=6, log_every=log_every))
+    before = 0
+    for entry in entries:
+        steps = range(before + 1, entry["step"] + 1)
+        assert entry["tokens_per_s"] == pytest.approx(sum(steps) / (0.3 * len(steps)), rel=0.03), entry
+        before = entry["step"]
+
+
+def test_speeds_of_a_part_that_is_stopped_and_of_the_one_that_goes_on(virtual):
+    progress, entries = virtual(VirtualDevice(TIMES, {1: 9.0}), replace(OPTIONS, total_steps=30, stop_after=7))
+    ended, more = virtual(VirtualDevice(TIMES, {8: 5.0}), replace(OPTIONS, total_steps=30), progress)
+    assert [entry["step"] for entry in entries + more] == list(range(1, 31))
+    for entry in entries + more:
+        compiling = {1: 9.0, 8: 5.0}.get(entry["step"], 0.0)
+        true = entry["step"] / (compiling + TIMES[entry["step"]])
+        assert entry["tokens_per_s"] == pytest.approx(true, rel=0.03, abs=0.05), entry
+    assert ended.seconds == pytest.approx(14.0 + sum(TIMES[s] for s in range(1, 31)), rel=0.03)
+    assert ended.first_tokens == 1 + 8
+    assert ended.first_seconds == pytest.approx(14.0 + TIMES[1] + TIMES[8], rel=0.03)
+
+
+def test_a_thread_notes_completions_while_the_host_is_busy():
+    ready = []
+
+    def wait():
+        time.sleep(0.05)
+        ready.append(time.perf_counter())
+
+    def fail():
+        raise RuntimeError("the device is gone")
+
+    with Completions() as completions:
+        seen = [completions.watch(wait), completions.watch(fail), completions.watch(wait)]
+        assert [one.at for one in seen] == [None] * 3
+        time.sleep(0.4)
+    assert seen[1].at is None
+    assert [seen[0].at, seen[2].at] == pytest.approx(ready, abs=0.02)
+
+
 def test_every_step_gets_its_window_rate_and_seed():
     model = Counting()
     progress, recorder, saved = fit(model, OPTIONS)
@@ -114,11 +278,12 @@ def test_a_result_is_read_only_after_the_next_step_was_dispatched():
     assert model.journal == ["step 1", "step 2", "read 1", "step 3", "read 2", "read 3"]
 
 
-def test_results_that_are_not_logged_are_never_read():
+def test_results_that_are_not_logged_are_not_read():
+    """But for the first, which says how long compiling took."""
     model = Counting()
     _, recorder, _ = fit(model, replace(OPTIONS, total_steps=7, log_every=3))
     assert [e["step"] for e in recorder.entries] == [3, 6, 7]
-    assert [line for line in model.journal if "read" in line] == ["read 3", "read 6", "read 7"]
+    assert [line for line in model.journal if "read" in line] == ["read 1", "read 3", "read 6", "read 7"]
 
 
 def test_everything_up_to_a_checkpoint_is_logged_before_it_is_written():

@@ -221,7 +221,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, *arguments: Any, **settings: Any) -> NoReturn:
         raise NotImplementedError(
             "the base weights of this model are not in torch; save the adapter (PeftModel.save_pretrained), or write a merged "
-            "checkpoint with jaxsloth convert"
+            "checkpoint (save_pretrained_merged)"
         )
 
     def resize_token_embeddings(self, *arguments: Any, **settings: Any) -> NoReturn:
