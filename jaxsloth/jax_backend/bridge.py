@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,13 @@ from flax import nnx
 from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import Batch
 from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
-from jaxsloth.jax_backend import fused, placement
-from jaxsloth.jax_backend.layers import Context, Trained
+from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend.linear import Trained
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
-from jaxsloth.jax_backend.train_step import rates_of
+from jaxsloth.jax_backend.run import DropoutKey
+from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.models.names import EMBEDDING, stacked_name
 from jaxsloth.models.spec import Lora, ModelSpec
-
-if TYPE_CHECKING:
-    from jaxsloth.jax_backend.model import JaxModel
 
 SHORTEST = 64  # rows are padded to at least this many tokens
 
@@ -36,7 +34,7 @@ SHORTEST = 64  # rows are padded to at least this many tokens
 class Bridge:
     """See `jaxsloth.bridge.Bridge`. One group of adapters is one stack: a kind of layer over all blocks that share it."""
 
-    def __init__(self, model: JaxModel) -> None:
+    def __init__(self, model: ModelState) -> None:
         self._model = model
         self._programs: dict[Any, _Program] = {}
         self._groups: dict[tuple[str, ...], dict[str, tuple[str | None, ...]]] = {}
@@ -205,18 +203,19 @@ def _evaluate(
     plan: Plan,
 ) -> Any:
     decoder = nnx.merge(structure, trained, frozen)
-    tables = decoder.rope_tables(batch["positions"], rates_of(ropes, frequencies))
-    context = Context(tables, batch["segments"], batch["kv_segments"], rows=batch["rows"], dropout_words=batch["words"])
-    ids, documents = batch["input_ids"], documents_from(batch["documents"])
+    dropout = None if batch["words"] is None else DropoutKey(batch["words"], batch["rows"])
+    more = {"kv_segments": batch["kv_segments"], "dropout": dropout, "documents": documents_from(batch["documents"])}
+    run = decoder.run(batch["positions"], batch["segments"], ropes, frequencies, **more)
+    ids = batch["input_ids"]
     if output == "loss":
-        return decoder.loss(ids, context, batch["targets"], plan, documents)
+        return decoder.loss(ids, run, batch["targets"], plan)
     if plan.mode is None:
-        hidden, _ = decoder.hidden(ids, context)
+        hidden, _ = decoder.hidden(ids, run)
     else:
-        hidden = fused.hidden(decoder, ids, context, plan.mode, documents, plan.plain, plan.unrolled).reshape(*ids.shape, -1)
+        hidden = decoder.written_hidden(ids, run, plan).reshape(*ids.shape, -1)
     if count is not None:
         hidden = jax.lax.dynamic_slice_in_dim(hidden, batch["first"], count, axis=1)
-    return decoder.logits(hidden) if output == "logits" else hidden
+    return decoder.head().forward(hidden) if output == "logits" else hidden
 
 
 _forward = partial(jax.jit, static_argnames=_COMPILED_IN)(_evaluate)

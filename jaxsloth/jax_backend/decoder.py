@@ -1,140 +1,109 @@
-"""The decoder: embedding, blocks scanned over their stack, final norm, and the head with its loss."""
+"""The decoder: embedding, blocks in stacks, final norm and head under Hugging Face's names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsloth.batch import IGNORE
-from jaxsloth.jax_backend import fused
-from jaxsloth.jax_backend.layers import TRAINED, Block, Cache, Context, Frozen, Ops, Place, RMSNorm, Take, Trained
+from jaxsloth.jax_backend import autograd_pass, written_pass
+from jaxsloth.jax_backend.block import Block
+from jaxsloth.jax_backend.cache import Cache
+from jaxsloth.jax_backend.embedding import Embedding
+from jaxsloth.jax_backend.head import Head, HeadWeight
+from jaxsloth.jax_backend.linear import GetArray, Place, Trained
+from jaxsloth.jax_backend.norm import RMSNorm
+from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.plan import Plan
-from jaxsloth.kernels.attention.jax_library_ops import Documents
-from jaxsloth.kernels.jax_platform import precision_of
+from jaxsloth.jax_backend.run import Run
 from jaxsloth.kernels.rope.xla_ops import tables
 from jaxsloth.models import spec as specs
 from jaxsloth.models.buildable import check_buildable
 from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD
 
-Frequencies = Mapping[specs.Rope, tuple[Any, float]]
-
-
-class Embedding(nnx.Module):
-    """The token table, frozen in the compute dtype, or trained in float32."""
-
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight if isinstance(weight, Trained) else Frozen(weight)
+# A program takes the rotary settings apart: (setting, scaling) of each is compiled in, the frequencies are traced.
+Ropes = tuple[tuple[specs.Rope, float], ...]
 
 
 class Inner(nnx.Module):
     """What Hugging Face calls ``model``: everything but the head. layers holds one stack a place in the period."""
 
-    def __init__(self, spec: specs.ModelSpec, take: Take, ops: Ops) -> None:
+    def __init__(self, spec: specs.ModelSpec, get: GetArray, ops: Ops, dtype: Any) -> None:
         assert spec.norm is not None
         period = spec.layer_period()
-        self.embed_tokens = Embedding(take(f"{EMBEDDING}.weight"))
-        self.layers = nnx.List([Block(Place(spec, index, period), take, ops) for index in range(period)])
-        self.norm = RMSNorm(spec.norm, FINAL_NORM, take, ops)
+        self.embed_tokens = Embedding(get(f"{EMBEDDING}.weight"), spec.embedding, dtype)
+        self.layers = nnx.List([Block(Place(spec, index, period), get, ops) for index in range(period)])
+        self.norm = RMSNorm(spec.norm, FINAL_NORM, get, ops)
 
 
 class Decoder(nnx.Module):
-    """A language model. take(name) hands over arrays: those of blocks stacked, under the name of the first block."""
+    """A language model. get(name) hands over arrays: those of blocks stacked, under the name of the first block."""
 
-    def __init__(self, spec: specs.ModelSpec, take: Take, ops: Ops, dtype: Any, recompute: bool) -> None:
+    def __init__(self, spec: specs.ModelSpec, get: GetArray, ops: Ops, dtype: Any, recompute: bool) -> None:
         check_buildable(spec, "JAX")
         self.spec, self.dtype, self._ops, self._recompute = spec, dtype, ops, recompute
-        self.model = Inner(spec, take, ops)
+        self.model = Inner(spec, get, ops, dtype)
         if not spec.head.tied:
-            self.lm_head = Embedding(take(f"{LM_HEAD}.weight"))
+            self.lm_head = HeadWeight(get(f"{LM_HEAD}.weight"))
 
-    def head_weight(self) -> tuple[Any, bool]:
-        """(``[vocab, hidden]`` in the compute dtype, whether it is trained)."""
+    def head(self) -> Head:
         owner = self.model.embed_tokens if self.spec.head.tied else self.lm_head
-        return owner.weight[...].astype(self.dtype), isinstance(owner.weight, Trained)
+        weight = owner.weight[...].astype(self.dtype)
+        return Head(weight, isinstance(owner.weight, Trained), self.spec.head.soft_cap, self._ops)
 
-    def rope_tables(self, positions: Any, frequencies: Frequencies) -> dict[specs.Rope, tuple[Any, Any]]:
-        return {rope: tables(positions, values, scaling) for rope, (values, scaling) in frequencies.items()}
+    def rope_tables(self, positions: Any, ropes: Ropes, frequencies: Any) -> tuple[tuple[Any, Any], ...]:
+        """(cos, sin) of every rotary setting."""
+        return tuple(tables(positions, values, scaling) for (_, scaling), values in zip(ropes, frequencies, strict=True))
 
-    def hidden(self, input_ids: Any, context: Context, caches: Any = None) -> tuple[Any, Any]:
+    def run(self, positions: Any, segments: Any, ropes: Ropes, frequencies: Any, **more: Any) -> Run:
+        """What the blocks of a pass share; more: other fields of `Run`."""
+        found = self.rope_tables(positions, ropes, frequencies)
+        return Run(tuple(rope for rope, _ in ropes), found, segments, **more)
+
+    @property
+    def _count(self) -> int:
+        return len(self.spec.layers) // len(self.model.layers)
+
+    def hidden(self, input_ids: Any, run: Run, caches: Any = None, noise: Any = None) -> tuple[Any, Any]:
         """(final hidden states ``[batch, length, hidden]``, normed; the caches with this pass written, stacked as before)."""
-        x = self.model.embed_tokens.weight[...][input_ids].astype(self.dtype)
-        if self.spec.embedding.scale != 1.0:
-            x = x * jnp.asarray(self.spec.embedding.scale, self.dtype)
-        if context.noise is not None:
-            x = x + context.noise.astype(self.dtype)
-        structure, trained, frozen = nnx.split(self.model.layers, TRAINED, ...)
+        x = self.model.embed_tokens.forward(input_ids, noise)
+        x, caches = autograd_pass.stream(self.model.layers, x, run, self._count, caches, self._recompute)
+        return self.model.norm.forward(x), caches
 
-        def period(x: Any, scanned: Any) -> tuple[Any, Any]:
-            layer, adapters, stacks = scanned
-            written = []
-            for place, block in enumerate(nnx.merge(structure, adapters, frozen)):
-                x, cache = block(x, context, layer, None if stacks is None else stacks[place])
-                written.append(cache)
-            return x, None if stacks is None else tuple(written)
-
-        count = len(self.spec.layers) // len(self.model.layers)
-        body = jax.checkpoint(period) if self._recompute and caches is None else period
-        x, caches = jax.lax.scan(body, x, (jnp.arange(count, dtype=jnp.int32), trained, caches))
-        return self.model.norm(x), caches
-
-    def logits(self, hidden: Any) -> Any:
-        """float32 ``[..., vocab]``."""
-        weight, _ = self.head_weight()
-        logits = jnp.einsum(
-            "...h,vh->...v", hidden, weight, precision=precision_of(hidden.dtype), preferred_element_type=jnp.float32
-        )
-        cap = self.spec.head.soft_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+    def written_hidden(self, input_ids: Any, run: Run, plan: Plan, noise: Any = None) -> Any:
+        """Final hidden states ``[tokens, hidden]``, normed, through the written pass that `plan` describes."""
+        assert plan.mode is not None
+        x = self.model.embed_tokens.forward(input_ids.reshape(-1), noise)
+        pad = max(block.stream_pad() for block in self.model.layers)
+        run = replace(run, unpacked=plan.plain, stream_pad=pad)
+        trains = isinstance(self.model.embed_tokens.weight, Trained)
+        x = written_pass.stream(self.model.layers, x, run, self._count, plan.mode, plan.unrolled, trains)
+        return self.model.norm.forward(x)
 
     def loss(
         self,
         input_ids: Any,
-        context: Context,
+        run: Run,
         targets: Any,
         plan: Plan,
-        documents: Documents | None = None,
+        noise: Any = None,
         per_token: bool = False,
         label_smoothing: float = 0.0,
     ) -> Any:
-        """The cross-entropy over all targets of a batch of which `plan` is true, summed or every position's ``[rows, length]``.
-
-        documents: those it is packed of.
-        """
+        """The cross-entropy over all targets of a batch, summed or every position's ``[rows, length]``."""
         if plan.mode is None:
-            hidden = self.hidden(input_ids, context)[0].reshape(-1, self.spec.hidden)
+            hidden = self.hidden(input_ids, run, noise=noise)[0].reshape(-1, self.spec.hidden)
         else:
-            hidden = fused.hidden(self, input_ids, context, plan.mode, documents, plan.plain, plan.unrolled)
-        weight, trained = self.head_weight()
-        shape, targets, tokens = targets.shape, targets.reshape(-1), hidden.shape[0]
-        chosen = None
-        if plan.chosen < tokens:
-            chosen = jnp.nonzero(targets != IGNORE, size=plan.chosen, fill_value=tokens)[0]
-            hidden = hidden.at[chosen].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-            targets = targets.at[chosen].get(mode="fill", fill_value=IGNORE)
-        cap = self.spec.head.soft_cap
-        loss = self._ops.linear_cross_entropy(
-            hidden,
-            weight,
-            targets,
-            soft_cap=cap,
-            per_token=per_token,
-            label_smoothing=label_smoothing,
-            train_weight=trained,
-        )
-        if not per_token:
-            return loss
-        return (loss if chosen is None else jnp.zeros(tokens).at[chosen].set(loss, mode="drop")).reshape(shape)
+            hidden = self.written_hidden(input_ids, run, plan, noise)
+        return self.head().loss(hidden, targets, plan.chosen, per_token, label_smoothing)
 
     def empty_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:
         """One stack of caches a place in the period, ``[layers, batch, capacity, kv_heads, head_dim]``."""
-        period = len(self.model.layers)
         found = []
-        for place in range(period):
+        for place in range(len(self.model.layers)):
             attention = self.spec.layers[place].attention
-            shape = (len(self.spec.layers) // period, batch, capacity, attention.kv_heads, attention.head_dim)
+            shape = (self._count, batch, capacity, attention.kv_heads, attention.head_dim)
             found.append(Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)))
         return tuple(found)

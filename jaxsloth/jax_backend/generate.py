@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxsloth.jax_backend import decode_step, placement
-from jaxsloth.jax_backend.layers import Cache, Context
-from jaxsloth.jax_backend.train_step import rates_of
-
-if TYPE_CHECKING:
-    from jaxsloth.jax_backend.model import JaxModel
+from jaxsloth.jax_backend import decode_pass, placement
+from jaxsloth.jax_backend.cache import Cache
+from jaxsloth.jax_backend.state import ModelState
 
 BUCKET = 64  # prompts and caches are rounded up to this many slots, so that few shapes compile
 BURST = 8  # tokens a row that one program says
@@ -26,10 +23,10 @@ BURST = 8  # tokens a row that one program says
 def _forward(trained: Any, frozen: Any, caches: Any, inputs: Any, frequencies: Any, structure: Any, ropes: Any) -> Any:
     """(logits after the last position float32 ``[batch, vocab]``, the caches with this pass written)."""
     decoder = nnx.merge(structure, trained, frozen)
-    tables = decoder.rope_tables(inputs["positions"], rates_of(ropes, frequencies))
-    context = Context(tables, inputs["segments"], inputs["kv_segments"], inputs["used"])
-    hidden, caches = decoder.hidden(inputs["input_ids"], context, caches)
-    return decoder.logits(hidden[:, -1]), caches
+    more = {name: inputs[name] for name in ("kv_segments", "used")}
+    run = decoder.run(inputs["positions"], inputs["segments"], ropes, frequencies, **more)
+    hidden, caches = decoder.hidden(inputs["input_ids"], run, caches)
+    return decoder.head().forward(hidden[:, -1]), caches
 
 
 @partial(jax.jit, static_argnames=("structure", "ropes", "count"), donate_argnums=(2,))
@@ -45,10 +42,10 @@ def _say(
         seen = jax.lax.dynamic_update_slice_in_dim(
             state["kv_segments"], jnp.ones_like(state["kv_segments"][:, :1]), state["used"], axis=1
         )
-        tables = decoder.rope_tables(state["positions"], rates_of(ropes, frequencies))
-        context = Context(tables, jnp.ones_like(state["positions"]), seen, state["used"], decoding=True)
-        hidden, caches = decoder.hidden(state["tokens"][:, None], context, caches)
-        said = jnp.argmax(decoder.logits(hidden[:, -1]), axis=-1).astype(jnp.int32)
+        more = {"kv_segments": seen, "used": state["used"], "decoding": True}
+        run = decoder.run(state["positions"], jnp.ones_like(state["positions"]), ropes, frequencies, **more)
+        hidden, caches = decoder.hidden(state["tokens"][:, None], run, caches)
+        said = jnp.argmax(decoder.head().forward(hidden[:, -1]), axis=-1).astype(jnp.int32)
         after = {"tokens": said, "positions": state["positions"] + 1, "kv_segments": seen, "used": state["used"] + 1}
         return (caches, after), said
 
@@ -64,7 +61,7 @@ def _reordered(caches: Any, rows: Any) -> Any:
 class DecodeState:
     """A batch being decoded. Slots are shared by all rows; a row's padding occupies its first ones and is never seen."""
 
-    def __init__(self, model: JaxModel, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
+    def __init__(self, model: ModelState, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
         batch, length = input_ids.shape
         if length > capacity:
             raise ValueError(f"the prompts take {length} slots and the cache has {capacity}")
@@ -124,11 +121,11 @@ class DecodeState:
         frequencies, ropes = model.frequencies(1)
         fused = "slot" in inputs
         if fused and isinstance(self._caches, tuple):
-            self._caches = decode_step.split(self._caches)
+            self._caches = decode_pass.split(self._caches)
         while count > 0 or waiting is not None:
             launched = None
             if count > 0:
-                program = decode_step.say if fused else _say
+                program = decode_pass.say if fused else _say
                 with model.compiles():
                     said, inputs, self._caches = program(
                         model.trained, model.frozen, self._caches, inputs, frequencies, model.structure, ropes, BURST
@@ -145,7 +142,7 @@ class DecodeState:
 
     def _stacked(self) -> tuple[Cache, ...]:
         caches = self._caches
-        return caches if isinstance(caches, tuple) else decode_step.stacked(caches, self._model.spec.layer_period())
+        return caches if isinstance(caches, tuple) else decode_pass.stacked(caches, self._model.spec.layer_period())
 
     def _greedy_by_steps(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
         for _ in range(count):

@@ -37,7 +37,7 @@ def make_plan(
 
     targets and segments ``[micro, batch, length]``. The arrays are a `Documents`' with a leading micro axis; their second axis
     is shared out among the devices as the batch's is. Targets are counted in quarters of the tokens: each count is a program.
-    mode_for and unrolled: `JaxModel.mode` and `JaxModel.unrolled`.
+    mode_for and unrolled: `ModelState.mode` and `ModelState.unrolled`.
     """
     micros, rows, length = targets.shape
     shares = (micros * devices, rows // devices, length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,9 @@ from jaxsloth.backend import OptimizerOptions, PreferenceOptions, PreferenceResu
 from jaxsloth.batch import IGNORE, Batch, Window, check_reference, pairs_of
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.plan import Plan
+from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.jax_backend.train_step import RowLosses, WindowStep, row_losses
 from jaxsloth.models.names import check_base_is_whole
-
-if TYPE_CHECKING:
-    from jaxsloth.jax_backend.model import JaxModel
 
 
 def pair_losses(options: PreferenceOptions, log_probs: Any, reference: Any, counts: Any) -> Any:
@@ -42,7 +40,7 @@ def pair_losses(options: PreferenceOptions, log_probs: Any, reference: Any, coun
 class PreferenceStep(WindowStep):
     """See `jaxsloth.backend.PreferenceStep`."""
 
-    def __init__(self, model: JaxModel, options: OptimizerOptions, preference: PreferenceOptions) -> None:
+    def __init__(self, model: ModelState, options: OptimizerOptions, preference: PreferenceOptions) -> None:
         super().__init__(model, options)
         self._preference = preference
 
@@ -61,7 +59,7 @@ class PreferenceStep(WindowStep):
         return PreferenceResult(*result, log_probs)
 
 
-def make_row_log_probs(model: JaxModel, adapters: bool) -> Callable[[Batch], np.ndarray]:
+def make_row_log_probs(model: ModelState, adapters: bool) -> Callable[[Batch], np.ndarray]:
     """See `jaxsloth.backend.Model.row_log_probs`."""
     rows, off = RowLosses(model), None
     if not adapters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,14 @@ from flax import nnx
 from jaxsloth.backend import PLAIN, OptimizerOptions, Regularization, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.jax_backend import placement
-from jaxsloth.jax_backend.layers import Context
 from jaxsloth.jax_backend.optimizer import OptimizerState
 from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
+from jaxsloth.jax_backend.run import DropoutKey
+from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.kernels.dropout.contract import module_word, step_words
 from jaxsloth.kernels.embedding_noise.xla_ops import embedding_noise
 from jaxsloth.models.names import EMBEDDING
-
-if TYPE_CHECKING:
-    from jaxsloth.jax_backend.model import JaxModel
 
 
 def summed_loss(
@@ -39,8 +37,8 @@ def summed_loss(
 ) -> Any:
     """The cross-entropy summed over a batch's targets.
 
-    batch: (input_ids, targets, segments, positions, rows, and the arrays of its documents where it is packed). words: the
-    step's key.
+    frequencies: (rotary settings, their frequencies). batch: (input_ids, targets, segments, positions, rows, and the arrays of
+    its documents where it is packed). words: the step's key.
     """
     return _loss(structure, trained, frozen, frequencies, batch, words, plan, False, regularization)
 
@@ -76,21 +74,15 @@ def _loss(
     if alpha:
         key = jnp.stack([words[0] ^ jnp.uint32(module_word(EMBEDDING)), words[1]])
         added = embedding_noise(key, rows, segments, decoder.spec.hidden, alpha=alpha)
-    tables = decoder.rope_tables(positions, frequencies)
-    context = Context(tables, segments, rows=rows, dropout_words=words, noise=added)
-    smoothing = regularization.label_smoothing
-    return decoder.loss(input_ids, context, targets, plan, documents_from(tuple(documents)), per_token, smoothing)
-
-
-def rates_of(ropes: Any, frequencies: Any) -> Any:
-    """rotary setting -> (its frequencies, its scaling), from the hashable and the traced half that a program takes apart."""
-    return {rope: (values, scaling) for (rope, scaling), values in zip(ropes, frequencies, strict=True)}
+    dropout = None if words is None else DropoutKey(words, rows)
+    run = decoder.run(positions, segments, *frequencies, dropout=dropout, documents=documents_from(tuple(documents)))
+    return decoder.loss(input_ids, run, targets, plan, added, per_token, regularization.label_smoothing)
 
 
 class WindowStep(ABC):
     """One optimizer step, compiled once a shape: a scan over micro-batches, one sum over devices, one update."""
 
-    def __init__(self, model: JaxModel, options: OptimizerOptions) -> None:
+    def __init__(self, model: ModelState, options: OptimizerOptions) -> None:
         self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
         self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
@@ -111,7 +103,7 @@ class WindowStep(ABC):
         plan: Plan,
     ) -> tuple[Any, OptimizerState, tuple[Any, Any, Any, Any], Any]:
         def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *window: Any) -> Any:
-            rates = rates_of(ropes, frequencies)
+            rates = (ropes, frequencies)
 
             def micro(total: Any, batch: Any) -> tuple[Any, Any]:
                 def scaled(trained: Any) -> Any:
@@ -187,7 +179,7 @@ class WindowStep(ABC):
 class TrainStep(WindowStep):
     """See `jaxsloth.backend.TrainStep`."""
 
-    def __init__(self, model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> None:
+    def __init__(self, model: ModelState, options: OptimizerOptions, regularization: Regularization) -> None:
         super().__init__(model, options)
         self._regularization = regularization
 
@@ -201,7 +193,7 @@ class TrainStep(WindowStep):
 class RowLosses:
     """The cross-entropy of every row of a batch, over all devices, dropout off: float32 ``[rows]`` on each of them."""
 
-    def __init__(self, model: JaxModel, smoothing: float = 0.0) -> None:
+    def __init__(self, model: ModelState, smoothing: float = 0.0) -> None:
         self._model, self._regularization = model, Regularization(label_smoothing=smoothing)
 
     def __call__(self, trained: Any, batch: Batch) -> Any:
@@ -231,7 +223,7 @@ def _rows_of_devices(
     regularization: Regularization,
 ) -> Any:
     def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
-        rates = rates_of(ropes, frequencies)
+        rates = (ropes, frequencies)
         losses = row_losses(structure, trained, frozen, rates, batch, None, plan, regularization)
         return placement.gather_from_devices(losses, axis=0)
 
@@ -239,16 +231,16 @@ def _rows_of_devices(
 
 
 class EvalStep:
-    def __init__(self, model: JaxModel, smoothing: float) -> None:
+    def __init__(self, model: ModelState, smoothing: float) -> None:
         self._model, self._rows = model, RowLosses(model, smoothing)
 
     def __call__(self, batch: Batch) -> tuple[Any, int]:
         return self._rows(self._model.trained, batch).sum(), batch.valid_tokens()
 
 
-def make_train_step(model: JaxModel, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
+def make_train_step(model: ModelState, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
     return TrainStep(model, options, regularization)
 
 
-def make_eval_step(model: JaxModel, smoothing: float) -> EvalStep:
+def make_eval_step(model: ModelState, smoothing: float) -> EvalStep:
     return EvalStep(model, smoothing)

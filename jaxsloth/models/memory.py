@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxsloth.models.spec import ModelSpec
 
@@ -14,10 +14,13 @@ def fitting_mode(
     spec: ModelSpec, modes: Sequence[str], tokens: int, size: int, free_bytes: float, *, attends_once: bool = False
 ) -> str:
     """The first of `modes`, the fastest first, whose activations fit; the last one where none does."""
-    for mode in modes:
-        if activation_bytes(spec, mode, tokens, size, attends_once=attends_once) <= free_bytes * FILLED:
-            return mode
-    return modes[-1]
+    needs = {mode: activation_bytes(spec, mode, tokens, size, attends_once=attends_once) for mode in modes}
+    return first_fitting(needs, free_bytes)
+
+
+def first_fitting(needs: Mapping[str, float], free_bytes: float) -> str:
+    """The first mode, the fastest first, whose bytes fit; the last one where none does."""
+    return next((mode for mode, need in needs.items() if need <= free_bytes * FILLED), list(needs)[-1])
 
 
 def activation_bytes(spec: ModelSpec, mode: str, tokens: int, size: int, *, attends_once: bool = False) -> int:

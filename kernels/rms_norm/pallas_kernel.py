@@ -157,9 +157,18 @@ def add_norm(
 
 
 def add_norm_backward(
-    x: Array, weight: Array, rstd: Array, dy: Array, residual: Array, *, offset: float, interpret: bool = False
+    x: Array,
+    weight: Array,
+    rstd: Array,
+    dy: Array,
+    residual: Array | None,
+    *,
+    offset: float,
+    pad: int = 0,
+    interpret: bool = False,
 ) -> Array:
-    """The gradient of x ``[rows, hidden]``: residual's, which comes along the stream, and the norm's. As wide as residual."""
+    """The gradient of x ``[rows, hidden]``: residual's, which comes along the stream, and the norm's. As wide as residual;
+    without one, with `pad` columns behind it that hold nothing."""
     rows, hidden = x.shape
     width = pl.next_power_of_2(hidden)
     programs = min(rows, PROGRAMS)
@@ -170,18 +179,19 @@ def add_norm_backward(
         hidden=hidden,
         width=width,
         offset=offset,
-        adds=True,
+        adds=residual is not None,
         needs_dweight=False,
     )
+    shape = (rows, hidden + pad) if residual is None else residual.shape
     call = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(residual.shape, x.dtype),
+        out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         grid=(programs,),
         compiler_params=_parameters(width),
         interpret=interpret,
         name="add_rms_norm_backward",
     )
-    return call(x, weight, rstd, dy, residual)
+    return call(x, weight, rstd, dy) if residual is None else call(x, weight, rstd, dy, residual)
 
 
 def rms_norm(

@@ -12,7 +12,7 @@ import torch
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.jax_backend import bridge as jax_bridge
-from jaxsloth.jax_backend import fused as jax_fused
+from jaxsloth.jax_backend import written_pass as jax_written
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.torch_backend import passes as torch_passes
@@ -56,18 +56,18 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def fused_modes(monkeypatch) -> Iterator[list[str | None]]:
     """The `gradient_checkpointing` of every fused forward that is run (torch) or traced (JAX)."""
     seen: list[str | None] = []
-    of_torch, of_jax = FusedPass._forward, jax_fused.hidden
+    of_torch, of_jax = FusedPass._forward, jax_written.stream
 
     def torch_forward(self: Any, rows: Any, mode: str | None) -> Any:
         seen.append(mode)
         return of_torch(self, rows, mode)
 
-    def jax_hidden(decoder: Any, ids: Any, context: Any, mode: str, *others: Any) -> Any:
+    def jax_stream(layers: Any, x: Any, run: Any, count: int, mode: str, *others: Any) -> Any:
         seen.append(mode)
-        return of_jax(decoder, ids, context, mode, *others)
+        return of_jax(layers, x, run, count, mode, *others)
 
     monkeypatch.setattr(FusedPass, "_forward", torch_forward)
-    monkeypatch.setattr(jax_fused, "hidden", jax_hidden)
+    monkeypatch.setattr(jax_written, "stream", jax_stream)
     return iter([seen])
 
 

@@ -215,20 +215,10 @@ def cycles(graph: dict[Path, set[Path]]) -> list[set[Path]]:
     return sorted((set(ring) for ring in rings), key=lambda ring: sorted(map(str, ring)))
 
 
-# Cycles of today that are on their way out; the list only gets shorter.
-ALLOWED_CYCLES: list[set[str]] = [
-    {f"jaxsloth/jax_backend/{name}.py" for name in ("bridge", "decode_step", "generate", "model", "preference", "train_step")},
-    {f"jaxsloth/jax_backend/{name}.py" for name in ("decoder", "fused")},
-]
-
-
 def test_no_import_cycles():
     found = cycles({file: imported_files(file) for file in sources()})
-    named = [{str(file.relative_to(ROOT)) for file in ring} for ring in found]
-    wrong = [sorted(ring) for ring in named if not any(ring <= allowed for allowed in ALLOWED_CYCLES)]
+    wrong = [sorted(str(file.relative_to(ROOT)) for file in ring) for ring in found]
     assert not wrong, f"these files import each other: {wrong}"
-    gone = [sorted(allowed) for allowed in ALLOWED_CYCLES if not any(ring <= allowed for ring in named)]
-    assert not gone, f"these cycles are gone; take them off the list: {gone}"
 
 
 def test_cycles_are_found_through_symlinks_and_type_checking():

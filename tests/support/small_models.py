@@ -15,6 +15,7 @@ from jaxsloth.models.registry import spec_from_config
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.transforms import add_lora, quantize
+from tests.support.decoding import random_tensors
 from tests.support.sources import DictSource, examples, first_batch, stream, transformers_llama
 from tests.support.tiny import CONFIG, random_weights
 
@@ -37,6 +38,8 @@ def build(backend, changes=None, *, lora=None, nested=None, options=None, stir=T
     base = spec_from_config(config)
     if revise is not None:
         base = revise(base)
+        own = random_tensors(base)
+        weights |= {name: own[name] for name in own.keys() - weights.keys()}
     if nested is not None:
         base = quantize(base, nested=nested)
     model = load_backend(backend).build(base, DictSource(weights), options or BuildOptions())

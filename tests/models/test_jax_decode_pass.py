@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxsloth.generation import generate
-from jaxsloth.jax_backend import decode_step, placement
-from jaxsloth.jax_backend.layers import Cache, Ops
+from jaxsloth.jax_backend import attention, decode_pass, placement
+from jaxsloth.jax_backend.cache import Cache
+from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.kernels.registry import Facts, RefusedError
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Rope, RopeScaling
@@ -66,7 +67,7 @@ def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
     model = build("jax", spec, None)
     with pytest.raises(RefusedError, match="no room for that"):
         generate(build("jax", spec, "fused"), PROMPTS, SETTINGS)
-    monkeypatch.setattr("jaxsloth.jax_backend.model.platform", lambda: "cuda")
+    monkeypatch.setattr("jaxsloth.jax_backend.state.platform", lambda: "cuda")
     assert model.decodes_fused(room=True) and not model.decodes_fused(room=False)
 
 
@@ -97,14 +98,14 @@ def test_the_kernels_lower_for_cuda(monkeypatch, rows):
     model = build("jax", quantize(spec_from_config(BIASED), nested=True), "fused", dtype="bfloat16")
     model._ops = Ops(Facts("cuda", "bfloat16"), {})
     model._assemble({})
-    monkeypatch.setattr(decode_step, "platform", lambda: "cuda")
+    monkeypatch.setattr(attention, "platform", lambda: "cuda")
     caches = [Cache(*(jnp.zeros((rows, 64, 2, 16), jnp.bfloat16) for _ in range(2))) for _ in model.spec.layers]
     numbers = jnp.zeros(rows, jnp.int32)
     state = {"tokens": numbers, "positions": numbers[:, None], "first": numbers, "slot": jnp.int32(3)}
     frequencies, ropes = model.frequencies(1)
 
     def program(trained, frozen, caches, state):
-        return decode_step.say(trained, frozen, caches, state, frequencies, model.structure, ropes, 2)
+        return decode_pass.say(trained, frozen, caches, state, frequencies, model.structure, ropes, 2)
 
     text = lowered_for_cuda(program, model.trained, model.frozen, caches, state)
     for kernel in ("nf4_matvec", "cache_append", "cache_attend"):

@@ -1,19 +1,26 @@
-"""The fused blocks of the JAX backend give the composed ones' loss and gradients, whatever is kept or recomputed.
+"""The written pass of the JAX backend gives autograd's loss and gradients, whatever is kept, formed again, or left to a vjp.
 
 The kernels run in Pallas' interpreter here.
 """
 
 from __future__ import annotations
 
+import re
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
-from jaxsloth.jax_backend import block_pass, placement
-from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.jax_backend import mlp, placement
+from jaxsloth.jax_backend.plan import make_plan
+from jaxsloth.jax_backend.train_step import summed_loss
+from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
+from tests.support.decoding import VARIANTS
 from tests.support.small_models import LLAMA3, VOCAB, build, check_gradients
 from tests.support.sources import examples, first_batch, stream
 
@@ -27,13 +34,30 @@ def slow(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def masked_gradients(model, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """As `Model.gradients`, with the dropout masks of a step."""
+    frequencies, ropes = model.frequencies(64)
+    plan, _ = make_plan(model.mode, model.unrolled, batch.targets[None], batch.segments[None], 1)
+    arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
+    words = jnp.array(step_words(3, 5), jnp.uint32)
+
+    def loss(trained):
+        return summed_loss(model.structure, trained, model.frozen, (ropes, frequencies), arrays, words, plan)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(model.trained)
+    return float(value), model.unstack(gradients)
+
+
 def compare(batch: Batch, mode: str = "none", changes=None, loop: str = "scan", **how) -> float:
-    """The largest difference of a gradient from the composed blocks'; the loss is asserted here."""
+    """The largest difference of a gradient from autograd's; the loss is asserted here."""
     changes = WIDTHS | (changes or {})
     judge, *_ = build("jax", changes, **how)
     options = BuildOptions(gradient_checkpointing=mode, implementations=FUSED | {"layer_loop": loop})
     model, *_ = build("jax", changes, options=options, **how)
-    (expected, theirs), (loss, ours) = judge.gradients(batch), model.gradients(batch)
+    if how.get("lora", {}).get("dropout"):
+        (expected, theirs), (loss, ours) = masked_gradients(judge, batch), masked_gradients(model, batch)
+    else:
+        (expected, theirs), (loss, ours) = judge.gradients(batch), model.gradients(batch)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert any(gradient.any() for gradient in theirs.values())
     return max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items() if gradient.any())
@@ -43,7 +67,7 @@ def compare(batch: Batch, mode: str = "none", changes=None, loop: str = "scan", 
 def small_tiles(monkeypatch):
     """256 tokens make three tiles, the last of them short. The size is no argument of the programs: those of other tiles are
     forgotten before, and these after."""
-    monkeypatch.setattr(block_pass, "MLP_TILE", 256 * 100)
+    monkeypatch.setattr(mlp, "MLP_TILE", 256 * 100)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -98,8 +122,8 @@ def test_ranks_over_quantized_bases_and_tiles(loop, small_tiles):
 
 @pytest.mark.slow
 def test_tiles_of_tokens(small_tiles, monkeypatch):
-    found, tiles = [], block_pass.BlockPass._tiles
-    monkeypatch.setattr(block_pass.BlockPass, "_tiles", lambda *given: found.append(tiles(*given)) or found[-1])
+    found, tiles = [], mlp.Mlp._tiles
+    monkeypatch.setattr(mlp.Mlp, "_tiles", lambda *given: found.append(tiles(*given)) or found[-1])
     assert compare(first_batch(stream(examples(4, VOCAB))), "selective") <= BAR
     assert [len(each) for each in found] == [3, 3]  # forward and backward
 
@@ -110,15 +134,72 @@ def test_packed_documents():
     assert compare(batch) <= BAR
 
 
+def written(model, index: int = 0) -> dict[str, str | None]:
+    return model.decoder().model.layers[index].passes()
+
+
+# What is asked of it, and why attention and MLP then take a local vjp (None: they stay written).
+BODIES = {
+    "dropout": ({"lora": {"dropout": 0.1}}, "LoRA dropout", "LoRA dropout"),
+    "rank": ({"lora": {"r": 257}}, "ranks of 768 in all, and .* have 771", None),
+    "erf": ({"changes": {"hidden_act": "gelu"}}, None, "erf"),
+    "biases": ({"changes": {"attention_bias": True, "mlp_bias": True}, "lora": {"bias": "all"}}, None, None),
+    "embedding": ({"lora": {"modules_to_save": ["embed_tokens", "lm_head"], "targets": ["q_proj"]}}, None, None),
+    "qk_norm": ({"revise": VARIANTS["qk_norm"]}, None, None),
+    "sandwich": ({"revise": VARIANTS["sandwich"]}, None, None),
+    "unnormed": ({"revise": VARIANTS["unnormed"]}, None, None),
+    "no_rope": ({"revise": VARIANTS["no_rope"]}, None, None),
+    "gemma": (
+        {"revise": lambda spec: VARIANTS["sandwich"](VARIANTS["qk_norm"](spec)), "lora": {"dropout": 0.1}},
+        "drop",
+        "drop",
+    ),
+}
+
+
+def matches(found: str | None, reason: str | None) -> bool:
+    return found is None if reason is None else found is not None and re.search(reason, found) is not None
+
+
 @pytest.mark.parametrize(
-    ("lora", "reason"),
-    [({"dropout": 0.1}, "dropout"), ({"r": 257}, "ranks of 768 in all, and .* have 771")],
+    ("name", "mode"),
+    [
+        ("dropout", "selective"),
+        ("qk_norm", "full"),
+        ("sandwich", "selective"),
+        ("biases", "none"),
+        slow("rank", "full"),
+        slow("erf", "none"),
+        slow("embedding", "full"),
+        slow("qk_norm", "none"),
+        slow("sandwich", "none"),
+        slow("unnormed", "selective"),
+        slow("no_rope", "full"),
+        slow("gemma", "offload"),
+    ],
 )
-def test_refusals(lora, reason):
-    with pytest.raises(RefusedError, match=reason):
-        build("jax", lora=lora, options=BuildOptions(implementations=FUSED))[0].gradients(
-            first_batch(stream(examples(4, VOCAB)))
-        )
+def test_every_body_trains(name, mode):
+    """A reason is a body's: the other one stays written, and both give autograd's gradients."""
+    how, attention, mlp = BODIES[name]
+    changes = {"num_hidden_layers": 2, "intermediate_size": 64} | how.get("changes", {})
+    how = {key: value for key, value in how.items() if key != "changes"}
+    model, *_ = build("jax", changes, **how)
+    passes = written(model)
+    assert matches(passes["self_attn"], attention) and matches(passes["mlp"], mlp), passes
+    assert compare(first_batch(stream(examples(4, VOCAB))), mode, changes, **how) <= BAR
+
+
+@pytest.mark.parametrize(
+    ("asked", "attention", "mlp"),
+    [
+        ({"rope": "xla"}, "rope: xla was asked for", None),
+        ({"gated_activation": "xla"}, None, "gated_activation: xla was asked for"),
+        ({"lora_matmul": "xla"}, "lora_matmul: xla was asked for", "lora_matmul: xla was asked for"),
+    ],
+)
+def test_an_implementation_that_is_asked_for_runs_in_the_written_pass(asked, attention, mlp):
+    model, *_ = build("jax", WIDTHS, options=BuildOptions(implementations=FUSED | asked))
+    assert written(model) == {"self_attn": attention, "mlp": mlp}
 
 
 def test_the_mode_follows_what_is_asked_for(monkeypatch):

@@ -1,0 +1,64 @@
+"""The implementation of every op for one device and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxsloth.kernels.attention.contract import ATTENTION
+from jaxsloth.kernels.attention.contract import sizes_of as attention_sizes
+from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
+from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
+from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL
+from jaxsloth.kernels.nf4.contract import MATVEC, MATVEC_ROWS
+from jaxsloth.kernels.registry import Facts, Implementation, Op, resolve, select
+from jaxsloth.kernels.rms_norm.contract import RMS_NORM
+from jaxsloth.kernels.rope.contract import ROPE
+from jaxsloth.models import spec as specs
+
+
+class Ops:
+    """The implementation of every op for one device and dtype, chosen once. requested: those asked for by name."""
+
+    def __init__(self, facts: Facts, requested: Mapping[str, str]) -> None:
+        def choose(op: Op) -> Callable[..., Any]:
+            return resolve(op, "jax", facts, requested.get(op.name))
+
+        self.dtype = facts.dtype
+        self.gated_activation = choose(GATED_ACTIVATION)
+        self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)
+        self.lora_matmul = choose(LORA_MATMUL)
+        self.rope = choose(ROPE)
+        self._rms_norm = choose(RMS_NORM)
+        # For as many rows as a matvec takes: XLA joins their norm, residual sum and weight's slice (docs/performance.md).
+        self._rms_norm_of_few = resolve(RMS_NORM, "jax", facts, requested.get(RMS_NORM.name, "xla"))
+        self._facts, self._requested = facts, dict(requested)
+
+    def rms_norm(self, x: Any, weight: Any, **options: Any) -> Any:
+        few = x.size <= MATVEC_ROWS * x.shape[-1]
+        return (self._rms_norm_of_few if few else self._rms_norm)(x, weight, **options)
+
+    def attention(self, spec: specs.Attention) -> Implementation:
+        """Which one depends on the layer."""
+        facts = replace(self._facts, sizes=attention_sizes(spec.head_dim, spec.soft_cap))
+        return select(ATTENTION, "jax", facts, self._requested.get(ATTENTION.name)).implementation
+
+    def matvec(self, rows: int, shape: tuple[int, int]) -> Callable[..., Any] | None:
+        """nf4_matvec for x of so many rows and a weight of this shape; None where `lora_matmul` does no worse."""
+        sizes = {"rows": rows, "in": shape[1], "values": shape[0] * shape[1]}
+        requested = self._requested.get(MATVEC.name)
+        chosen = select(MATVEC, "jax", replace(self._facts, sizes=sizes), requested).implementation
+        return None if chosen.name == "xla" and requested is None else chosen.load()
+
+    def asked_otherwise(self, *names: str) -> str | None:
+        """Why kernels that are written with Pallas can't stand for the ops of these names: another implementation was asked
+        for. None where none was."""
+        for name in names:
+            if self._requested.get(name, "pallas") != "pallas":
+                return f"{name}: {self._requested[name]} was asked for"
+        return None
+
+    def asked_for(self, name: str) -> bool:
+        """Whether an implementation of the op was asked for by name."""
+        return name in self._requested

@@ -1,0 +1,252 @@
+"""What steps, passes and decoding share of a built model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsloth.backend import BuildOptions, TensorSource
+from jaxsloth.convert.peft_adapter import check_values
+from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend.compilations import Compilations
+from jaxsloth.jax_backend.decoder import Decoder
+from jaxsloth.jax_backend.linear import TRAINED, DenseWeight, Nf4Weight, Trained, as_weight
+from jaxsloth.jax_backend.ops import Ops
+from jaxsloth.jax_backend.weights import load_weights
+from jaxsloth.kernels.jax_platform import platform
+from jaxsloth.kernels.nf4.xla_ops import NF4
+from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_fused, choose_named
+from jaxsloth.models.buildable import decode_refusal
+from jaxsloth.models.memory import fitting_mode
+from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainable_shapes
+from jaxsloth.models.rope import inverse_frequencies
+from jaxsloth.models.spec import ModelSpec, Rope
+from jaxsloth.options import CheckpointingName
+
+# Fetching from the host overlaps little in XLA's schedule: recomputing is faster (docs/performance.md).
+AUTO_ORDER = ("none", "selective", "full", "offload")
+_ADAPTERS = ("lora_A", "lora_B")
+
+
+class ModelState:
+    """The module apart as nnx's structure, and the state of what is trained and frozen."""
+
+    def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
+        self.spec, self.options = spec, options
+        if options.compute != "exact":
+            raise RefusedError(f"compute {options.compute} runs on the torch backend so far; take it, or compute exact")
+        self._dtype = jnp.dtype(options.dtype)
+        facts = Facts(platform(), options.dtype, {"hidden": spec.hidden})
+        check_requested(options.implementations or {})
+        self._ops = Ops(facts, options.implementations or {})
+        self._weights = load_weights(spec, source, self._dtype)
+        self._frequencies: dict[Any, Any] = {}
+        self._compilations = Compilations()
+        self._mode: tuple[ModelSpec, CheckpointingName, int, str | None] | None = None
+        self._assemble({})
+
+    def _assemble(self, trained: Mapping[str, Any]) -> None:
+        """Makes the module of the base weights and of what is trained, and splits it."""
+        recompute = self.options.gradient_checkpointing not in ("none", "auto")
+        self.structure, self.trained, self.frozen = self.split(self.spec, trained, recompute)
+
+    def split(self, spec: ModelSpec, trained: Mapping[str, Any], recompute: bool) -> tuple[Any, Any, Any]:
+        """The module of the base weights and `spec`'s adapters: (structure, state of what is trained, frozen state)."""
+        arrays = {**self._weights, **trained}
+        decoder = Decoder(spec, arrays.__getitem__, self._ops, self._dtype, recompute)
+        structure, state, frozen = nnx.split(decoder, TRAINED, ...)
+        return structure, placement.replicate(state), placement.replicate(frozen)
+
+    def decoder(self) -> Decoder:
+        return nnx.merge(self.structure, self.trained, self.frozen)
+
+    def add_adapters(self, spec: ModelSpec, values: Mapping[str, np.ndarray]) -> None:
+        if spec.lora is None or replace(spec, lora=None) != replace(self.spec, lora=None):
+            raise ValueError("add_adapters takes this model's own spec with adapters added (jaxsloth.transforms.add_lora)")
+        check_values(values, trainable_shapes(spec), "the adapter")
+        stacked = self._stack_values(values)
+        self.spec = spec
+        whole = {key: Trained(value) for key, value in stacked.items() if key.rpartition(".")[2] not in _ADAPTERS}
+        self._assemble({**stacked, **whole})
+
+    def _stack_values(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Values by PEFT name -> arrays by the module's own names, stacked; blocks without an adapter get zeros."""
+        period = self.spec.layer_period()
+        count = len(self.spec.layers) // period
+        found: dict[str, np.ndarray] = {}
+        places: dict[str, int] = {}
+        for name, value in values.items():
+            own = own_name(name)
+            if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
+                own = own.removesuffix(".weight")
+            key, place = stacked_name(own, period)
+            if not own.startswith("model.layers."):
+                found[key] = np.asarray(value, _dtype_of(value))
+                continue
+            stack = found.setdefault(key, np.zeros((count, *value.shape), _dtype_of(value)))
+            stack[place] = value
+            places[key] = places.get(key, 0) + 1
+        for key, filled in places.items():
+            if key.rpartition(".")[2] not in _ADAPTERS and filled != count:
+                raise ValueError(
+                    f"biases of {key} are trained in {filled} of {count} stacked blocks; train all or none of them"
+                )
+        return {key: placement.put(value) for key, value in found.items()}
+
+    def stack(self, values: Mapping[str, np.ndarray]) -> Any:
+        """Values by PEFT name as a state like that of the trained variables."""
+        stacked = self._stack_values(values)
+        flat = [(path, leaf.replace(stacked[_path_name(path)])) for path, leaf in nnx.to_flat_state(self.trained)]
+        return placement.replicate(nnx.from_flat_state(flat))
+
+    def unstack(self, state: Any) -> dict[str, np.ndarray]:
+        """A state like that of the trained variables as arrays by PEFT name, in `trainable_shapes`' order."""
+        period, arrays = self.spec.layer_period(), {}
+        for path, leaf in nnx.to_flat_state(state):
+            arrays[_path_name(path)] = np.asarray(leaf[...])
+        found = {}
+        for name in trainable_shapes(self.spec):
+            own = own_name(name)
+            if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
+                own = own.removesuffix(".weight")
+            key, place = stacked_name(own, period)
+            found[name] = np.array(arrays[key][place] if own.startswith("model.layers.") else arrays[key])
+        return found
+
+    def trainable(self) -> dict[str, np.ndarray]:
+        return self.unstack(self.trained)
+
+    def load_trainable(self, values: Mapping[str, np.ndarray]) -> None:
+        check_values(values, trainable_shapes(self.spec), "the adapter")
+        self.trained = self.stack(values)
+
+    def base_tensor(self, name: str) -> np.ndarray:
+        return np.asarray(self._one(name).dense(jnp.float32))
+
+    def quantized_tensor(self, name: str) -> NF4:
+        weight = self._one(name)
+        if not isinstance(weight, Nf4Weight):
+            raise ValueError(f"{name} is not quantized")
+        return jax.tree.map(np.asarray, weight.array)
+
+    def _one(self, name: str) -> DenseWeight | Nf4Weight:
+        if name not in tensor_shapes(self.spec):
+            raise ValueError(f"the model has no tensor {name}")
+        key, place = stacked_name(name, self.spec.layer_period())
+        weight = as_weight(self._weights[key])
+        return weight.at(place) if name.startswith("model.layers.") else weight
+
+    def base_array(self, name: str) -> Any:
+        """A base weight as it lies on the device, stacked in the blocks, whatever is trained in its place."""
+        return self._weights[name]
+
+    def frequencies(self, length: int) -> tuple[tuple[Any, ...], tuple[tuple[Rope, float], ...]]:
+        """The rotary frequencies for sequences of `length`: (arrays, (setting, scaling) of each), a program's two kinds of
+        arguments."""
+        ropes = dict.fromkeys(layer.attention.rope for layer in self.spec.layers if layer.attention.rope is not None)
+        key = length if self.stretches else None
+        if key not in self._frequencies:
+            arrays, settings = [], []
+            for rope in ropes:
+                values, scaling = inverse_frequencies(rope, max_positions=self.spec.max_positions, length=length)
+                arrays.append(jnp.array(values, jnp.float32))
+                settings.append((rope, scaling))
+            self._frequencies[key] = tuple(arrays), tuple(settings)
+        return self._frequencies[key]
+
+    @property
+    def stretches(self) -> bool:
+        """Whether rotary frequencies change with the length."""
+        scalings = (layer.attention.rope.scaling for layer in self.spec.layers if layer.attention.rope is not None)
+        return any(scaling is not None and scaling.kind in ("dynamic", "longrope") for scaling in scalings)
+
+    @property
+    def devices(self) -> int:
+        return len(placement.devices())
+
+    def mode(self, tokens: int, learns: bool = True) -> str | None:
+        """The `gradient_checkpointing` of the fused blocks, or None where the composed ones are trained.
+
+        tokens: those of a device's micro-batch, which "auto" asks the memory for; for fewer, what it chose stays. learns: what
+        keeps nothing for a backward takes what was chosen, however long it is, and has no say in what is chosen next.
+
+        Raises:
+            RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
+        """
+        spec, wanted, known = self.spec, self.options.gradient_checkpointing, self._mode
+        if known is None or known[0] is not spec or known[1] != wanted or (learns and known[2] < tokens):
+            chosen = self.choose_mode(spec, wanted, tokens)
+            known = self._mode = spec, wanted, tokens if learns else 0, chosen
+        return known[3]
+
+    def choose_mode(self, spec: ModelSpec, checkpointing: CheckpointingName, tokens: int) -> str | None:
+        """As `mode`, for this model with the adapters of `spec`."""
+        requested = (self.options.implementations or {}).get("train_pass")
+        if not choose_fused("train_pass", "jax", requested, _refusal(spec), platform()):
+            return None
+        if checkpointing != "auto":
+            return checkpointing
+        free = placement.free_memory()
+        return fitting_mode(spec, AUTO_ORDER, tokens, self._dtype.itemsize, free, attends_once=True)
+
+    def unrolled(self, mode: str | None) -> bool:
+        """Whether the fused layers run one after the other instead of in a scan; implementations={"layer_loop": …} decides.
+
+        By itself a mode that keeps much is unrolled, which copies nothing of it into stacks, and one that saves memory scans.
+
+        Raises:
+            RefusedError: another name than scan or unrolled came.
+        """
+        keeps_much = platform() == "cuda" and mode in ("none", "selective")
+        requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
+        return choose_named("layer_loop", "jax", requested, {"scan": None, "unrolled": None}) == "unrolled"
+
+    def decodes_fused(self, room: bool) -> bool:
+        """Whether greedy bursts run jax_backend/decode_pass.py; implementations={"decode_step": …} decides.
+
+        room: whether the caches can lie there twice.
+
+        Raises:
+            RefusedError: "fused" was asked for and can't run this model, or another name came.
+        """
+        requested = (self.options.implementations or {}).get("decode_step")
+        reason = decode_refusal(self.spec)
+        if not room:
+            reason = "has its caches twice for a moment, and there is no room for that"
+        return choose_fused("decode_step", "jax", requested, reason, platform())
+
+    def compiles(self) -> AbstractContextManager[None]:
+        """What is compiled meanwhile counts as this model's."""
+        return self._compilations.counting()
+
+    def compilations(self) -> int:
+        """How many programs were compiled for this model's steps, evaluations, passes and decoding."""
+        return self._compilations.count
+
+    def set_gradient_checkpointing(self, name: CheckpointingName) -> None:
+        self.options = replace(self.options, gradient_checkpointing=name)
+        if self.spec.lora is None:
+            self._assemble({})
+        else:
+            self.add_adapters(self.spec, self.trainable())
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _dtype_of(value: np.ndarray) -> Any:
+    """float32, but codes stay codes."""
+    return np.uint8 if value.dtype == np.uint8 else np.float32
+
+
+def _refusal(spec: ModelSpec) -> str | None:
+    """Why the written pass can't train this model, or None."""
+    return "has no adapters to train" if spec.lora is None else None
