@@ -54,6 +54,7 @@ class GgufSource:
 
     def __init__(self, path: Path) -> None:
         self._reader = _open(path)
+        _check_layout(self._reader, path)
         self.path = path
         fields = _fields(self._reader, path)
         self._heads = {"q_proj": fields.head_count, "k_proj": fields.head_count_kv or fields.head_count}
@@ -139,10 +140,27 @@ def gguf_config(path: Path) -> dict[str, Any]:
         config["rope_parameters"] |= _rope_scaling(fields, path)
     elif "rope_freqs.weight" in names:
         factors = [float(factor) for factor in names["rope_freqs.weight"].data]
+        if not all(0 < factor < np.inf for factor in factors):
+            raise CheckpointError(f"{path}: rope_freqs.weight must hold positive numbers, got {min(factors)} … {max(factors)}")
         # llama.cpp writes Llama 3.1's scaling out as the factor that each frequency is divided by: longrope's form.
         config["rope_parameters"] |= {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
         config["rope_parameters"] |= {"short_factor": factors, "long_factor": factors}
     return config
+
+
+def _check_layout(reader: Any, path: Path) -> None:
+    """That every tensor has bytes of its own, inside the file, where the file's alignment puts them."""
+    end, before = int(reader.data_offset), "the header"
+    size = path.stat().st_size
+    for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+        start = int(tensor.data_offset)
+        if start < end:
+            raise CheckpointError(f"{path}: tensor {tensor.name} must begin after {before}, at byte {end}, got {start}")
+        if (start - int(reader.data_offset)) % int(reader.alignment):
+            raise CheckpointError(f"{path}: tensor {tensor.name} must begin at a multiple of {reader.alignment} bytes")
+        end, before = start + int(tensor.n_bytes), tensor.name
+        if end > size:
+            raise CheckpointError(f"{path}: tensor {tensor.name} must end in the file's {size} bytes, got {end}")
 
 
 def _rope_scaling(fields: GgufFields, path: Path) -> dict[str, Any]:

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.numpy import save_file
 
+from jaxsloth.convert.adapter_rules import AdapterConfig, check_values
+from jaxsloth.convert.checkpoint import resolve_path
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
-from jaxsloth.foreign import Schema, Size, TextOrTexts, Texts, read_object, shown, validated
+from jaxsloth.foreign import Schema, Size, TextOrTexts, Texts, checked, read_object, shown, validated
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import Lora, ModelSpec
-from jaxsloth.transforms import add_lora
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-# Features of PEFT's LoRA that change the forward pass and that no backend has: field -> the value that means "off".
+# Features of PEFT's LoRA that change the forward pass or the base and that no backend has: field -> the value that means "off".
 _MUST_BE_OFF: dict[str, Any] = {
     "use_dora": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "lora_bias": False,
-    "fan_in_fan_out": False,
     "trainable_token_indices": None,
     "layer_replication": None,
     "megatron_config": None,
     "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "velora_config": None,
+    "monteclora_config": None,
+    "kasa_config": None,
 }
+# Ways to begin that leave the base as it is. PEFT repeats others (PiSSA, OLoRA, CorDA) when it loads an adapter.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def _are_layers(value: Any) -> bool:
+    return all(type(layer) is int and layer >= 0 for layer in (value if isinstance(value, list) else [value]))
 
 
 class AdapterDocument(Schema):
@@ -44,36 +55,25 @@ class AdapterDocument(Schema):
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: TextOrTexts
+    exclude_modules: TextOrTexts = ()
+    layers_to_transform: Annotated[Any, checked("a layer's number or a list of them", _are_layers)] = None
+    layers_pattern: TextOrTexts = ()
+    rank_pattern: dict[str, Size] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(default_factory=dict)
     use_rslora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: Texts | None = None
 
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """What an adapter_config.json says: where the base is, and the adapters' shape. targets is PEFT's target_modules."""
-
-    base_model: str | None
-    r: int
-    alpha: float
-    dropout: float
-    targets: str | tuple[str, ...]
-    rslora: bool
-    bias: str
-    modules_to_save: tuple[str, ...]
-
-    def apply(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with these adapters; ValueError where they do not fit the model."""
-        return add_lora(
-            spec,
-            r=self.r,
-            alpha=self.alpha,
-            targets=self.targets,
-            dropout=self.dropout,
-            rslora=self.rslora,
-            bias=self.bias,  # type: ignore[arg-type]
-            modules_to_save=self.modules_to_save,
-        )
+    @model_validator(mode="after")
+    def _expressions_are_regular(self) -> AdapterDocument:
+        one = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for text in (*one, *patterns, *self.rank_pattern, *self.alpha_pattern, *(self.modules_to_save or ())):
+            try:
+                re.compile(text)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{text!r} must be a regular expression, as PEFT takes it: {error}") from error
+        return self
 
 
 def write_adapter(
@@ -132,8 +132,14 @@ def read_config(folder: Path) -> AdapterConfig:
     for name, off in _MUST_BE_OFF.items():
         if config.get(name) not in (off, None):
             raise CheckpointError(f"{file}: {name} must be {shown(off)}, got {shown(config[name])}: it is not supported")
+    begun = config.get("init_lora_weights", True)
+    if begun not in _PLAIN_BEGINNINGS:
+        raise CheckpointError(
+            f"{file}: init_lora_weights={shown(begun)} changed the base that the adapter belongs to; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
     fields = _document(config, file)
-    targets = fields.target_modules
+    targets, layers = fields.target_modules, fields.layers_to_transform
     return AdapterConfig(
         base_model=fields.base_model_name_or_path,
         r=fields.r,
@@ -143,7 +149,22 @@ def read_config(folder: Path) -> AdapterConfig:
         rslora=fields.use_rslora,
         bias=fields.bias,
         modules_to_save=tuple(fields.modules_to_save or ()),
+        exclude=_several(fields.exclude_modules),
+        layers=tuple(layers) if isinstance(layers, list) else layers,
+        layers_pattern=_several(fields.layers_pattern),
+        rank_pattern=fields.rank_pattern,
+        alpha_pattern=fields.alpha_pattern,
     )
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, str) else tuple(value)
+
+
+def find_adapter(name: str | Path, **hub: Any) -> Path | None:
+    """The folder of the PEFT adapter that a path or a Hugging Face name leads to; None where it leads to something else."""
+    folder = resolve_path(str(name), **hub)
+    return folder if (folder / CONFIG).is_file() else None
 
 
 def base_model_of(folder: Path) -> str:
@@ -179,7 +200,7 @@ def _document(config: dict[str, Any], file: Path) -> AdapterDocument:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
-    """(its config, its tensors by PEFT name, float32). Whether they fit a model is `check_values`' question."""
+    """(its config, its tensors by PEFT name, float32). Whether they fit a model is the question of `AdapterConfig.fitted`."""
     config, file = read_config(folder), Path(folder) / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder} is not a whole PEFT adapter: it has no {WEIGHTS}")
@@ -187,14 +208,11 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
     return config, {name: np.array(source.read(name), np.float32) for name in source.names()}
 
 
-def check_values(values: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """That `values` holds exactly the expected names and shapes; ValueError names the first that is missing or off."""
-    missing = [name for name in expected if name not in values]
-    unknown = [name for name in values if name not in expected]
-    if missing or unknown:
-        parts = [f"lacks {missing[0]} ({len(missing)} missing)"] if missing else []
-        parts += [f"has {unknown[0]}, which the model does not train ({len(unknown)} such)"] if unknown else []
-        raise ValueError(f"{what} {' and '.join(parts)}")
-    for name, shape in expected.items():
-        if values[name].shape != shape:
-            raise ValueError(f"{what}: {name} must have the shape {shape}, and it has {values[name].shape}")
+def fitted_adapter(folder: Path, spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray]]:
+    """A folder's adapter on a model: (its spec with the adapters, their values), as `Model.add_adapters` takes them.
+
+    Raises:
+        CheckpointError: it can't be read, or is not one of this model.
+    """
+    config, values = read_adapter(folder)
+    return config.fitted(spec, values, str(folder))

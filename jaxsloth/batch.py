@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+
+logger = logging.getLogger("jaxsloth.batch")
 
 IGNORE = -100
 PADDING_SEGMENT = 0
@@ -49,6 +53,33 @@ class Window:
     def tokens(self) -> int:
         """How many positions hold a token (not padding): what tokens/s counts."""
         return int(np.count_nonzero(self.segments != PADDING_SEGMENT))
+
+
+def check_ids(ids: np.ndarray, vocab: int, what: str = "input_ids") -> np.ndarray:
+    """Token ids as int32; ValueError names the first that the vocabulary has not."""
+    outside = (ids < 0) | (ids >= vocab)
+    if outside.any():
+        place = tuple(int(index) for index in np.argwhere(outside)[0])
+        raise ValueError(
+            f"{what} must be token ids of the model, from 0 to {vocab - 1}, got {int(ids[place])} at {list(place)}; the "
+            "tokenizer must be the model's own"
+        )
+    return ids.astype(np.int32)
+
+
+def check_length(length: int, positions: int) -> None:
+    """Warns, once a process, where rows may be longer than the positions that a model was made for."""
+    if length > positions:
+        _warn_of_length(positions)
+
+
+@cache
+def _warn_of_length(positions: int) -> None:
+    logger.warning(
+        "rows may have more than the %d positions that the model was made for (max_position_embeddings); rotary positions go "
+        "on, but it has not learnt them: shorten the rows, or stretch the positions with rope_scaling",
+        positions,
+    )
 
 
 def pairs_of(window: Window, devices: int) -> tuple[int, np.ndarray]:

@@ -59,17 +59,18 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
 ) -> None:
     """Answer a prompt, as it is written."""
-    from jaxsloth.convert.peft_adapter import CONFIG, base_model_of, read_adapter
+    from jaxsloth.convert.checkpoint import resolve_path
+    from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter
     from jaxsloth.frontend.loading import load
     from jaxsloth.generation import GenerationSettings, answer_texts
 
-    if adapter is None and (Path(model) / CONFIG).is_file():
-        adapter, model = model, base_model_of(Path(model))
+    folder = find_adapter(model) if adapter is None else resolve_path(adapter)
+    if adapter is None and folder is not None:
+        model = base_model_of(folder)
     loaded = load(model, backend=backend, load_in_4bit=load_in_4bit, dtype=dtype)
     tokenizer = loaded.tokenizer
-    if adapter is not None:
-        config, values = read_adapter(Path(adapter))
-        loaded.model.add_adapters(config.apply(loaded.model.spec), values)
+    if folder is not None:
+        loaded.model.add_adapters(*fitted_adapter(folder, loaded.model.spec))
     text = prompt
     if not raw and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxsloth.backend import DecodeState, Model
+from jaxsloth.batch import check_ids, check_length
 
 # What tokenizers put in place of bytes that are no whole UTF-8 character yet.
 _INCOMPLETE = "\ufffd"
@@ -155,7 +156,9 @@ def generate(
     lengths = np.array([len(row.prompt) for row in rows], np.int32)
     padded = np.zeros((len(rows), int(lengths.max())), np.int32)
     for place, row in enumerate(rows):
-        padded[place, -len(row.prompt) :] = row.prompt
+        ids = np.array(row.prompt, np.int64)
+        padded[place, -len(ids) :] = check_ids(ids, model.spec.embedding.vocab, f"prompt {place}")
+    check_length(padded.shape[1] + settings.max_new_tokens, model.spec.max_positions)
     state, logits = model.start_decode(padded, lengths, padded.shape[1] + settings.max_new_tokens)
     if settings.do_sample or settings.repetition_penalty != 1.0:
         chosen = _chosen_here(state, logits, rows, settings)

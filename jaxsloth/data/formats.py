@@ -26,6 +26,8 @@ _OPTIONAL = ("labels", "input")
 # Arguments of apply_chat_template that say how rows are rendered here.
 _RENDERING = {"add_generation_prompt", "chat_template", "continue_final_message", "return_dict", "tokenize", "tools"}
 
+_LARGEST = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -211,6 +213,9 @@ def _integers(value: Any, field: str) -> np.ndarray:
     array = np.asarray(value)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise DataError(f"{field} must be a list of integers, and {_shown(value)} came")
+    if array.size and not -_LARGEST <= array.min() <= array.max() <= _LARGEST:
+        worst = max(array.max(), array.min(), key=abs)
+        raise DataError(f"{field} must hold token ids, got {worst}, which no vocabulary has")
     return array.astype(np.int32)
 
 

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from jaxsloth.backend import Backend, BuildOptions, DtypeName, Model
 from jaxsloth.batch import IGNORE
-from jaxsloth.convert.checkpoint import find_checkpoint
+from jaxsloth.convert.checkpoint import find_checkpoint, resolve_path
 from jaxsloth.convert.files import ExistsError, write_text
-from jaxsloth.convert.peft_adapter import CONFIG, AdapterConfig, read_adapter
+from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter
 from jaxsloth.data.encode import encode_rows
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation, row_reader
@@ -129,12 +129,12 @@ def evaluate(settings: EvaluationSettings, console: Console | None = None) -> Ev
         )
     if settings.json_file is not None and settings.json_file.exists():
         raise ExistsError(f"{settings.json_file} exists already; choose another file, or remove it")
-    name, adapter, folder = _adapter_of(settings)
+    name, folder = _adapter_of(settings)
     opened = find_checkpoint(name)
     spec = opened.spec()
     if settings.load_in_4bit:
         spec = quantize(spec, nested=True)
-    adapted = None if adapter is None else adapter[0].apply(spec)
+    adapter = None if folder is None else fitted_adapter(folder, spec)
     has_own = folder is not None and (folder / _TOKENIZER).is_file()
     tokenizer = load_tokenizer(folder if has_own and folder is not None else opened.path)
     rows = load_rows(settings.data.path, settings.data.split, settings.limit)
@@ -142,8 +142,8 @@ def evaluate(settings: EvaluationSettings, console: Console | None = None) -> Ev
     subject = Subject(rows, tokenizer, settings.data, metrics, backend.devices().count, spec.embedding.vocab)
     model = backend.build(spec, opened.source, BuildOptions(settings.dtype or _default_dtype(backend), "none"))
     stages = {"base": subject.measure(model, settings, "base", console)} if adapter is None or settings.compare_base else {}
-    if adapter is not None and adapted is not None:
-        model.add_adapters(adapted, adapter[1])
+    if adapter is not None:
+        model.add_adapters(*adapter)
         stages["adapter"] = subject.measure(model, settings, "adapter", console)
     found = Evaluation(
         len(rows),
@@ -155,25 +155,20 @@ def evaluate(settings: EvaluationSettings, console: Console | None = None) -> Ev
     return found
 
 
-def _adapter_of(settings: EvaluationSettings) -> tuple[str, tuple[AdapterConfig, dict[str, np.ndarray]] | None, Path | None]:
-    """(the base's name, the adapter or None, its folder or None)."""
-    name, folder = settings.model, settings.adapter
-    if (Path(name) / CONFIG).is_file():
-        if folder is not None:
-            raise EvaluationError(f"{name} is an adapter itself, and the adapter {folder} came too; give the base as the model")
-        folder = name
-    if folder is None:
+def _adapter_of(settings: EvaluationSettings) -> tuple[str, Path | None]:
+    """(the base's name, the adapter's folder or None)."""
+    name, own = settings.model, find_adapter(settings.model)
+    if own is not None:
+        if settings.adapter is not None:
+            raise EvaluationError(
+                f"{name} is an adapter itself, and the adapter {settings.adapter} came too; give the base as the model"
+            )
+        return base_model_of(own), own
+    if settings.adapter is None:
         if settings.compare_base:
             raise EvaluationError("comparing with the base needs an adapter; give its folder, or leave the comparison out")
-        return name, None, None
-    adapter = read_adapter(Path(folder))
-    if folder == name:
-        if adapter[0].base_model is None:
-            raise EvaluationError(
-                f"{name}/{CONFIG} does not name its base model; give the base, and this folder as the adapter"
-            )
-        name = adapter[0].base_model
-    return name, adapter, Path(folder)
+        return name, None
+    return name, resolve_path(settings.adapter)
 
 
 def _default_dtype(backend: Backend) -> DtypeName:

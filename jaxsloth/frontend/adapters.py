@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from jaxsloth.backend import Model
+from jaxsloth.convert.adapter_rules import at_rank
 from jaxsloth.frontend.module.peft_adoption import Active, active_parts
 from jaxsloth.models.names import linears, lora_names, own_name, trainable_shapes
 from jaxsloth.models.spec import Lora, ModelSpec
@@ -40,15 +40,7 @@ def show_backend(base: Any) -> None:
     if held is not None and fits and set(active.whole) <= {own_name(name) for name in trainable_shapes(model.spec)}:
         model.load_trainable(_values(base, model.spec, active))
         return
-    # Ranks and scalings may differ by layer: the largest rank, with every scaling folded into its B.
-    rank = max((adapter.a.shape[0] for adapter in adapters.values()), default=1)
-    scale = next((adapter.scaling for adapter in adapters.values()), 1.0)
-    modules = _ordered(model.spec, {*adapters, *(held.modules if held is not None else ())})
-    lora = Lora(
-        rank, scale * rank, scale, 0.0, modules, modules_to_save=_saved(active), bias="all" if _biased(active) else "none"
-    )
-    spec = replace(model.spec, lora=lora)
-    model.add_adapters(spec, _values(base, spec, active))
+    model.add_adapters(*_folded(base, active, held.modules if held is not None else ()))
 
 
 def give_backend(base: Any) -> ModelSpec:
@@ -101,13 +93,24 @@ def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
     return spec, _values(base, spec, active)
 
 
-def without_adapters(base: Any) -> tuple[ModelSpec, Values]:
-    """As `native_adapter`, where none is active: the base, with the biases that were trained."""
-    model: Model = base.engine.model
-    active = active_parts(base, model.spec)
-    lora = Lora(1, 1.0, 1.0, 0.0, (), modules_to_save=_saved(active), bias="all" if _biased(active) else "none")
-    spec = replace(model.spec, lora=lora if active else None)
-    return spec, _values(base, spec, active) if active else {}
+def folded_adapter(base: Any) -> tuple[ModelSpec, Values]:
+    """What is active in `base`, as what answers and what is merged: of one rank and scaling whatever they are by layer, nothing
+    dropped; the base alone where nothing is active."""
+    spec: ModelSpec = base.engine.model.spec
+    active = active_parts(base, spec)
+    return _folded(base, active, ()) if active else (replace(spec, lora=None), {})
+
+
+def _folded(base: Any, active: Active, more: Sequence[str]) -> tuple[ModelSpec, Values]:
+    """The largest rank, with every scaling folded into its B; zeros in the modules of `more` that have no active adapter."""
+    adapters, model = active.adapters, base.engine.model
+    rank = max((adapter.a.shape[0] for adapter in adapters.values()), default=1)
+    scale = next((adapter.scaling for adapter in adapters.values()), 1.0)
+    bias = "all" if _biased(active) else "none"
+    modules = _ordered(model.spec, {*adapters, *more})
+    lora = Lora(rank, scale * rank, scale, 0.0, modules, modules_to_save=_saved(active), bias=bias)
+    spec = replace(model.spec, lora=lora)
+    return spec, _values(base, spec, active)
 
 
 def take_back(base: Any, values: Mapping[str, np.ndarray]) -> None:
@@ -163,13 +166,9 @@ def _values(base: Any, spec: ModelSpec, active: Active) -> Values:
             found[b_name] = np.zeros((out, spec.lora.r), np.float32)
             continue
         adapter = adapters[module]
-        missing = spec.lora.r - adapter.a.shape[0]
-        a = functional.pad(adapter.a.detach().float(), (0, 0, 0, missing))
-        b = functional.pad(adapter.b.detach().float(), (0, missing))
-        if adapter.scaling != spec.lora.scale:
-            b = b * (adapter.scaling / spec.lora.scale)
         # Copies: the backend may keep what it gets, and an optimizer writes PEFT's parameters in place.
-        found[a_name], found[b_name] = np.array(a.cpu().numpy()), np.array(b.cpu().numpy())
+        a, b = (np.array(part.detach().float().cpu().numpy()) for part in (adapter.a, adapter.b))
+        found[a_name], found[b_name] = at_rank(a, b, spec.lora.r, adapter.scaling / spec.lora.scale)
     for name in trainable_shapes(spec):
         tensor = own_name(name)
         if tensor in active.whole:

@@ -16,7 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import TrainOutput
 
 from jaxsloth.backend import OptimizerOptions
-from jaxsloth.batch import Batch
+from jaxsloth.batch import Batch, check_length
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import FILLER_ROW, WindowStream, eval_batches
 from jaxsloth.frontend.adapters import base_of, give_backend, show_backend, take_back
@@ -200,6 +200,7 @@ class BaseTrainer:
 
     def _windows(self, stream: Callable[..., WindowStream] = WindowStream) -> WindowStream:
         args = self.args
+        check_length(longest(self.examples), self.base.engine.model.spec.max_positions)
         return stream(
             self.examples,
             batch_size=args.per_device_train_batch_size * self._devices.count * self.together,

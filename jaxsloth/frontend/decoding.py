@@ -12,6 +12,7 @@ from transformers import StoppingCriteriaList
 from transformers.generation import GenerationMode
 
 from jaxsloth.backend import Model
+from jaxsloth.batch import check_ids, check_length
 from jaxsloth.frontend.arguments import refuse_unknown
 from jaxsloth.frontend.module.cached_rows import follows_on
 from jaxsloth.generation import GenerationSettings, choose
@@ -139,8 +140,9 @@ def decode(model: Model, call: Prepared) -> torch.Tensor:
     streamer: Any = call.streamer
     if streamer is not None:
         streamer.put(call.ids.cpu())
+    check_length(rows.shape[1] + settings.max_new_tokens, model.spec.max_positions)
     state, logits = model.start_decode(
-        rows.astype(np.int32), call.mask.sum(1).astype(np.int32), rows.shape[1] + settings.max_new_tokens
+        check_ids(rows, model.spec.embedding.vocab), call.mask.sum(1).astype(np.int32), rows.shape[1] + settings.max_new_tokens
     )
     running, first = np.ones(len(rows), bool), (call.mask == 0).sum(1)  # padding counts as no repetition
     for position in range(settings.max_new_tokens):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxsloth.convert.peft_adapter import CONFIG, base_model_of
+from jaxsloth.convert.peft_adapter import base_model_of, find_adapter
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.backends import resolve_backend
@@ -87,8 +87,8 @@ class FastLanguageModel:
         """Loads a model and its tokenizer.
 
         Args:
-            model_name: a folder of safetensors, a .gguf file, ``package:NAME/file``, a Hugging Face name, or the folder of a
-                PEFT adapter, whose base is then loaded with it, ready to be trained further.
+            model_name: a folder of safetensors, a .gguf file, ``package:NAME/file``, a Hugging Face name, or a PEFT adapter
+                (its folder or Hugging Face name), whose base is then loaded with it, ready to be trained further.
             max_seq_length: what trainers cut rows at where they are given no length.
             dtype: None (bfloat16 on a GPU, float32 on a CPU), torch.float16, torch.bfloat16, torch.float32, or a name.
             load_in_4bit: store the linear layers as nested NF4. load_in_16bit=True turns it off.
@@ -111,7 +111,10 @@ class FastLanguageModel:
         _check(FastLanguageModel.from_pretrained, given, _LOAD_REFUSED, _LOAD_UNUSED)
         del fix_tokenizer, use_exact_model_name, random_state
         hub = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        adapter = Path(model_name) if (Path(model_name) / CONFIG).is_file() else None
+        hub = {name: value for name, value in hub.items() if value}
+        adapter = find_adapter(model_name, **hub)
+        if adapter is not None:
+            hub.pop("revision", None)  # the adapter's
         loaded = load(
             model_name if adapter is None else base_model_of(adapter),
             backend=backend,
@@ -120,7 +123,7 @@ class FastLanguageModel:
             gradient_checkpointing=checkpointing_name(use_gradient_checkpointing),
             rope_scaling=rope_scaling,
             device_map=device_map,
-            hub={name: value for name, value in hub.items() if value},
+            hub=hub,
         )
         return _as_module(loaded, max_seq_length, adapter)
 

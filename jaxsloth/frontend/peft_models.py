@@ -10,6 +10,7 @@ from typing import Any, Literal
 import peft
 
 from jaxsloth.backend import CheckpointingName
+from jaxsloth.convert.peft_adapter import fitted_adapter
 from jaxsloth.frontend.adapters import base_of, take_back
 from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.models.spec import Lora
@@ -35,9 +36,13 @@ def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
     """The PeftModel of a saved adapter, trainable.
 
     Raises:
-        ValueError: it is of a kind that the backends don't compute.
+        ValueError: it is not whole, not one of this model, or of a kind that the backends don't compute.
     """
-    wrapped = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    spec, _ = fitted_adapter(folder, model.engine.model.spec)
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    if spec.lora is not None and spec.lora.modules_to_save:  # PEFT's save_embedding_layers stores some without a word
+        config.modules_to_save = [name.rpartition(".")[2] for name in spec.lora.modules_to_save]  # type: ignore[attr-defined]
+    wrapped = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
     active_parts(model, model.engine.model.spec)
     return wrapped.eval()
 

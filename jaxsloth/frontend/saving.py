@@ -18,12 +18,10 @@ from jaxsloth.convert.bnb4bit_writer import write_bnb4bit
 from jaxsloth.convert.files import ExistsError, remove_folder
 from jaxsloth.convert.merge import SHARD_BYTES, write_merged
 from jaxsloth.convert.peft_adapter import write_adapter
-from jaxsloth.frontend.adapters import native_adapter, without_adapters
+from jaxsloth.frontend.adapters import folded_adapter, native_adapter
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
-from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.nf4.torch_ops import quantize
-from jaxsloth.models.spec import ModelSpec
 
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -85,7 +83,7 @@ def save_merged(
         write_adapter(folder, spec, values, model.config.name_or_path, overwrite=overwrite)
     else:
         write = write_merged if save_method == "merged_16bit" else partial(write_bnb4bit, quantize=_quantize)
-        checkpoint, (spec, values) = model.loaded.checkpoint, _merging(model)
+        checkpoint, (spec, values) = model.loaded.checkpoint, folded_adapter(model)
         source = _Plain(checkpoint.source, model.engine.model) if checkpoint.kind == "bnb-4bit" else checkpoint.source
         size = _shard_bytes(max_shard_size)
         write(folder, source, spec, values, checkpoint.config, _dtype(model), overwrite=overwrite, shard_bytes=size)
@@ -135,11 +133,6 @@ def upload(
 
 def _quantize(weight: np.ndarray) -> NF4:
     return quantize(torch.from_numpy(weight), nested=True)
-
-
-def _merging(model: Any) -> tuple[ModelSpec, dict[str, np.ndarray]]:
-    adapted = active_parts(model, model.engine.model.spec).adapters
-    return native_adapter(model) if adapted else without_adapters(model)
 
 
 @dataclass(frozen=True)

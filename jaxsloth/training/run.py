@@ -21,6 +21,7 @@ from jaxsloth.backend import (
     OptimizerOptions,
     load_backend,
 )
+from jaxsloth.batch import check_length
 from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.data.encode import Example
@@ -110,6 +111,7 @@ def plan_from_examples(
     saved: SavedRun | None = None,
 ) -> Plan:
     """A plan over data that is already tokens."""
+    check_length(max((len(example.tokens) for example in examples), default=0), spec.max_positions)
     backend = choose_backend(recipe.backend)
     devices, data = backend.devices(), recipe.data
     windows = WindowStream(

@@ -167,7 +167,8 @@ def test_we_read_pefts_adapter(saved, tmp_path):
     judge = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"], lora_dropout=0.1))
     judge.save_pretrained(tmp_path / "adapter")
     config, values = read_adapter(tmp_path / "adapter")
-    spec = config.apply(spec_from_config(CONFIG))
+    spec, fitted = config.fitted(spec_from_config(CONFIG), values, "it")
+    assert fitted == values
     assert (config.r, config.alpha, config.dropout) == (3, 6.0, 0.1)
     assert {name: value.shape for name, value in values.items()} == trainable_shapes(spec)
     state = get_peft_model_state_dict(judge)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from jaxsloth.backend import DecodeState, Model
+from jaxsloth.batch import check_ids
 
 
 class CachedRows:
@@ -35,7 +36,7 @@ class CachedRows:
         Raises:
             ValueError: more than one token a row after the prompts.
         """
-        tokens = input_ids.cpu().numpy().astype(np.int32)
+        tokens = check_ids(input_ids.cpu().numpy(), self._model.spec.embedding.vocab)
         batch, count = tokens.shape
         if self._state is None:
             lengths = np.full(batch, count, np.int32)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationMixin, PretrainedConfig, PreTrain
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from jaxsloth.backend import CheckpointingName, Model
-from jaxsloth.batch import IGNORE
+from jaxsloth.batch import IGNORE, check_length
 from jaxsloth.bridge import Bridge, Output, PassOptions
 from jaxsloth.frontend.module.cached_rows import CachedRows
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
@@ -202,7 +202,10 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         if len(rates) > 1:
             raise ValueError(f"all adapters must have one dropout rate, and these came: {sorted(rates)}")
         rate = rates.pop()
-        tokens = make_tokens(bridge, input_ids, attention_mask, position_ids, targets, drops=rate > 0)
+        spec = self.engine.model.spec
+        check_length(input_ids.shape[1], spec.max_positions)
+        vocab = spec.embedding.vocab
+        tokens = make_tokens(bridge, input_ids, attention_mask, position_ids, targets, rate > 0, vocab)
         options = PassOptions(rate, self._checkpointing())
         return Prepared(bridge, active, tokens, options, input_ids.shape[1])
 

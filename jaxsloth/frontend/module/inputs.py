@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from jaxsloth.batch import IGNORE
+from jaxsloth.batch import IGNORE, check_ids
 from jaxsloth.bridge import Bridge, Tokens
 
 # Arguments that say what the batch says already, or ask for what is given anyway.
@@ -47,6 +47,7 @@ def make_tokens(
     position_ids: torch.Tensor | None,
     targets: torch.Tensor | None,
     drops: bool,
+    vocab: int,
 ) -> Tokens:
     """On the host, padded on the right to the bridge's length.
 
@@ -59,8 +60,14 @@ def make_tokens(
     if targets is not None and targets.shape != shape:
         raise ValueError(f"labels must be {shape} like input_ids, and they are {tuple(targets.shape)}")
     mask = None if attention_mask is None else attention_mask != 0
-    ids, mask, positions, labels = _on_host(shape, input_ids, mask, position_ids, targets)
+    # What lies outside is brought beside the vocabulary first, since int32 would wrap it.
+    near = input_ids.clamp(-1, vocab), None if targets is None else targets.clamp(IGNORE - 1, vocab)
+    ids, mask, positions, labels = _on_host(shape, near[0], mask, position_ids, near[1])
     assert ids is not None
+    if ids.min() < 0 or ids.max() >= vocab:
+        check_ids(input_ids.cpu().numpy(), vocab)
+    if labels is not None and (labels.max() >= vocab or labels.min() < IGNORE or ((labels < 0) & (labels != IGNORE)).any()):
+        check_ids(targets.masked_fill(targets == IGNORE, 0).cpu().numpy(), vocab, "labels")  # type: ignore[union-attr]
     if positions is None:
         positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     if mask is None:
