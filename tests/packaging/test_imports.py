@@ -31,7 +31,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "options", "extras"), set()),
     ("jaxsloth/bridge.py", NUMBERS, ("options", "batch"), set()),
     ("jaxsloth/device_choice.py", set(), (), set()),
-    ("jaxsloth/generation.py", NUMBERS, ("backend",), set()),
+    ("jaxsloth/generation.py", NUMBERS, ("backend", "batch"), set()),
     ("kernels/registry.py", set(), (), set()),
     ("kernels/tolerance.py", set(), (), set()),
     ("kernels/*/contract.py", NUMBERS, ("kernels",), set()),
@@ -110,7 +110,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors"}, ("*",), set()),
     ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
-    ("jaxsloth/frontend/module/cached_rows.py", NUMBERS | {"torch"}, ("frontend.module", "backend"), set()),
+    ("jaxsloth/frontend/module/cached_rows.py", NUMBERS | {"torch"}, ("frontend.module", "backend", "batch"), set()),
     (
         "jaxsloth/frontend/module/inputs.py",
         NUMBERS | {"torch"},
