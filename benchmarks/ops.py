@@ -69,7 +69,7 @@ def best_ms(run: Callable[[], Any], wait: Callable[[Any], None]) -> float:
 def _torch_tools() -> tuple[Callable[[np.ndarray], Any], Callable[[Bound], dict[str, float]], str]:
     import torch
 
-    from jaxsloth.torch_backend.model import to_torch
+    from jaxsloth.torch_backend.weights import to_torch
 
     platform = "cuda" if torch.cuda.is_available() else "cpu"
 

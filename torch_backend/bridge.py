@@ -2,7 +2,7 @@
 
 The decoder holds an adapter, or what is trained whole (biases, the embedding, the head), only while a pass or its backward
 runs: blocks that are run again in the backward must meet the adapters of their own forward, whatever is active by then. A pass
-is the written-out one (guest.py) where a train step would take it, else the composed ops under autograd.
+is the written one (external_adapters.py) where a train step would take it, else the bodies' `forward` under autograd.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import nn
 
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
-from jaxsloth.models.names import EMBEDDING, stacked_name
-from jaxsloth.torch_backend.guest import SEPARATOR, Guest, guest_spec, members
-from jaxsloth.torch_backend.layers import Adapter, Context, Linear
-from jaxsloth.torch_backend.passes import runs_fused
+from jaxsloth.models.names import EMBEDDING, LM_HEAD, stacked_name
+from jaxsloth.torch_backend import autograd_pass
+from jaxsloth.torch_backend.external_adapters import SEPARATOR, FunctionalPass, Gradients, external_spec, members
+from jaxsloth.torch_backend.linear import Adapter, Linear
 from jaxsloth.torch_backend.placement import to_device
+from jaxsloth.torch_backend.run import DropoutKey, Run
 from jaxsloth.torch_backend.state import ModelState
+from jaxsloth.torch_backend.written_program import runs_written
 
 Leaves = Mapping[str, tuple[nn.Parameter, ...]]  # a layer's A and B, or what stands in place of a base tensor, by name
 
@@ -37,8 +39,8 @@ class Bridge:
         places = {name: name.rpartition(".") for name in self._base}
         self._owners = {n: (model.decoder.get_submodule(own)._parameters, part) for n, (own, _, part) in places.items()}
         self._groups: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
-        self._fused: dict[Any, bool] = {}
-        self._guest: tuple[Any, Guest] | None = None  # the last one, and what it was made for
+        self._written: dict[Any, bool] = {}
+        self._guest: tuple[Any, FunctionalPass] | None = None  # the last one, and what it was made for
         self.device = str(model.decoder.device)
 
     def groups(self, modules: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
@@ -74,10 +76,10 @@ class Bridge:
         if guest is None or rows is None:
             with self._holding(_leaves(weights), options):
                 return self._evaluate(output, batch, options)
-        with self._holding(guest.leaves, PassOptions()):
+        with self._holding(guest.leaves, options):
             if output == "loss":
-                return guest.loss(weights, rows)
-            hidden, _ = guest.hidden(weights, rows, learns=False)
+                return guest.loss(weights, rows, batch.dropout_words)
+            hidden, _ = guest.hidden(weights, rows, batch.dropout_words, learns=False)
             return self._shown(output, hidden.unflatten(0, rows.input_ids.shape), options)
 
     def differentiate(
@@ -86,18 +88,18 @@ class Bridge:
         rows = batch.as_batch()
         guest = None if rows is None else self._guest_of(weights, options, learns=True)
         if guest is None or rows is None:
-            return self._differentiate_composed(output, weights, batch, options)
+            return self._differentiate_by_autograd(output, weights, batch, options)
         if output != "loss":
-            return self._differentiate_hidden(output, guest, weights, rows, options)
-        with self._holding(guest.leaves, PassOptions()):
-            loss, gradients = guest.loss_and_gradients(weights, rows)
+            return self._differentiate_hidden(output, guest, weights, rows, batch.dropout_words, options)
+        with self._holding(guest.leaves, options):
+            loss, gradients = guest.loss_and_gradients(weights, rows, batch.dropout_words)
 
-        def scaled(cotangent: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-            return {group: (a * cotangent, b * cotangent) for group, (a, b) in gradients.items()}
+        def scaled(cotangent: torch.Tensor) -> Gradients:
+            return {group: tuple(gradient * cotangent for gradient in own) for group, own in gradients.items()}
 
         return loss, scaled
 
-    def _guest_of(self, weights: Weights, options: PassOptions, learns: bool) -> Guest | None:
+    def _guest_of(self, weights: Weights, options: PassOptions, learns: bool) -> FunctionalPass | None:
         """The written-out pass for these adapters, or None where a train step would not take it either.
 
         One is held, since each may hold weights. Without any it is the last one, so that a reference rounds as its policy.
@@ -109,36 +111,48 @@ class Bridge:
             return None if self._guest is None else self._guest[1]
         shapes = tuple((name, *(tensor.shape for tensor in own)) for name, own in weights.items())
         asked = (shapes, options.dropout)
-        if asked not in self._fused:
-            spec = guest_spec(self._model.spec, weights, options.dropout)
-            self._fused[asked] = runs_fused(self._decoder, spec, self._model.options)
-        if not self._fused[asked]:
+        if asked not in self._written:
+            spec = external_spec(self._model.spec, weights, options.dropout)
+            self._written[asked] = runs_written(self._decoder, spec, self._model.options)
+        if not self._written[asked]:
             return None
-        key = (shapes, options.checkpointing)
-        if self._guest is None or self._guest[0][0] != shapes or (learns and self._guest[0] != key):
+        key = (shapes, options.checkpointing, options.dropout)
+        # One made for training serves evaluations too: without a key nothing is dropped.
+        differs = (learns or options.dropout > 0) and self._guest is not None and self._guest[0] != key
+        if self._guest is None or self._guest[0][0] != shapes or differs:
             self._guest = None  # its memory goes before the next one's comes
             own = replace(self._model.options, gradient_checkpointing=options.checkpointing)
-            self._guest = key, Guest(self._decoder, self._model.spec, weights, own)
+            self._guest = key, FunctionalPass(self._decoder, self._model.spec, weights, own, options.dropout)
         return self._guest[1]
 
     def _differentiate_hidden(
-        self, output: Output, guest: Guest, adapters: Weights, rows: Batch, options: PassOptions
+        self,
+        output: Output,
+        guest: FunctionalPass,
+        weights: Weights,
+        rows: Batch,
+        words: tuple[int, int] | None,
+        options: PassOptions,
     ) -> tuple[torch.Tensor, Pullback]:
-        with self._holding(guest.leaves, PassOptions()):
-            hidden, backward = guest.hidden(adapters, rows, learns=True)
+        head = f"{LM_HEAD}.weight"
+        trained = guest.leaves.get(head, ()) if output == "logits" else ()
+        with self._holding(guest.leaves, options):
+            hidden, backward = guest.hidden(weights, rows, words, learns=True)
             leaf = hidden.unflatten(0, rows.input_ids.shape).requires_grad_()
             with torch.enable_grad():
                 value = self._shown(output, leaf, options)
 
-        def pull(cotangent: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-            with self._holding(guest.leaves, PassOptions()):
-                (dhidden,) = torch.autograd.grad(value, leaf, cotangent)
+        def pull(cotangent: torch.Tensor) -> Gradients:
+            with self._holding(guest.leaves, options):
+                dhidden, *of_head = torch.autograd.grad(value, [leaf, *trained], cotangent)
                 gradients = backward(dhidden.flatten(0, 1).contiguous())
-            return {group: (a, b) for group, (a, b) in gradients.items()}
+            for gradient in of_head:
+                gradients[head][0].add_(gradient)
+            return gradients
 
         return value.detach(), pull
 
-    def _differentiate_composed(
+    def _differentiate_by_autograd(
         self, output: Output, weights: Weights, batch: Tokens, options: PassOptions
     ) -> tuple[torch.Tensor, Pullback]:
         leaves = _leaves(weights)
@@ -164,7 +178,7 @@ class Bridge:
     @contextmanager
     def _holding(self, leaves: Leaves, options: PassOptions) -> Iterator[None]:
         """The decoder with these weights over its base and no others, in its own dtypes; afterwards it has what it had."""
-        before, self._decoder._recompute = self._decoder._recompute, options.checkpointing not in ("none", "auto")
+        before, self._decoder.recompute = self._decoder.recompute, options.checkpointing not in ("none", "auto")
         swapped: list[tuple[Linear, Adapter]] = []
         whole = {name: own[part] for name, (own, part) in self._owners.items()}
         try:
@@ -176,7 +190,7 @@ class Bridge:
             with torch.autocast(self._decoder.device.type, enabled=False):
                 yield
         finally:
-            self._decoder._recompute = before
+            self._decoder.recompute = before
             for layer, adapter in swapped:
                 layer.swap_adapter(adapter)
             for name, (own, part) in self._owners.items():
@@ -184,24 +198,26 @@ class Bridge:
 
     def _evaluate(self, output: Output, batch: Tokens, options: PassOptions) -> torch.Tensor:
         decoder, device = self._decoder, self._decoder.device
-        rows = torch.arange(batch.input_ids.shape[0], dtype=torch.int32, device=device)
-        words = None if batch.dropout_words is None else torch.tensor(batch.dropout_words, device=device)
+        dropout = None
+        if batch.dropout_words is not None:
+            rows = torch.arange(batch.input_ids.shape[0], dtype=torch.int32, device=device)
+            dropout = DropoutKey(torch.tensor(batch.dropout_words, device=device), rows)
         ids, positions, segments, kv_segments = (
             to_device(array, device) for array in (batch.input_ids, batch.positions, batch.segments, batch.kv_segments)
         )
         tables = decoder.rope_tables(positions, batch.longest)
-        context = Context(tables, segments, kv_segments, rows=rows, dropout_words=words)
+        run = Run(tables, segments, kv_segments, dropout)
         if output == "loss":
             assert batch.targets is not None
-            chosen = (batch.targets != IGNORE).reshape(-1).nonzero()[0]
-            return decoder.loss(ids, context, to_device(batch.targets, device), to_device(chosen, device))
-        return self._shown(output, decoder.hidden(ids, context), options)
+            positions = to_device((batch.targets != IGNORE).reshape(-1).nonzero()[0], device)
+            return autograd_pass.loss(decoder, ids, run, to_device(batch.targets, device), positions)
+        return self._shown(output, autograd_pass.hidden(decoder, ids, run), options)
 
     def _shown(self, output: Output, hidden: torch.Tensor, options: PassOptions) -> torch.Tensor:
         """What is asked for of all hidden states."""
         if options.count is not None:
             hidden = hidden[:, options.first : options.first + options.count]
-        return self._decoder.logits(hidden) if output == "logits" else hidden
+        return self._decoder.lm_head(hidden) if output == "logits" else hidden
 
 
 def _leaves(weights: Weights) -> Leaves:

@@ -1,4 +1,4 @@
-"""The frozen products of training in 8 bits (``compute: fp8``): `Weights` whose matrices are e4m3 with a scale a row.
+"""The frozen products of training in 8 bits (``compute: fp8``): augmented weights in e4m3 with a scale a row.
 
 Both directions are one product as in kernels/lora_matmul/extended.py, ``[x, x·Aᵀ] · [W, sB]ᵀ`` and ``[dy, dy·sB] · [Wᵀ, Aᵀ]ᵀ``;
 the tensor cores want both operands contiguous along the summed axis, so the second matrix is stored transposed. Activations
@@ -21,10 +21,9 @@ from jaxsloth.backend import BuildOptions
 from jaxsloth.kernels.fp8 import library_ops, torch_ops
 from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, WIDTH, Piece, Rows
 from jaxsloth.kernels.lora_matmul import extended
-from jaxsloth.kernels.nf4.contract import BLOCK, NF4
+from jaxsloth.kernels.nf4.contract import BLOCK
 from jaxsloth.kernels.registry import RefusedError
-from jaxsloth.torch_backend.groups import Group, Matrix
-from jaxsloth.torch_backend.layers import Linear
+from jaxsloth.torch_backend.linear import GroupLayout, Linear, LinearGroup
 
 # A row's scale is at least that of a row whose maximum is this part of the matrix': a row of almost nothing must not make the
 # factor of all margins large. Such a row's values still keep their relative precision down to 2^-11 of its own maximum.
@@ -33,14 +32,16 @@ CAPABILITY = (8, 9)  # the first with products of e4m3
 
 
 class Side:
-    """The matrix of one direction: e4m3 ``[height, width]``, `extent` columns of weights and room behind."""
+    """The matrix of one direction: e4m3 ``[height, width]``, `extent` columns of weights and pad columns behind."""
 
-    def __init__(self, group: Group, transposed: bool, peaks: torch.Tensor, factor: torch.Tensor) -> None:
+    def __init__(
+        self, group: LinearGroup, layout: GroupLayout, transposed: bool, peaks: torch.Tensor, factor: torch.Tensor
+    ) -> None:
         """peaks float32 ``[height]``: the weights' maxima a row; factor: see `Piece`."""
-        self.group, self.transposed, self.factor = group, transposed, factor
+        self.group, self.layout, self.transposed, self.factor = group, layout, transposed, factor
         features = group.in_features, group.out_features
         self.height, self.extent = features if transposed else features[::-1]
-        self.width = self.extent + group.room
+        self.width = self.extent + layout.pad
         peaks = torch.maximum(peaks, peaks.max() * FLOOR).clamp(min=SMALLEST)
         self.scales, self.inverse = (peaks / LARGEST)[:, None], LARGEST / peaks
 
@@ -53,31 +54,32 @@ class Side:
 
     def pieces(self, matrix: torch.Tensor) -> list[Piece]:
         """What lies behind the weights: the scaled B, or Aᵀ."""
-        group, margin, found = self.group, matrix[:, self.extent :], []
-        if group.room == 0:
+        group, layout, margin, found = self.group, self.layout, matrix[:, self.extent :], []
+        if layout.pad == 0:
             return found
         for place, linear in enumerate(group.linears):
-            first, rows = group.places[place], slice(group.starts[place], group.starts[place] + group.outs[place])
+            first, rows = layout.places[place], slice(group.starts[place], group.starts[place] + group.outs[place])
             if self.transposed and linear.lora_A is not None:
-                target = margin[:, first : first + group.ranks[place]]
+                target = margin[:, first : first + layout.ranks[place]]
                 found.append(Piece(linear.lora_A.data.T, target, self.inverse, self.factor))
             elif not self.transposed:
                 b = None if linear.lora_B is None else linear.lora_B.data
                 found.append(Piece(b, margin[rows], self.inverse[rows], self.factor, first, linear.scale))
-        if self.transposed and group.rank < group.room:
-            found.append(Piece(None, margin[:, group.rank :], self.inverse, self.factor))
+        if self.transposed and layout.rank < layout.pad:
+            found.append(Piece(None, margin[:, layout.rank :], self.inverse, self.factor))
         return found
 
 
-class Fp8Matrix:
-    """See `groups.Matrix`."""
+class Fp8Weight:
+    """See `run.AugmentedWeight`."""
 
-    def __init__(self, weights: Fp8Weights, low_a: torch.Tensor, low_b: torch.Tensor, sides: tuple[Side, Side]) -> None:
-        self._weights, self.low_a, self.low_b = weights, low_a, low_b
+    def __init__(self, weights: Fp8Weights, a: torch.Tensor, b: torch.Tensor, sides: tuple[Side, Side]) -> None:
+        self._weights, self.a, self.b = weights, a, b
         self._forward, self._backward = sides
+        self.layout = self._forward.layout
 
-    def forward(self, x: torch.Tensor, low: torch.Tensor | None, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-        self._weights.multiply(self._forward, x[:, : self._forward.extent], low, bias, y)
+    def forward(self, x: torch.Tensor, xa: torch.Tensor | None, y: torch.Tensor) -> None:
+        self._weights.multiply(self._forward, x[:, : self._forward.extent], xa, self.layout.bias, y)
 
     def backward(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
         side = self._backward
@@ -86,25 +88,26 @@ class Fp8Matrix:
 
 
 class Fp8Weights:
-    """`Weights` in 8 bits. A dense group's two matrices are kept beside its weights (2 bytes a value more); a quantized one's
-    are kept too, or written anew for each use in a shared buffer.
+    """Augmented weights in 8 bits. A dense group's two matrices are kept beside its weights (2 bytes a value more); those of a
+    quantized one are kept too, or written anew for each use in a shared buffer.
 
     dense_kernels: the module with `Placement` and `dequantize_into`.
     """
 
     def __init__(
-        self, groups: Sequence[Group], dtype: torch.dtype, device: torch.device, keeps: bool, dense_kernels: ModuleType
+        self, groups: Sequence[LinearGroup], dtype: torch.dtype, device: torch.device, keeps: bool, dense_kernels: ModuleType
     ) -> None:
         self._kernels, self._product, self._dense = kernels_of(device), product_of(device), dense_kernels
         self._factors = torch.ones(2 * len(groups), device=device)
         like = torch.empty(0, dtype=torch_ops.E4M3, device=device)
+        self._layouts = {group: GroupLayout(group, dtype) for group in groups}
         sides = {group: self._sides(group, place, dtype, device) for place, group in enumerate(groups)}
         shared = [side for group in groups if group.quantized and not keeps for side in sides[group]]
         self._shared = like.new_empty(max((side.height * side.width for side in shared), default=0))
         self._values: dict[Side, torch.Tensor] = {}
         self._margins = {}
-        every, kept, low = [], [], []
-        self._matrices: dict[Group, Fp8Matrix] = {}
+        every, kept, exact = [], [], []
+        self._matrices: dict[LinearGroup, Fp8Weight] = {}
         for group in groups:
             for side in sides[group]:
                 lasts = not group.quantized or keeps
@@ -117,50 +120,57 @@ class Fp8Weights:
                     kept.extend(pieces)
                 else:
                     self._margins[side] = self._kernels.Margins(pieces, like)
-            low_a = torch.zeros(group.room, group.in_features, dtype=dtype, device=device)
-            low_b = torch.zeros(group.out_features, group.room, dtype=dtype, device=device)
-            low.extend(_low_pieces(group, low_a, low_b))
-            self._matrices[group] = Fp8Matrix(self, low_a, low_b, sides[group])
+            layout = self._layouts[group]
+            a = torch.zeros(layout.pad, group.in_features, dtype=dtype, device=device)
+            b = torch.zeros(group.out_features, layout.pad, dtype=dtype, device=device)
+            exact.extend(_exact_pieces(group, layout, a, b))
+            self._matrices[group] = Fp8Weight(self, a, b, sides[group])
         self._every, self._kept = self._kernels.Margins(every, like), self._kernels.Margins(kept, like)
-        self._low = dense_kernels.Placement(low, torch.empty(0, dtype=dtype, device=device))
+        self._exact = dense_kernels.Placement(exact, torch.empty(0, dtype=dtype, device=device))
+        self._biased = [layout for layout in self._layouts.values() if layout.trains_biases]
         self._last: Side | None = None
 
     @torch.no_grad()
-    def _sides(self, group: Group, place: int, dtype: torch.dtype, device: torch.device) -> tuple[Side, Side]:
+    def _sides(self, group: LinearGroup, place: int, dtype: torch.dtype, device: torch.device) -> tuple[Side, Side]:
         """(forward, backward), their scales set from the weights."""
         rows, columns = [], torch.zeros(group.in_features, device=device)
         for linear in group.linears:
-            weight = linear.base()
-            if isinstance(weight, NF4):
+            weight = linear.weight
+            if linear.base.quantized:
                 weight = torch.empty(linear.shape, dtype=dtype, device=device)
-                self._dense.dequantize_into(linear.base(), weight)
+                linear.base.write(weight, self._dense)
             rows.append(_peaks(weight, 1))
             columns = torch.maximum(columns, _peaks(weight, 0))
         factors = self._factors[2 * place : 2 * place + 2].split(1)
-        return Side(group, False, torch.cat(rows), factors[0]), Side(group, True, columns, factors[1])
+        layout = self._layouts[group]
+        return Side(group, layout, False, torch.cat(rows), factors[0]), Side(group, layout, True, columns, factors[1])
 
     def _fill(self, side: Side) -> None:
         for place, linear in enumerate(side.group.linears):
             target, inverse = side.part(self._values[side], place)
-            base = linear.base()
-            write = self._kernels.nf4_into if isinstance(base, NF4) else self._kernels.dense_into
-            write(base, inverse, target, transposed=side.transposed)
+            write = self._kernels.nf4_into if linear.base.quantized else self._kernels.dense_into
+            write(linear.base.operand, inverse, target, transposed=side.transposed)
 
     def begin(self) -> None:
-        self._low.run()
+        self._exact.run()
         self._every.reach(self._factors)
         self._kept.run()
+        for layout in self._biased:
+            layout.take_biases()
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         self._last = None
 
-    def of(self, group: Group) -> Matrix:
+    def layout(self, group: LinearGroup) -> GroupLayout:
+        return self._layouts[group]
+
+    def of(self, group: LinearGroup) -> Fp8Weight:
         return self._matrices[group]
 
     def multiply(
         self, side: Side, x: torch.Tensor, behind: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        """``out [tokens, height] = [x, behind] · matrixᵀ + bias``; x ``[tokens, extent]``, behind ``[tokens, room]``."""
+        """``out [tokens, height] = [x, behind] · matrixᵀ + bias``; x ``[tokens, extent]``, behind ``[tokens, pad]``."""
         if side in self._margins and self._last is not side:
             self._fill(side)
             self._margins[side].run()
@@ -206,19 +216,19 @@ def layer_refusal(linears: Sequence[Linear]) -> str | None:
     for linear in linears:
         if linear.shape[0] % WIDTH or linear.shape[1] % WIDTH:
             return f"needs widths that are multiples of {WIDTH}, and a linear layer has {linear.shape}"
-        if isinstance(linear.base(), NF4) and linear.shape[1] % BLOCK:
+        if linear.base.quantized and linear.shape[1] % BLOCK:
             return f"needs NF4 weights whose rows are whole blocks of {BLOCK} values, and one has the shape {linear.shape}"
     return None
 
 
-def _low_pieces(group: Group, low_a: torch.Tensor, low_b: torch.Tensor) -> list[extended.Piece]:
+def _exact_pieces(group: LinearGroup, layout: GroupLayout, a: torch.Tensor, b: torch.Tensor) -> list[extended.Piece]:
     """The adapters in the compute dtype; what stays zero is no piece."""
     found = []
     for place, linear in group.adapted():
         assert linear.lora_A is not None and linear.lora_B is not None
-        first, start = group.places[place], group.starts[place]
-        found.append(extended.Piece(linear.lora_A.data, low_a[first : first + group.ranks[place]]))
-        found.append(extended.Piece(linear.lora_B.data, low_b[start : start + group.outs[place]], first, linear.scale))
+        first, start = layout.places[place], group.starts[place]
+        found.append(extended.Piece(linear.lora_A.data, a[first : first + layout.ranks[place]]))
+        found.append(extended.Piece(linear.lora_B.data, b[start : start + group.outs[place]], first, linear.scale))
     return found
 
 

@@ -11,15 +11,16 @@ import torch
 from jaxsloth.kernels.registry import choose_fused
 from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.spec import Attention
-from jaxsloth.torch_backend.decode_step import KEPT_BYTES, SLOTS, Step
-from jaxsloth.torch_backend.layers import Cache, Context
+from jaxsloth.torch_backend import autograd_pass
+from jaxsloth.torch_backend.decode_pass import KEPT_BYTES, SLOTS, DecodeProgram
 from jaxsloth.torch_backend.placement import to_device
+from jaxsloth.torch_backend.run import Cache, Run
 from jaxsloth.torch_backend.state import ModelState
 
 PREFILL = 8192  # tokens of all rows that one pass over the prompts takes
 
 
-def take_step(model: ModelState, batch: int, capacity: int) -> Step | None:
+def take_program(model: ModelState, batch: int, capacity: int) -> DecodeProgram | None:
     """A program for so many rows and slots, the one of an earlier request where it fits; None where the layers are to be run
     as they are. implementations={"decode_step": "fused" or "composed"} asks for one by name.
 
@@ -29,17 +30,18 @@ def take_step(model: ModelState, batch: int, capacity: int) -> Step | None:
     requested = (model.options.implementations or {}).get("decode_step")
     if not choose_fused("decode_step", "torch", requested, decode_refusal(model.spec), model.decoder.device.type):
         return None
-    step, model.idle_step = model.idle_step, None
-    if step is None or not step.serves(model.decoder, batch, capacity):
-        del step  # its caches go before new ones come
-        step = Step(model.decoder, batch, capacity + -capacity % SLOTS, (model.options.implementations or {}).get("nf4_matvec"))
-    return step
+    program, model.idle_program = model.idle_program, None
+    if program is None or not program.serves(model.decoder, batch, capacity):
+        del program  # its caches go before new ones come
+        matvec = (model.options.implementations or {}).get("nf4_matvec")
+        program = DecodeProgram(model.decoder, batch, capacity + -capacity % SLOTS, matvec)
+    return program
 
 
-def give_back(model: ModelState, step: Step) -> None:
+def give_back(model: ModelState, program: DecodeProgram) -> None:
     """Leaves a program to the next request, unless it holds much memory."""
-    if step.cache_bytes <= KEPT_BYTES:
-        model.idle_step = step
+    if program.cache_bytes <= KEPT_BYTES:
+        model.idle_program = program
 
 
 class DecodeState:
@@ -57,14 +59,14 @@ class DecodeState:
         self._segments = np.zeros((batch, capacity), np.int32)
         self._segments[:, :length] = slots >= padding
         positions = np.maximum(slots - padding, 0).astype(np.int32)
-        self._step = take_step(model, batch, capacity)
-        if self._step is None:
+        self._program = take_program(model, batch, capacity)
+        if self._program is None:
             self._caches = tuple(
                 Cache(self._empty(batch, layer.attention), self._empty(batch, layer.attention)) for layer in decoder.spec.layers
             )
         else:
-            self._caches = tuple(Cache(keys, values) for keys, values in self._step.caches)
-            weakref.finalize(self, give_back, model, self._step).atexit = False
+            self._caches = tuple(Cache(keys, values) for keys, values in self._program.caches)
+            weakref.finalize(self, give_back, model, self._program).atexit = False
         size = max(PREFILL // batch, 1)
         for start in range(0, length, size):
             part = slice(start, start + size)
@@ -82,16 +84,16 @@ class DecodeState:
     def greedy(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
         """See `jaxsloth.backend.DecodeState`."""
         self._check(count)
-        if self._step is None:
+        if self._program is None:
             return self._greedy_by_steps(tokens, count)
         used = self._used
-        self._step.begin(self._next, used)
+        self._program.begin(self._next, used)
         self._segments[:, used : used + count] = 1
         self._used += count
         self._next += count
         for cache in self._caches:
             cache.used = self._used
-        return self._step.say(tokens, used, count)
+        return self._program.decode_chunks(tokens, used, count)
 
     @torch.no_grad()
     def reorder(self, rows: np.ndarray) -> None:
@@ -116,17 +118,17 @@ class DecodeState:
         """The last hidden state of every row."""
         decoder = self._model.decoder
         device = decoder.device
-        context = Context(
+        run = Run(
             tables=decoder.rope_tables(to_device(positions, device), int(self._next.max(initial=0))),
             segments=to_device(segments, device),
             kv_segments=to_device(self._segments, device),
             caches=self._caches,
         )
-        return decoder.hidden(to_device(input_ids.astype(np.int32), device), context)[:, -1]
+        return autograd_pass.hidden(decoder, to_device(input_ids.astype(np.int32), device), run)[:, -1]
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> np.ndarray:
-        return self._model.decoder.logits(hidden).cpu().numpy()
+        return self._model.decoder.lm_head(hidden).cpu().numpy()
 
     def _empty(self, batch: int, attention: Attention) -> torch.Tensor:
         decoder, shape = self._model.decoder, (batch, self._capacity, attention.kv_heads, attention.head_dim)

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from jaxsloth.torch_backend.layer_pass import Saved
-
-MOVED = ("x1", "qkv", "attended", "x2")
+Named = dict[Any, torch.Tensor]
 # Layers whose copies to the host may be under way while later ones compute.
 IN_FLIGHT = 2
 
 
 @dataclass
-class Away:
-    """A layer's `Saved` whose tensors are on the host, and on their way back once `arrived` is set."""
+class Offloaded:
+    """A layer's tensors on the host, and on their way back once `arrived` is set."""
 
-    saved: Saved
-    host: dict[str, torch.Tensor]
-    arriving: dict[str, torch.Tensor] | None = None
+    host: Named
+    arriving: Named | None = None
     arrived: Any = None  # an event of the copying stream
 
 
-class Stash:
+class ActivationOffload:
     """Sends tensors away in layer order and brings them back in the reverse one, a layer ahead of its use."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._leaving: deque[tuple[Any, list[torch.Tensor]]] = deque()
-        self._pool: dict[tuple[Any, ...], list[dict[str, torch.Tensor]]] = {}  # host memory not in use, by shapes
+        self._pool: dict[tuple[Any, ...], list[Named]] = {}  # host memory not in use, by shapes
 
-    def put(self, saved: Saved) -> Away:
+    def put(self, tensors: Named) -> Offloaded:
         """Starts a layer's copies; the device memory is free once they are done."""
-        tensors = {name: getattr(saved, name) for name in MOVED if getattr(saved, name) is not None}
         host = self._host(tensors)
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -47,25 +43,25 @@ class Stash:
         self._leaving.append((self._stream.record_event(), list(tensors.values())))
         while len(self._leaving) > IN_FLIGHT:
             current.wait_event(self._leaving.popleft()[0])
-        return Away(replace(saved, **dict.fromkeys(tensors)), host)
+        return Offloaded(host)
 
-    def get(self, kept: list[Any], index: int, first: int) -> Saved:
-        """The `Saved` of layer `index`, on the device; layer index - 1 is sent for."""
+    def get(self, layers: Sequence[Offloaded | None], index: int, first: int) -> Named:
+        """The tensors of layer `index`, on the device; layer index - 1 is sent for."""
         current = torch.cuda.current_stream(self._stream.device)
         while self._leaving:
             current.wait_event(self._leaving.popleft()[0])
-        self._send_for(kept[index])
-        if index > first:
-            self._send_for(kept[index - 1])
-        away: Away = kept[index]
-        assert away.arriving is not None and away.arrived is not None
+        for wanted in (index, index - 1):
+            one = layers[wanted] if wanted >= first else None
+            if one is not None:
+                self._send_for(one)
+        away = layers[index]
+        assert away is not None and away.arriving is not None and away.arrived is not None
         current.wait_event(away.arrived)
         self._pool[_shapes(away.host)].append(away.host)
-        found = replace(away.saved, **away.arriving)
-        away.arriving = None
+        found, away.arriving = away.arriving, None
         return found
 
-    def _send_for(self, away: Away) -> None:
+    def _send_for(self, away: Offloaded) -> None:
         if away.arriving is not None:
             return
         arriving = {name: torch.empty_like(host, device=self._stream.device) for name, host in away.host.items()}
@@ -76,12 +72,12 @@ class Stash:
                 arriving[name].copy_(host, non_blocking=True)
         away.arriving, away.arrived = arriving, self._stream.record_event()
 
-    def _host(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _host(self, tensors: Named) -> Named:
         free = self._pool.setdefault(_shapes(tensors), [])
         if free:
             return free.pop()
         return {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in tensors.items()}
 
 
-def _shapes(tensors: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+def _shapes(tensors: Named) -> tuple[Any, ...]:
     return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())

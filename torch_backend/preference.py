@@ -15,8 +15,7 @@ from jaxsloth.backend import OptimizerOptions, PreferenceOptions, PreferenceResu
 from jaxsloth.batch import Batch, Window, check_reference, pairs_of
 from jaxsloth.models.names import check_base_is_whole
 from jaxsloth.torch_backend import placement
-from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.objective import Tensors, by_row, target_losses
+from jaxsloth.torch_backend.objective import Tensors, by_row
 from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.state import ModelState
 from jaxsloth.torch_backend.train_step import RowLosses, WindowStep
@@ -30,9 +29,14 @@ class PairLoss:
     """
 
     options: PreferenceOptions
-    smoothing: ClassVar[float] = 0.0
+    uniform: ClassVar[bool] = False
 
-    def losses_and_slopes(
+    @property
+    def smoothing(self) -> float:
+        """Of the losses: none. A conservative pair loss smooths its own."""
+        return 0.0
+
+    def losses_and_grads(
         self, log_probs: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(every pair's loss ``[rows / 2]``, its gradient by the rows' log-probs ``[rows]``), 0 where a pair has no target."""
@@ -45,29 +49,23 @@ class PairLoss:
         if self.options.loss == "sigmoid":
             up, down = logsigmoid(beta * delta), logsigmoid(-beta * delta)
             losses = -(1.0 - smoothing) * up - smoothing * down
-            slopes = beta * (smoothing * up.exp() - (1.0 - smoothing) * down.exp())
+            grads = beta * (smoothing * up.exp() - (1.0 - smoothing) * down.exp())
         elif self.options.loss == "hinge":
             losses = torch.relu(1.0 - beta * delta)
-            slopes = -beta * (losses > 0)
+            grads = -beta * (losses > 0)
         else:
             miss = delta - 1.0 / (2.0 * beta)
-            losses, slopes = miss * miss, 2.0 * miss
-        slopes = slopes.where(real, 0.0)
-        return losses.where(real, 0.0), torch.stack([slopes, -slopes], dim=1).view(-1) * scale
+            losses, grads = miss * miss, 2.0 * miss
+        grads = grads.where(real, 0.0)
+        return losses.where(real, 0.0), torch.stack([grads, -grads], dim=1).view(-1) * scale
 
     def weigh(
-        self, losses: torch.Tensor, chosen: torch.Tensor, shape: tuple[int, int], tensors: Tensors
+        self, losses: torch.Tensor, target_positions: torch.Tensor, shape: tuple[int, int], tensors: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs = -by_row(losses, chosen, shape)
-        _, slopes = self.losses_and_slopes(log_probs, tensors["reference"], tensors["counts"])
-        row = (chosen // shape[1]).clamp(max=shape[0] - 1)
-        return log_probs, (slopes * -tensors["factor"]).index_select(0, row)
-
-    def add_gradients(self, decoder: Decoder, batch: Batch, words: torch.Tensor | None, tensors: Tensors) -> torch.Tensor:
-        losses, chosen = target_losses(decoder, batch, words)
-        log_probs, slopes = self.weigh(losses.detach(), chosen, batch.input_ids.shape, tensors)
-        losses.backward(slopes)
-        return log_probs
+        log_probs = -by_row(losses, target_positions, shape)
+        _, grads = self.losses_and_grads(log_probs, tensors["reference"], tensors["counts"])
+        row = (target_positions // shape[1]).clamp(max=shape[0] - 1)
+        return log_probs, (grads * -tensors["factor"]).index_select(0, row)
 
 
 class PreferenceStep(WindowStep):
@@ -93,7 +91,7 @@ class PreferenceStep(WindowStep):
 
         for micro, log_probs in self._passes(window, tensors_of, step, seed):
             whole[micro, mine] = log_probs
-        losses, _ = self._pair_loss.losses_and_slopes(whole[:, mine].flatten(), valued.flatten(), scored.flatten())
+        losses, _ = self._pair_loss.losses_and_grads(whole[:, mine].flatten(), valued.flatten(), scored.flatten())
         placement.sum_over_processes(whole)
         return PreferenceResult(*self._update(learning_rate, losses.sum() / count), whole)
 

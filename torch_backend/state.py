@@ -9,27 +9,27 @@ import torch
 from jaxsloth.backend import BuildOptions
 from jaxsloth.models.names import EMBEDDING, LM_HEAD
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.torch_backend.decode_step import Step
+from jaxsloth.torch_backend.decode_pass import DecodeProgram
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.optimizer import Flat
-from jaxsloth.torch_backend.passes import FastPass, make_pass
+from jaxsloth.torch_backend.written_program import WrittenProgram, make_program
 
 
 class ModelState:
-    """`decoder` is the nn.Module; idle_step: the last request's decoding program, for the next one."""
+    """`decoder` is the nn.Module; idle_program: the last request's decoding program, for the next one."""
 
     def __init__(self, spec: ModelSpec, options: BuildOptions, decoder: Decoder) -> None:
         self.spec, self.options, self.decoder = spec, options, decoder
-        self.idle_step: Step | None = None
+        self.idle_program: DecodeProgram | None = None
         self._base: dict[str, torch.nn.Parameter] = {}  # what `keep_base` holds
         self._flat: Flat | None = None
-        self._fast: FastPass | None = None
+        self._program: WrittenProgram | None = None
 
-    def fast_pass(self) -> FastPass | None:
-        """The written-out training pass, one for training and evaluation; None where autograd is used."""
-        if self._fast is None:
-            self._fast = make_pass(self.decoder, self.spec, self.options)
-        return self._fast
+    def written_program(self) -> WrittenProgram | None:
+        """The written training pass, one for training and evaluation; None where autograd is used."""
+        if self._program is None:
+            self._program = make_program(self.decoder, self.spec, self.options)
+        return self._program
 
     def flat(self) -> Flat:
         if self._flat is None:

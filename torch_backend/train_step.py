@@ -12,8 +12,8 @@ from jaxsloth.batch import Batch, Window
 from jaxsloth.kernels.dropout.contract import key_words, step_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from jaxsloth.models.names import EMBEDDING
-from jaxsloth.torch_backend import placement
-from jaxsloth.torch_backend.objective import Objective, SummedLoss, Tensors, by_row, target_losses
+from jaxsloth.torch_backend import autograd_pass, placement
+from jaxsloth.torch_backend.objective import Objective, SummedLoss, Tensors, by_row
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
 from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.state import ModelState
@@ -46,7 +46,7 @@ class WindowStep:
         self._model, self._objective = model, objective
         self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
-        self._fast = model.fast_pass()
+        self._program = model.written_program()
 
     def _passes(
         self, window: Window, tensors_of: Callable[[int], Tensors], step: int, seed: int
@@ -56,8 +56,8 @@ class WindowStep:
         self._optimizer.flat.gradient.zero_()
         words = torch.tensor(step_words(seed, step), device=device) if self._drops else None
         mine = placement.share(window.input_ids.shape[1])
-        if self._fast is not None:
-            self._fast.begin((mine.stop - mine.start) * window.input_ids.shape[2])
+        if self._program is not None:
+            self._program.begin((mine.stop - mine.start) * window.input_ids.shape[2])
         for micro in range(window.input_ids.shape[0]):
             batch = Batch(
                 window.input_ids[micro, mine],
@@ -66,10 +66,14 @@ class WindowStep:
                 window.positions[micro, mine],
                 window.rows[micro, mine],
             )
-            if self._fast is not None:
-                yield micro, self._fast.add_gradients(batch, self._objective, tensors_of(micro))
+            if self._program is not None:
+                inputs = tensors_of(micro) if words is None else tensors_of(micro) | {"dropout_words": words}
+                yield micro, self._program.add_gradients(batch, self._objective, inputs)
             else:
-                yield micro, self._objective.add_gradients(model.decoder, batch, words, tensors_of(micro))
+                yield (
+                    micro,
+                    autograd_pass.add_gradients(model.decoder, batch, self._objective, words, tensors_of(micro)),
+                )
 
     def _factor(self, count: int) -> torch.Tensor:
         """What a mean over `count` is differentiated times."""
@@ -129,16 +133,18 @@ class RowLosses:
 
     def __init__(self, model: ModelState, smoothing: float = 0.0) -> None:
         self._model, self._smoothing = model, smoothing
-        self._fast = model.fast_pass() if model.spec.lora is not None else None
+        self._program = model.written_program() if model.spec.lora is not None else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, slice]:
         mine = placement.share(batch.input_ids.shape[0])
         own = Batch(batch.input_ids[mine], batch.targets[mine], batch.segments[mine], batch.positions[mine], batch.rows[mine])
-        if self._fast is None:
-            return by_row(*target_losses(self._model.decoder, own, None, self._smoothing), own.input_ids.shape), mine
-        self._fast.begin(0)
-        return self._fast.row_losses(own, self._smoothing), mine
+        if self._program is None:
+            return by_row(
+                *autograd_pass.losses(self._model.decoder, own, None, smoothing=self._smoothing), own.input_ids.shape
+            ), mine
+        self._program.begin(0)
+        return self._program.row_losses(own, self._smoothing), mine
 
 
 def make_train_step(model: ModelState, options: OptimizerOptions, regularization: Regularization) -> TrainStep:

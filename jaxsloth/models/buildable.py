@@ -27,25 +27,6 @@ def check_buildable(spec: ModelSpec, backend: str) -> None:
         raise ValueError(f"the {backend} backend can't build this {spec.family} model: {wrong[0]}")
 
 
-def fused_refusal(spec: ModelSpec) -> str | None:
-    """Why neither backend's fused training pass can train this model, or None."""
-    lora = spec.lora
-    if lora is None:
-        return "has no adapters to train"
-    if lora.dropout > 0:
-        return "draws no dropout masks"
-    if lora.bias != "none" or lora.modules_to_save:
-        return "trains adapters only, and biases or whole modules are to be trained too"
-    for layer in spec.layers:
-        if layer.placement != "pre" or layer.attention_norm is None:
-            return f"knows pre-norm blocks, and this model's norms are placed {layer.placement!r}"
-        if layer.attention.qk_norm is not None:
-            return "has no norm of queries and keys"
-        if layer.attention.rope is None or not layer.mlp.gated:
-            return "needs rotary positions and a gated MLP"
-    return None
-
-
 def decode_refusal(spec: ModelSpec) -> str | None:
     """Why neither backend's fused decoding can run this model, or None."""
     for layer in spec.layers:

@@ -15,8 +15,8 @@ from jaxsloth.jax_backend import bridge as jax_bridge
 from jaxsloth.jax_backend import written_pass as jax_written
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.memory import FILLED, activation_bytes
-from jaxsloth.torch_backend import passes as torch_passes
-from jaxsloth.torch_backend.fused import FusedPass
+from jaxsloth.torch_backend import written_program
+from jaxsloth.torch_backend.written_pass import WrittenPass
 from tests.support.modules import BACKENDS, adapted, batch, our_base, their_base
 
 BAR = 1e-5
@@ -56,7 +56,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def fused_modes(monkeypatch) -> Iterator[list[str | None]]:
     """The `gradient_checkpointing` of every fused forward that is run (torch) or traced (JAX)."""
     seen: list[str | None] = []
-    of_torch, of_jax = FusedPass._forward, jax_written.stream
+    of_torch, of_jax = WrittenPass._forward, jax_written.stream
 
     def torch_forward(self: Any, rows: Any, mode: str | None) -> Any:
         seen.append(mode)
@@ -66,7 +66,7 @@ def fused_modes(monkeypatch) -> Iterator[list[str | None]]:
         seen.append(mode)
         return of_jax(layers, x, run, count, mode, *others)
 
-    monkeypatch.setattr(FusedPass, "_forward", torch_forward)
+    monkeypatch.setattr(WrittenPass, "_forward", torch_forward)
     monkeypatch.setattr(jax_written, "stream", jax_stream)
     return iter([seen])
 
@@ -142,12 +142,38 @@ def test_what_the_fused_passes_cannot_do_goes_to_the_composed_ones_or_is_refused
         judge.backward()
         assert_close(gradients(ours), gradients(theirs))
     assert not modes
+    if backend == "torch":
+        return
     dropping = model(backend, "fused", lora_dropout=0.1).train()
     with pytest.raises(RefusedError, match="draws no dropout masks"):
         dropping(**batch())
     with torch.no_grad():
         assert dropping.eval()(**batch()).loss > 0
     assert len(modes) == 1
+
+
+@pytest.mark.parametrize(("output", "whole"), [("loss", False), ("logits", True)])
+def test_dropout_and_whole_modules_take_the_written_pass(output, whole, fused_modes):
+    """Its masks are those of the bodies' own forwards, and an evaluation between two steps drops nothing."""
+    modes = next(fused_modes)
+    changes = {"lora_dropout": 0.3} | ({"modules_to_save": ["embed_tokens", "lm_head"]} if whole else {})
+    found = []
+    for train_pass in ("fused", "composed"):
+        of = model("torch", train_pass, **changes)
+        values = []
+        for place in range(2):
+            torch.manual_seed(place)  # the masks' key is drawn from it
+            given = batch()
+            result = of.train()(**given)
+            value = result.loss if output == "loss" else result.logits[given["attention_mask"].bool()].square().mean()
+            value.backward()
+            with torch.no_grad():
+                values += [value.detach(), of.eval()(**given).loss]
+        found.append((torch.stack(values), gradients(of)))
+    (ours, grads), (theirs, judged) = found
+    assert modes.count(None) == 2 and len(modes) >= 4 and len(set(theirs.tolist())) == 3
+    torch.testing.assert_close(ours, theirs, rtol=BAR, atol=BAR)
+    assert_close(grads, judged)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +206,7 @@ def test_auto_chooses_again_while_a_forward_waits_for_its_backward(monkeypatch, 
     ours, theirs = adapted(our_base("torch", options=options)).train(), adapted(their_base())
     ours.get_base_model().model.gradient_checkpointing = True
     need = activation_bytes(ours.get_base_model().engine.model.spec, "none", 64, 4)
-    monkeypatch.setattr(torch_passes, "free_memory", lambda device: need / FILLED + 1)
+    monkeypatch.setattr(written_program, "free_memory", lambda device: need / FILLED + 1)
     for of in (ours, theirs):
         with torch.no_grad():
             of(**batch())

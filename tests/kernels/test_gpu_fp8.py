@@ -15,7 +15,7 @@ from jaxsloth.kernels.nf4.cases import Case as Nf4Case
 from jaxsloth.kernels.registry import Facts, select
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import fp8
-from jaxsloth.torch_backend.passes import FastPass
+from jaxsloth.torch_backend.written_program import WrittenProgram
 from tests.kernels.fp8_checks import (
     NF4_CASES,
     check_margins,
@@ -118,7 +118,7 @@ def gradients(mode="none", nested=True, **changes):
 def test_the_pass_is_that_of_plain_torch(monkeypatch, nested, keeps):
     """With every 8-bit kernel replaced. Results that differ by bfloat16's rounding are quantized to other values now and then:
     the two passes are apart by a part of e4m3's own noise."""
-    monkeypatch.setattr(FastPass, "_keeps_weights", keeps)
+    monkeypatch.setattr(WrittenProgram, "_keeps_weights", keeps)
     loss, ours = gradients(nested=nested, compute="fp8")
     monkeypatch.setattr(fp8, "kernels_of", lambda device: torch_ops)
     monkeypatch.setattr(fp8, "product_of", lambda device: torch_ops)
@@ -145,9 +145,9 @@ def test_graphs_replay_what_they_recorded(mode):
         model, *_ = build("torch", WIDE, nested=True, options=options)
         step = model.train_step(OptimizerOptions(weight_decay=0.1))
         if not captures:
-            model.fast_pass()._stretches = True
+            model.written_program()._stretches = True
         windows = [stream(examples(16, VOCAB), batch_size=size).window(place) for size in (4, 2) for place in (0, 1)]
         found = [step(window, learning_rate=1e-2, step=place, seed=0).floats()[0] for place, window in enumerate(windows * 3)]
-        assert (model.fast_pass().captured >= 2) == captures
+        assert (model.written_program().captured >= 2) == captures
         losses.append(found)
     assert np.allclose(*losses, rtol=0, atol=2e-2) and losses[0][8] < losses[0][0]

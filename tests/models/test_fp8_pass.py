@@ -10,8 +10,8 @@ from jaxsloth.backend import BuildOptions, OptimizerOptions
 from jaxsloth.kernels.fp8 import torch_ops
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.parity.measure import relative_frobenius
-from jaxsloth.torch_backend import fp8, layer_pass
-from jaxsloth.torch_backend.passes import FastPass
+from jaxsloth.torch_backend import fp8, mlp
+from jaxsloth.torch_backend.written_program import WrittenProgram
 from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
@@ -53,7 +53,7 @@ def test_without_rounding_it_is_the_exact_pass(unrounded, mode, nested):
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("lora", ADAPTED, ids=["all", "qv", "rank_70", "one_layer"])
 def test_adapters_anywhere_and_weights_kept(unrounded, monkeypatch, lora, keeps):
-    monkeypatch.setattr(FastPass, "_keeps_weights", keeps)
+    monkeypatch.setattr(WrittenProgram, "_keeps_weights", keeps)
     changes = {"attention_bias": True, "mlp_bias": True}
     expected, theirs = gradients(mode="selective", changes=changes, nested=True, lora=lora)
     loss, ours = gradients("fp8", mode="selective", changes=changes, nested=True, lora=lora)
@@ -63,7 +63,7 @@ def test_adapters_anywhere_and_weights_kept(unrounded, monkeypatch, lora, keeps)
 
 def test_the_mlp_in_tiles(unrounded, monkeypatch):
     expected, theirs = gradients(nested=True)
-    monkeypatch.setattr(layer_pass, "MLP_TILE", 256 * 13)
+    monkeypatch.setattr(mlp, "MLP_TILE", 256 * 13)
     loss, ours = gradients("fp8", mode="full", nested=True)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert furthest(ours, theirs) <= BAR

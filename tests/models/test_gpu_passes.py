@@ -9,7 +9,7 @@ from jaxsloth.backend import BuildOptions, OptimizerOptions
 from jaxsloth.batch import Batch
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
-from jaxsloth.torch_backend import passes
+from jaxsloth.torch_backend import written_program
 from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
@@ -85,13 +85,13 @@ def test_graphs_replay_what_they_recorded(mode):
             step(window, learning_rate=1e-2, step=place, seed=0).floats()[0] for place, window in enumerate(windows * 2)
         ]
         if train_pass == "fused":
-            assert model.fast_pass().captured >= 2
+            assert model.written_program().captured >= 2
     assert np.allclose(losses["fused"], losses["composed"], rtol=0, atol=2e-4)
 
 
 def test_auto_chooses_again_beside_what_was_recorded(monkeypatch):
     """Graphs of short batches, longer ones that are offloaded, recorded too, and the short ones' graphs again."""
-    monkeypatch.setattr(passes, "KEPT_WEIGHTS", 0)  # no copies of weights, which would take of the free memory below
+    monkeypatch.setattr(written_program, "KEPT_WEIGHTS", 0)  # no copies of weights, which would take of the free memory below
     windows = [stream(examples(16, VOCAB), batch_size=size).window(0) for size in (1, 1, 1, 4, 4, 4, 1, 4)]
     losses = {}
     for train_pass in ("fused", "composed"):
@@ -99,16 +99,16 @@ def test_auto_chooses_again_beside_what_was_recorded(monkeypatch):
         model, *_ = build("torch", WIDE, nested=True, options=options)
         longest = windows[3].input_ids.size
         free = activation_bytes(model.spec, "offload", longest, 4) / FILLED + 1
-        monkeypatch.setattr(passes, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(written_program, "free_memory", lambda device, free=free: free)
         step, modes = model.train_step(OptimizerOptions()), []
         losses[train_pass] = []
         for place, window in enumerate(windows):
             losses[train_pass].append(step(window, learning_rate=1e-2, step=place, seed=0).floats()[0])
             if train_pass == "fused":
-                modes.append(model.fast_pass().mode)
+                modes.append(model.written_program().mode)
         if train_pass == "fused":
             assert modes == ["none"] * 3 + ["offload"] * 5
-            assert model.fast_pass().captured == 2
+            assert model.written_program().captured == 2
     assert np.allclose(losses["fused"], losses["composed"], rtol=0, atol=2e-4)
 
 

@@ -73,18 +73,18 @@ def test_a_program_serves_many_requests_and_sees_new_adapters():
     for one in (model, judge):
         one.add_adapters(lora, values)
     first = generate(model, PROMPTS, SETTINGS)
-    program = model.idle_step
+    program = model.idle_program
     assert program is not None and first == generate(judge, PROMPTS, SETTINGS)
     _, others = adapted(model, seed=6)
     for one in (model, judge):
         one.load_trainable(others)
     second = generate(model, PROMPTS[::-1], SETTINGS)
-    assert model.idle_step is program
+    assert model.idle_program is program
     assert second == generate(judge, PROMPTS[::-1], SETTINGS) != first[::-1]
     generate(model, PROMPTS[:2], SETTINGS)
-    assert model.idle_step is not program
+    assert model.idle_program is not program
     model.train_step(OptimizerOptions())
-    assert model.idle_step is None
+    assert model.idle_program is None
 
 
 def test_two_requests_at_once_do_not_share_a_cache():
@@ -117,7 +117,7 @@ def test_a_large_cache_is_not_kept(monkeypatch):
     model = build("torch", spec_from_config(CONFIG), "fused")
     generate(model, PROMPTS, SETTINGS)
     gc.collect()
-    assert model.idle_step is None
+    assert model.idle_program is None
 
 
 def test_prompts_are_read_in_parts(monkeypatch):
@@ -150,5 +150,5 @@ def test_the_graph_says_what_the_layers_say(variant, rows):
         model.add_adapters(*adapted(model))
         answers.append([generate(model, prompts, replace(SETTINGS, max_new_tokens=count)) for count in (40, 25)])
         if name == "fused":
-            assert model.idle_step._graph is not None
+            assert model.idle_program._graph is not None
     assert answers[0] == answers[1]

@@ -1,4 +1,4 @@
-"""How a micro-batch's loss and gradients come about: written out (fused.py), by autograd, or replayed from a CUDA graph."""
+"""The written pass for batches from the host: the mode that fits, and CUDA graphs where they pay."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import torch
 from jaxsloth.backend import BuildOptions, CheckpointingName, ComputeName
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
-from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.registry import RefusedError, choose_fused
-from jaxsloth.kernels.rope.torch_ops import tables
-from jaxsloth.models.buildable import fused_refusal
-from jaxsloth.models.memory import fitting_mode, offloaded_bytes
+from jaxsloth.models.memory import first_fitting
+from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.torch_backend import fp8, layer_pass
+from jaxsloth.torch_backend import fp8
 from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.fused import FusedPass
 from jaxsloth.torch_backend.objective import Objective, Tensors
 from jaxsloth.torch_backend.placement import free_memory, host_memory, to_device
+from jaxsloth.torch_backend.run import DropoutKey
+from jaxsloth.torch_backend.written_pass import DeviceBatch, WrittenPass, activation_widths, describe, make_pairs
 
 logger = logging.getLogger("jaxsloth.torch_backend")
 
@@ -37,35 +36,36 @@ AUTO_ORDER = ("none", "selective", "offload", "full")
 Arrays = dict[str, np.ndarray]
 
 
-def make_pass(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> FastPass | None:
-    """The written-out pass, or None where autograd has to do it; see `runs_fused`."""
-    if not runs_fused(decoder, spec, options):
+def make_program(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> WrittenProgram | None:
+    """The written pass, or None where autograd has to do it; see `runs_written`."""
+    if not runs_written(decoder, spec, options):
         return None
-    return FastPass(decoder, spec, options.gradient_checkpointing, options.compute)
+    return WrittenProgram(decoder, spec, options.gradient_checkpointing, options.compute)
 
 
-def runs_fused(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bool:
-    """Whether the written-out pass trains the adapters of `spec`; implementations={"train_pass": …} asks for one by name.
+def runs_written(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bool:
+    """Whether the written pass trains the adapters of `spec`; implementations={"train_pass": …} asks for one by name.
 
     Raises:
         RefusedError: "fused", or compute fp8, was asked for and can't train this model, or another name came.
     """
-    reason = fused_refusal(spec)
+    reason = None if trainable_shapes(spec) else "has nothing to train"
     if options.compute == "fp8":
-        reason = reason or fp8.layer_refusal(list(decoder.linears()))
+        drops = spec.lora is not None and spec.lora.dropout > 0
+        reason = reason or ("draws no dropout masks" if drops else fp8.layer_refusal(decoder.linears()))
         if reason is not None:
             raise RefusedError(f"compute fp8 can't train this model: it {reason}; set compute: exact")
     requested = (options.implementations or {}).get("train_pass")
     return choose_fused("train_pass", "torch", requested, reason, decoder.device.type)
 
 
-class FastPass:
-    """`FusedPass` for batches from the host, replayed from CUDA graphs where that pays."""
+class WrittenProgram:
+    """`WrittenPass` for batches from the host, replayed from CUDA graphs where that pays."""
 
     def __init__(self, decoder: Decoder, spec: ModelSpec, checkpointing: CheckpointingName, compute: ComputeName) -> None:
         self._decoder, self._spec, self._device = decoder, spec, decoder.device
         self._checkpointing, self._compute = checkpointing, compute
-        self._pass: FusedPass | None = None
+        self._pass: WrittenPass | None = None
         self._tokens = 0  # the most that `mode` was chosen for
         self._inputs_only = False
         self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, Tensors, torch.Tensor]] = OrderedDict()
@@ -85,36 +85,40 @@ class FastPass:
             self._tokens = tokens
             self._choose(tokens)  # before the pass is made, whose copies of weights are counted apart
         if self._pass is None:
-            self._pass = FusedPass(self._decoder, self._spec, self._keeps_weights, self._compute)
+            self._pass = WrittenPass(self._decoder, self._keeps_weights, self._compute)
+            for kind in describe(self._decoder, self._pass.pairs):
+                logger.info("training pass, %s", kind)
         if longer:
             self._pass.keep(self.mode, self.mode == "offload" and self._inputs_only)
         self._pass.begin()
 
-    def row_losses(self, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
+    def row_losses(self, batch: Batch, smoothing: float = 0.0, inputs: Tensors | None = None) -> torch.Tensor:
         """The cross entropy summed by row, float32 ``[rows]``."""
         assert self._pass is not None
-        return self._pass.row_losses(self._sent(batch), smoothing)
+        return self._pass.row_losses(self._sent(batch, inputs or {}), smoothing)
 
-    def hidden(self, batch: Batch, learns: bool) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
-        """As `FusedPass.hidden`, and its backward, which takes the output's gradient."""
+    def hidden(self, batch: Batch, learns: bool, inputs: Tensors) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
+        """As `WrittenPass.hidden`, and its backward, which takes the output's gradient."""
         assert self._pass is not None
-        sent, fused_pass = self._sent(batch), self._pass
-        hidden, forward = fused_pass.hidden(sent, learns)
+        sent, written_pass = self._sent(batch, inputs), self._pass
+        hidden, forward = written_pass.hidden(sent, learns)
 
         def backward(dhidden: torch.Tensor) -> None:
             nonlocal forward
             if forward is None:
-                raise RuntimeError("a fused pass keeps what one backward needs; call the model again for another backward")
+                raise RuntimeError("a written pass keeps what one backward needs; call the model again for another backward")
             once, forward = forward, None
-            fused_pass.backward(sent, once, dhidden)
+            written_pass.backward(sent, once, dhidden)
 
         return hidden, backward
 
     def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
-        """As `FusedPass.add_gradients`; what it returns is only good until the next call. Among the inputs may be "noise", see
-        `layer_pass.Batch`."""
+        """As `WrittenPass.add_gradients`; what it returns is only good until the next call. Among the inputs may be
+        "noise", see `DeviceBatch`, and "dropout_words", int64 ``[2]``."""
         assert self._pass is not None
         arrays, key = prepare(batch)
+        if "dropout_words" in inputs:
+            arrays["rows"] = batch.rows
         key = (*key, tuple(inputs), objective)
         tensors = to_tensors(arrays, self._device) | inputs
         longest = int(batch.positions.max(initial=0)) + 1
@@ -170,20 +174,24 @@ class FastPass:
             self._graphs.popitem(last=False)
         return True
 
-    def _sent(self, batch: Batch) -> layer_pass.Batch:
+    def _sent(self, batch: Batch, inputs: Tensors) -> DeviceBatch:
         arrays, key = prepare(batch)
-        return self._on_device(to_tensors(arrays, self._device), key, int(batch.positions.max(initial=0)) + 1)
+        if "dropout_words" in inputs:
+            arrays["rows"] = batch.rows
+        return self._on_device(to_tensors(arrays, self._device) | inputs, key, int(batch.positions.max(initial=0)) + 1)
 
-    def _on_device(self, tensors: Tensors, key: Any, longest: int) -> layer_pass.Batch:
+    def _on_device(self, tensors: Tensors, key: Any, longest: int) -> DeviceBatch:
         batch, length, document, *_ = key
         layout = Layout(batch, length, tensors["segments"], tensors.get("boundaries"), document)
-        found = {}
-        for rope in {layer.attention.rope for layer in self._spec.layers}:
-            if rope is not None:
-                frequencies, scaling = self._decoder.inverse_frequencies(rope, longest)
-                found[rope] = tuple(t.flatten(0, 1) for t in tables(tensors["positions"], frequencies, scaling))
-        return layer_pass.Batch(
-            tensors["input_ids"], layout, found, tensors["chosen"], tensors["targets"], tensors.get("noise")
+        words = tensors.get("dropout_words")
+        return DeviceBatch(
+            tensors["input_ids"],
+            layout,
+            self._decoder.rope_tables(tensors["positions"], longest),
+            tensors["target_positions"],
+            tensors["targets"],
+            tensors.get("noise"),
+            None if words is None else DropoutKey(words, tensors["rows"]),
         )
 
     @property
@@ -204,13 +212,13 @@ class FastPass:
         mode: str = self._checkpointing
         if mode == "auto":
             free = free_memory(self._device) - (self._copies() if self._pass is None else 0)
-            mode = fitting_mode(self._spec, AUTO_ORDER, tokens, self._size, free)
+            mode = first_fitting({one: tokens * self._size * self._widths(one)[0] for one in AUTO_ORDER}, free)
             if mode != self.mode:
                 logger.info("gradient_checkpointing auto chose %s for %d tokens", mode, tokens)
         self.mode = mode
         if mode != "offload" or self._inputs_only:
             return
-        need, free = offloaded_bytes(self._spec, tokens, self._size), host_memory()
+        need, free = tokens * self._size * self._widths(mode)[1], host_memory()
         self._inputs_only = need > free * HOST_PART
         if self._inputs_only:
             logger.warning(
@@ -220,11 +228,14 @@ class FastPass:
                 free / 2**30,
             )
 
+    def _widths(self, mode: str) -> tuple[int, int]:
+        return activation_widths(self._decoder, self._spec.lora, make_pairs(self._decoder), mode)
+
     def _copies(self) -> int:
         """Bytes of weights' copies: of quantized ones in the compute dtype, where they are kept, of dense ones in 8 bits."""
         linears = list(self._decoder.linears())
         values = sum(one.shape[0] * one.shape[1] for one in linears)
-        quantized = sum(one.shape[0] * one.shape[1] for one in linears if isinstance(one.base(), NF4))
+        quantized = sum(one.shape[0] * one.shape[1] for one in linears if one.base.quantized)
         copies = quantized * self._size if self._keeps_weights else 0
         return copies + (2 * (values - quantized) if self._compute == "fp8" else 0)
 
@@ -233,18 +244,18 @@ def prepare(batch: Batch) -> tuple[Arrays, tuple[Any, ...]]:
     """(the batch's arrays, what makes two batches the same program): counts are rounded up so that few programs occur."""
     rows, length = batch.input_ids.shape
     tokens = rows * length
-    chosen = np.flatnonzero(batch.targets != IGNORE)
+    target_positions = np.flatnonzero(batch.targets != IGNORE)
     unit = max(tokens // 16, 16)
-    count = min(-(-max(len(chosen), 1) // unit) * unit, tokens)
+    count = min(-(-max(len(target_positions), 1) // unit) * unit, tokens)
     targets = np.full(count, IGNORE, np.int64)
-    targets[: len(chosen)] = batch.targets.reshape(-1)[chosen]
+    targets[: len(target_positions)] = batch.targets.reshape(-1)[target_positions]
     padded = np.full(count, tokens, np.int64)
-    padded[: len(chosen)] = chosen
+    padded[: len(target_positions)] = target_positions
     arrays = {
         "input_ids": batch.input_ids,
         "positions": batch.positions,
         "segments": batch.segments,
-        "chosen": padded,
+        "target_positions": padded,
         "targets": targets,
     }
     boundaries, longest = boundaries_of(batch.segments), 0
