@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxsloth.convert.bnb4bit_source import Bnb4BitSource, is_bnb4bit
 from jaxsloth.convert.fitting import CheckpointSource, check_tensors, fitted, stored_quantization
+from jaxsloth.convert.generation_config import read_generation_config
 from jaxsloth.convert.gguf_source import GgufSource, gguf_config
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
 from jaxsloth.foreign import local_path, present, read_object, shown
@@ -22,13 +23,15 @@ PACKAGE_SCHEME = "package:"
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: its Hugging Face config, its tensors, where it is and what it is. name: what was asked for, which
-    is what adapters say that their base is."""
+    is what adapters say that their base is. generation: the fields of its generation_config.json, whose eos_token_id takes the
+    place of the config's."""
 
     config: dict[str, Any]
     source: CheckpointSource
     path: Path
     kind: Literal["safetensors", "bnb-4bit", "gguf"]
     name: str
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def described_by(self) -> Path:
@@ -112,12 +115,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not file.exists():
         raise CheckpointError(f"{path} has no config.json")
     config = read_object(file, CheckpointError)
+    generation = read_generation_config(path, config.get("vocab_size"))
+    if generation.get("eos_token_id") is not None:
+        config["eos_token_id"] = generation["eos_token_id"]
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"{file}: quantization_config must be an object, got {shown(quantization)}")
     if is_bnb4bit(config):
-        return Checkpoint(*fitted(config, Bnb4BitSource(path), path), path, "bnb-4bit", str(path))
+        return Checkpoint(*fitted(config, Bnb4BitSource(path), path), path, "bnb-4bit", str(path), generation)
     if quantization:
         method = quantization.get("quant_method")
         raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes NF4 and unquantized weights can")
-    return Checkpoint(*fitted(config, SafetensorsSource(path), path), path, "safetensors", str(path))
+    return Checkpoint(*fitted(config, SafetensorsSource(path), path), path, "safetensors", str(path), generation)

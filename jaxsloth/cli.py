@@ -49,11 +49,14 @@ def generate(
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Store the linear layers as NF4.")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     max_new_tokens: int = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: int | None = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token. Left out, the checkpoint's generation_config.json counts, else 0."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Left out, generation_config.json's, else 1.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be given again.")] = None,
     seed: int = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
@@ -62,7 +65,7 @@ def generate(
     from jaxsloth.convert.checkpoint import resolve_path
     from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter
     from jaxsloth.frontend.loading import load
-    from jaxsloth.generation import GenerationSettings, answer_texts
+    from jaxsloth.generation import GenerationSettings, answer_texts, answering
 
     folder = find_adapter(model) if adapter is None else resolve_path(adapter)
     if adapter is None and folder is not None:
@@ -75,11 +78,13 @@ def generate(
     if not raw and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    settings: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if temperature > 0:
-        settings |= {"do_sample": True, "temperature": temperature}
+    given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    if temperature is not None:
+        given |= {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+    settings = answering(loaded.checkpoint.generation, {name: value for name, value in given.items() if value is not None})
+    ends = (*loaded.model.spec.eos_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))
     chosen = GenerationSettings(
-        max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, stop=tuple(stop or ()), seed=seed, **settings
+        max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=seed, eos_ids=tuple(dict.fromkeys(ends)), **settings
     )
     answer_texts(loaded.model, tokenizer, [text], chosen, lambda row, piece: print(piece, end="", flush=True))
     print()

@@ -6,7 +6,7 @@ that neither the backend nor the other rows of a batch change what a row says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ class GenerationSettings:
     The filters act in transformers' order: repetition_penalty (Keskar et al. 2019, arXiv:1909.05858), temperature, top_k, top_p
     (Holtzman et al. 2020, arXiv:1904.09751), min_p (Nguyen et al. 2024, arXiv:2407.01082); all but the first need do_sample.
     stop: strings that end a row; they and what follows are cut off. eos_ids: None takes the model's.
+
+    Raises:
+        ValueError: a value that can't be; those that only sampling reads are looked at where it samples.
     """
 
     max_new_tokens: int = 128
@@ -40,17 +43,20 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = (
+        checks = [
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "positive"),
-            ("temperature", self.temperature, self.temperature > 0, "positive"),
-            ("top_k", self.top_k, self.top_k is None or self.top_k > 0, "positive"),
-            ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "positive"),
-        )
+        ]
+        if self.do_sample:
+            checks += [
+                ("temperature", self.temperature, self.temperature > 0, "positive (do_sample=False takes the likeliest token)"),
+                ("top_k", self.top_k, self.top_k is None or self.top_k > 0, "positive"),
+                ("top_p", self.top_p, self.top_p is None or 0 <= self.top_p <= 1, "in [0, 1]"),
+                ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]"),
+            ]
         for name, value, holds, must in checks:
             if not holds:
-                raise ValueError(f"{name} must be {must}, and {value!r} came")
+                raise ValueError(f"{name} must be {must}, got {value!r}")
         if any(not text for text in self.stop):
             raise ValueError("stop must hold strings that are not empty")
 
@@ -107,6 +113,18 @@ def choose(logits: np.ndarray, seen: np.ndarray, settings: GenerationSettings, r
     generator = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, 0, row, position]))
     reached = np.cumsum(_softmax(logits.astype(np.float64)))
     return int(np.searchsorted(reached, generator.random() * reached[-1], side="right"))
+
+
+def answering(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`GenerationSettings` of a call: what is given, over what a generation_config.json says of repetition and, unless the call
+    is greedy, of sampling. What it leaves out is transformers' (of top_k: 50); a top_k of 0 takes all tokens."""
+    found = {name: defaults[name] for name in ("repetition_penalty",) if defaults.get(name) is not None}
+    if given.get("do_sample", defaults.get("do_sample")):
+        names = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+        own = {name: defaults[name] for name in names if defaults.get(name) is not None}
+        found |= {"top_k": 50} | own if defaults.get("do_sample") else {}
+    found |= given
+    return found | {"top_k": found.get("top_k") or None}
 
 
 @dataclass

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -28,7 +29,7 @@ from jaxsloth.data.templates import ChatTemplate
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.data.windows import eval_batches
 from jaxsloth.evaluation.metrics import FROM_TARGETS, EvaluationError, check_metrics, text_scores
-from jaxsloth.generation import GenerationSettings, generate
+from jaxsloth.generation import GenerationSettings, answering, generate
 from jaxsloth.recipe import DataRecipe
 from jaxsloth.training.run import choose_backend
 from jaxsloth.transforms import quantize
@@ -139,7 +140,7 @@ def evaluate(settings: EvaluationSettings, console: Console | None = None) -> Ev
     tokenizer = load_tokenizer(folder if has_own and folder is not None else opened.path)
     rows = load_rows(settings.data.path, settings.data.split, settings.limit)
     backend = choose_backend(settings.backend or "auto")
-    subject = Subject(rows, tokenizer, settings.data, metrics, backend.devices().count, spec.embedding.vocab)
+    subject = Subject(rows, tokenizer, settings.data, metrics, backend.devices().count, spec.embedding.vocab, opened.generation)
     model = backend.build(spec, opened.source, BuildOptions(settings.dtype or _default_dtype(backend), "none"))
     stages = {"base": subject.measure(model, settings, "base", console)} if adapter is None or settings.compare_base else {}
     if adapter is not None:
@@ -181,6 +182,7 @@ class Subject:
     Args:
         metrics: of `METRICS`, checked.
         devices: a batch's rows are a multiple of it.
+        generation: generation_config.json's fields; its repetition_penalty counts in answers, its sampling does not.
 
     Raises:
         DataError: rows that can't be read; rows without a prompt and an answer where a metric compares answers.
@@ -194,8 +196,10 @@ class Subject:
         metrics: Sequence[str],
         devices: int,
         vocab_size: int,
+        generation: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.tokenizer, self.metrics, self.data, self.devices = tokenizer, metrics, data, devices
+        self.greedy = answering(generation, {"do_sample": False})  # scores must not be luck
         self.examples = encode_rows(rows, tokenizer, data, vocab_size)
         self.questions = [] if set(metrics) <= set(FROM_TARGETS) else _questions(rows, tokenizer, data)
 
@@ -243,7 +247,7 @@ class Subject:
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         own = self.tokenizer.eos_token_id
         eos = set(model.spec.eos_ids) | ({own} if own is not None else set())
-        chosen = GenerationSettings(max_new_tokens=settings.max_new_tokens, eos_ids=tuple(eos))
+        chosen = GenerationSettings(max_new_tokens=settings.max_new_tokens, eos_ids=tuple(eos), **self.greedy)
         said: dict[int, str] = {}
         task = bar.add_task(title, total=len(prompts))
         for start in range(0, len(order), settings.batch_size):

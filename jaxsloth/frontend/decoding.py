@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
 from jaxsloth.backend import Model
 from jaxsloth.batch import check_ids, check_length
+from jaxsloth.convert.checkpoint import Checkpoint
+from jaxsloth.convert.generation_config import FILE
+from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.frontend.arguments import refuse_unknown
 from jaxsloth.frontend.module.cached_rows import follows_on
 from jaxsloth.generation import GenerationSettings, choose
 
-# Fields of a GenerationConfig that the cached decoder reads, and those that only say where it came from or how it caches.
+# Fields of a GenerationConfig that the cached decoder reads.
 _READ = {
-    *("max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("eos_token_id", "pad_token_id", "bos_token_id", "use_cache"),
-    *("cache_implementation", "transformers_version", "_from_model_config", "return_legacy_cache"),
+    *("max_new_tokens", "max_length", "max_time", "stop_strings", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache"),
 }
-_TENSORS = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "token_type_ids",
-    "past_key_values",
-    "inputs_embeds",
-    "cache_position",
+# Fields that choose none of its tokens: how transformers caches and compiles, where the config came from, what only belongs to
+# an assistant, and what is only written down beside the tokens.
+_NO_EFFECT = {
+    *("cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config", "disable_compile"),
+    *("return_legacy_cache", "low_memory", "continuous_batching_config", "output_scores", "output_logits"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "max_matching_ngram_size"),
+    *("assistant_lookbehind", "target_lookbehind", "decoder_start_token_id", "encoder_no_repeat_ngram_size"),
+    *("transformers_version", "_from_model_config", "_commit_hash"),
 }
+_OF_SAMPLING = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_OF_BEAMS = {"early_stopping", "length_penalty"}
+# transformers answers with these beside the tokens, and no backend has them to give.
+_REFUSED = {
+    "output_attentions": "attention's weights are never formed whole",
+    "output_hidden_states": "generation keeps the last token's logits alone; call the model for hidden states",
+    "use_mtp": "no model here has a head for several tokens",
+}
+_TENSORS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "cache_position"}
+_IGNORED = {"token_type_ids", "labels", "logits_to_keep"}  # transformers' models take them to generate, and no token changes
 _ARGUMENTS = {
-    *("inputs", "generation_config", "streamer", "stopping_criteria", "logits_processor", "synced_gpus", "assistant_model"),
-    *("prefix_allowed_tokens_fn", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "tokenizer"),
+    *(set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}),
+    *("tokenizer", "assistant_tokenizer", "trust_remote_code"),
 }
 
 
@@ -55,72 +68,137 @@ class Prepared:
     streamer: Any
 
 
+def generation_config(of_config: GenerationConfig, checkpoint: Checkpoint) -> GenerationConfig:
+    """What a checkpoint's generation_config.json says, over what transformers made of its config.
+
+    Raises:
+        CheckpointError: transformers refuses it.
+    """
+    if not checkpoint.generation:
+        return of_config
+    try:
+        return GenerationConfig.from_dict({**of_config.to_dict(), "_from_model_config": False, **checkpoint.generation})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path / FILE} can't be taken: {error}") from error
+
+
+def drafts(config: Any, mode: Any) -> bool:
+    """Whether several tokens are tried at once and taken back, here or by whom this model assists."""
+    return bool(mode == GenerationMode.ASSISTED_GENERATION or config.is_assistant)
+
+
+def with_ends(model: Any, generation_config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's arguments, with the tokenizer's end of sequence among the ends where they are still the checkpoint's: a chat
+    template may have given answers another end since. Ends that someone chose stay as they are."""
+    own, ends = model.tokenizer.eos_token_id, end_ids(model.generation_config)
+    chosen = "eos_token_id" in given or getattr(generation_config, "eos_token_id", None) is not None
+    chosen = chosen or ends != model.checkpoint_ends
+    if chosen or own is None or not ends or own in ends:
+        return dict(given)
+    return {**given, "eos_token_id": [*ends, own]}
+
+
 def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str, Any]) -> Prepared | None:
     """What `decode` needs, by transformers' own rules of which setting counts; None where transformers must do it.
 
     Raises:
         TypeError: an argument that neither knows, with the nearest that they know.
+        ValueError: a setting that no way of answering has, with the reason; or one that transformers refuses.
     """
     rest = dict(given)
-    streamer, stops = rest.pop("streamer", None), rest.pop("stopping_criteria", None)
-    if any(rest.get(name) is not None for name in _ARGUMENTS):
-        return None
+    streamer, stops, tokenizer = (rest.pop(name, None) for name in ("streamer", "stopping_criteria", "tokenizer"))
+    asked = [name for name in _ARGUMENTS if rest.get(name) is not None and rest.get(name) is not False]
     rest = {name: value for name, value in rest.items() if name not in _ARGUMENTS}
     config, tensors = model._prepare_generation_config(generation_config, **rest)
-    known = {*_TENSORS, *_ARGUMENTS, *config.to_dict()}
+    for name, reason in _REFUSED.items():
+        if getattr(config, name, None):
+            raise ValueError(f"generate can't take {name}={getattr(config, name)!r}: {reason}")
+    tensors = {name: value for name, value in tensors.items() if name not in _REFUSED}
+    known = {*_TENSORS, *_ARGUMENTS, *_IGNORED, *(name for name in config.to_dict() if not name.startswith("_"))}
     refuse_unknown("generate", known, {name: value for name, value in tensors.items() if name not in known})
     ids = tensors.pop("input_ids", inputs)
     mask = tensors.pop("attention_mask", None)
-    tensors.pop("token_type_ids", None)
-    if ids is None or ids.ndim != 2 or any(value is not None for value in tensors.values()):
+    tensors = {name: value for name, value in tensors.items() if name not in _IGNORED}
+    if asked or ids is None or ids.ndim != 2 or any(value is not None for value in tensors.values()):
         return None
+    if not ids.shape[1]:
+        raise ValueError("generate needs prompts of at least one token each, got input_ids of shape " + str(tuple(ids.shape)))
+    if not _is_read(model, config):
+        return None
+    defaults = (given.get("max_length"), getattr(generation_config, "max_length", None), model.generation_config.max_length)
+    length = all(value is None for value in defaults), ids.shape[1]
+    config = model._prepare_generated_length(
+        generation_config=config,
+        has_default_max_length=length[0],
+        has_default_min_length=True,
+        model_input_name="input_ids",
+        input_ids_length=length[1],
+        inputs_tensor=ids,
+    )
+    model._validate_generated_length(config, ids.shape[1], length[0])
+    return _assemble(model, ids, mask, config, _stops(model, config, stops, tokenizer), streamer)
+
+
+def _is_read(model: Any, config: Any) -> bool:
+    """Whether every field that is set is one that the cached decoder reads, or that chooses no token."""
+    read = _READ | _NO_EFFECT | (set() if config.do_sample else _OF_SAMPLING) | (_OF_BEAMS if config.num_beams == 1 else set())
     defaults = {**type(config)().to_dict(), **model.generation_config._get_default_generation_params()}
-    unread = {name: value for name, value in config.to_dict().items() if name not in _READ}
-    if any(value not in (None, False) and value != defaults.get(name) for name, value in unread.items()):
-        return None
-    return _assemble(model, ids, mask, config, stops, streamer)
+    unread = {name: value for name, value in config.to_dict().items() if name not in read}
+    return not any(value not in (None, False) and value != defaults.get(name) for name, value in unread.items())
+
+
+def _stops(model: Any, config: Any, given: Any, tokenizer: Any) -> StoppingCriteriaList:
+    found = StoppingCriteriaList()
+    if config.max_time is not None:
+        found.append(MaxTimeCriteria(config.max_time))
+    if config.stop_strings is not None:
+        found.append(StopStringCriteria(stop_strings=config.stop_strings, tokenizer=tokenizer or model.tokenizer))
+    found.extend(given or [])
+    return found
 
 
 def caches(config: Any, inputs: Mapping[str, Any], mode: Any) -> bool:
     """Whether transformers' own loop can run over `CachedRows`. inputs: what it hands to every pass."""
-    if config.use_cache is False or mode not in _LOOPS or config.prefill_chunk_size is not None:
+    if config.use_cache is False or mode not in _LOOPS or config.is_assistant:
         return False
     if config.guidance_scale not in (None, 1):
         return False  # its processor runs a second set of rows through the model
     return follows_on(inputs)
 
 
-def _assemble(model: Any, ids: torch.Tensor, mask: Any, config: Any, stops: Any, streamer: Any) -> Prepared | None:
-    eos = _ids(config.eos_token_id)
-    own = model.tokenizer.eos_token_id  # a chat template may have given answers another end than the checkpoint's config
-    if own is not None and eos and own not in eos:
-        eos = (*eos, own)
+def _assemble(
+    model: Any, ids: torch.Tensor, mask: Any, config: Any, stops: StoppingCriteriaList, streamer: Any
+) -> Prepared | None:
+    eos = end_ids(config)
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
     seen = _mask(ids, mask, config.pad_token_id, eos)
     lengths = seen.sum(1)
     if not lengths.all() or (np.diff(seen, axis=1) < 0).any():
         return None  # padded on the right, or with gaps
-    room = config.max_new_tokens
-    if room is None:
-        room = config.max_length - ids.shape[1]
+    chosen: dict[str, Any] = {}
+    if config.do_sample:
+        chosen = {
+            "temperature": 1.0 if config.temperature is None else float(config.temperature),
+            "top_k": config.top_k or None,
+            "top_p": None if config.top_p is None or config.top_p >= 1 else config.top_p,
+            "min_p": config.min_p,
+            "seed": int(torch.randint(0, 2**31, ())),
+        }
     settings = GenerationSettings(
-        max_new_tokens=room,
+        max_new_tokens=config.max_length - ids.shape[1],
         do_sample=bool(config.do_sample),
-        temperature=1.0 if config.temperature is None else float(config.temperature),
-        top_k=config.top_k or None,
-        top_p=config.top_p,
-        min_p=config.min_p,
         repetition_penalty=1.0 if config.repetition_penalty is None else float(config.repetition_penalty),
         eos_ids=eos,
-        seed=int(torch.randint(0, 2**31, ())) if config.do_sample else 0,
+        **chosen,
     )
-    return Prepared(ids, seen, settings, eos, int(pad), StoppingCriteriaList(stops or []), streamer)
+    return Prepared(ids, seen, settings, eos, int(pad), stops, streamer)
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
+def end_ids(config: Any) -> tuple[int, ...]:
+    """The tokens that end an answer by a GenerationConfig."""
+    if config.eos_token_id is None:
         return ()
-    return tuple(int(token) for token in np.atleast_1d(np.asarray(value)))
+    return tuple(int(token) for token in np.atleast_1d(np.asarray(config.eos_token_id)))
 
 
 def _mask(ids: torch.Tensor, mask: Any, pad: Any, eos: tuple[int, ...]) -> np.ndarray:
@@ -135,7 +213,7 @@ def _mask(ids: torch.Tensor, mask: Any, pad: Any, eos: tuple[int, ...]) -> np.nd
 def decode(model: Model, call: Prepared) -> torch.Tensor:
     """int64 ``[batch, prompt + answer]`` on the prompt's device: the prompts, what was chosen (an end token with it), and
     padding behind the ends. The streamer gets the prompts first and then each token, as transformers hands them."""
-    device, settings = call.ids.device, call.settings
+    device, settings, ends = call.ids.device, call.settings, bool(call.eos)  # without ends, stopped rows go on as the others
     rows = call.ids.cpu().numpy().astype(np.int64)
     streamer: Any = call.streamer
     if streamer is not None:
@@ -148,7 +226,7 @@ def decode(model: Model, call: Prepared) -> torch.Tensor:
     for position in range(settings.max_new_tokens):
         chosen = np.array(
             [
-                choose(logits[row], rows[row, first[row] :], settings, row, position) if running[row] else call.pad
+                choose(logits[row], rows[row, first[row] :], settings, row, position) if running[row] or not ends else call.pad
                 for row in range(len(rows))
             ],
             np.int64,
@@ -158,7 +236,7 @@ def decode(model: Model, call: Prepared) -> torch.Tensor:
             streamer.put(torch.from_numpy(chosen))
         running &= ~np.isin(chosen, call.eos)
         if call.stops:
-            running &= ~call.stops(torch.from_numpy(rows).to(device), torch.from_numpy(logits).to(device)).cpu().numpy()  # type: ignore[arg-type]
+            running &= ~call.stops(torch.from_numpy(rows).to(device), torch.tensor(logits, device=device)).cpu().numpy()  # type: ignore[arg-type]
         if not running.any() or position + 1 == settings.max_new_tokens:
             break
         logits = state.step(chosen.astype(np.int32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from jaxsloth.frontend import decoding, saving
 from jaxsloth.frontend.adapters import show_backend
 from jaxsloth.frontend.arguments import refuse_unknown
 from jaxsloth.frontend.loading import Loaded
-from jaxsloth.frontend.module.cached_rows import CachedRows
+from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
+from jaxsloth.frontend.module.inputs import take_apart
 from jaxsloth.frontend.module.passes import Prepared
-from jaxsloth.generation import GenerationSettings, answer_texts, generate
+from jaxsloth.generation import GenerationSettings, answer_texts, answering, generate
 
 _TEXT_SETTINGS = (*inspect.signature(GenerationSettings).parameters, "on_text")
 
@@ -38,6 +39,8 @@ class FastModelForCausalLM(JaxslothForCausalLM):
         made.__dict__["loaded"] = loaded
         made.max_seq_length = max_seq_length
         made.behind = None
+        made.generation_config = decoding.generation_config(made.generation_config, loaded.checkpoint)
+        made.__dict__["checkpoint_ends"] = decoding.end_ids(made.generation_config)
         if made.device.index:  # else transformers' Trainer would spread the model over all GPUs that it sees
             made.__dict__["hf_device_map"] = {"": made.device}
         return made
@@ -64,36 +67,53 @@ class FastModelForCausalLM(JaxslothForCausalLM):
 
         Tensors: transformers' arguments and its output, ``[batch, prompt + answer]``. What `decoding` has not (beams,
         processors of logits, scores) transformers' own loop does over the same KV cache; a whole pass a token it takes with
-        use_cache=False, an assistant, guidance_scale, and prompts with padding elsewhere than on the left.
+        use_cache=False, an assistant, guidance_scale, and prompts with padding elsewhere than on the left. A tokenizer's batch
+        may stand in the place of its input_ids.
 
         Texts and rows: `GenerationSettings`' fields and on_text, called with (row, new text). What came in comes out answered:
         a text, a list of texts, or a list of lists of new token ids. Special tokens written out in a text (a rendered chat
         template) count as such, and none are added to it.
         """
+        if isinstance(inputs, Mapping):
+            inputs, settings = None, take_apart(inputs, settings)
+        elif isinstance(settings.get("input_ids"), Mapping):
+            settings = take_apart(settings.pop("input_ids"), settings)
         if isinstance(inputs, str) or (isinstance(inputs, Sequence) and not isinstance(inputs, torch.Tensor)):
             return self._answer(inputs, settings)
+        settings = decoding.with_ends(self, generation_config, settings)
         prepared = decoding.prepare(self, inputs, generation_config, settings)
         if prepared is None:
             if settings.get("custom_generate") is not None:
                 settings["use_cache"] = False  # it may ask of a cache what only transformers' have
+            settings.setdefault("tokenizer", self.tokenizer)  # stop strings and token healing need one
             return super().generate(inputs, generation_config=generation_config, **settings)  # type: ignore[misc]
         show_backend(self)
         return decoding.decode(self.engine.model, prepared)
 
     def _prepare_cache_for_generation(self, generation_config: Any, *others: Any) -> None:
         inputs, mode, _, capacity = others
+        if isinstance(inputs.get("past_key_values"), WholeRows):
+            return
+        if generation_config.use_cache and decoding.drafts(generation_config, mode):
+            inputs["past_key_values"] = WholeRows(self._logits)
+            return
         generation_config.use_cache = decoding.caches(generation_config, inputs, mode)
         if generation_config.use_cache:
             show_backend(self)
             inputs["past_key_values"] = CachedRows(self.engine.model, capacity)
 
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Of whole rows, in the positions that transformers' generate gives them."""
+        positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self.prepare(ids, mask, positions).run("logits", 0).to(ids.device)
+
     def _answer(self, prompts: Any, settings: dict[str, Any]) -> Any:
         refuse_unknown("generate", _TEXT_SETTINGS, {k: v for k, v in settings.items() if k not in _TEXT_SETTINGS})
         on_text = settings.pop("on_text", None)
         if settings.get("eos_ids") is None:
-            own = self.tokenizer.eos_token_id
-            settings["eos_ids"] = (*self.engine.model.spec.eos_ids, *(() if own is None else (own,)))
-        chosen = GenerationSettings(**settings)
+            config, own = self.generation_config, decoding.with_ends(self, None, {}).get("eos_token_id")
+            settings["eos_ids"] = decoding.end_ids(config) if own is None else tuple(own)
+        chosen = GenerationSettings(**answering(self.generation_config.to_dict(), settings))
         show_backend(self)
         model, tokenizer = self.engine.model, self.tokenizer
         if isinstance(prompts, str):

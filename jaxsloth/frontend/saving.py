@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ import torch
 from jaxsloth.backend import DtypeName, Model, TensorSource
 from jaxsloth.convert.bnb4bit_writer import write_bnb4bit
 from jaxsloth.convert.files import ExistsError, remove_folder
+from jaxsloth.convert.generation_config import FILE
 from jaxsloth.convert.merge import SHARD_BYTES, write_merged
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.frontend.adapters import folded_adapter, native_adapter
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
+from jaxsloth.frontend.decoding import end_ids
 from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.nf4.torch_ops import quantize
 
@@ -87,9 +90,20 @@ def save_merged(
         source = _Plain(checkpoint.source, model.engine.model) if checkpoint.kind == "bnb-4bit" else checkpoint.source
         size = _shard_bytes(max_shard_size)
         write(folder, source, spec, values, checkpoint.config, _dtype(model), overwrite=overwrite, shard_bytes=size)
+        _write_generation_config(folder, model, tokenizer or model.tokenizer)
     (tokenizer or model.tokenizer).save_pretrained(str(folder))
     if push_to_hub:
         upload(folder, str(folder), token, **{key: others[key] for key in _OWN if key in others})
+
+
+def _write_generation_config(folder: Path, model: Any, tokenizer: Any) -> None:
+    """How the model answers: its generation_config, with the tokenizer's end of sequence among the ends, which a chat template
+    may have renamed since."""
+    config, own = copy.deepcopy(model.generation_config), tokenizer.eos_token_id
+    ends = end_ids(config)
+    if ends and own is not None and own not in ends:
+        config.eos_token_id = [*ends, own]
+    (folder / FILE).write_text(config.to_json_string(), encoding="utf-8")
 
 
 def push_merged(model: Any, repo_id: str, tokenizer: Any, save_method: str, token: str | None = None, **settings: Any) -> str:

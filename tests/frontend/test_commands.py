@@ -54,6 +54,29 @@ def test_train_stop_resume_generate(tmp_path, checkpoint, capsys, backend):
     assert capsys.readouterr().out == first and first.strip()
 
 
+@both
+def test_generate_answers_as_generation_config_says(tmp_path, checkpoint, capsys, backend):
+    """Ends and sampling defaults; what the command line says counts more."""
+    folder = tmp_path / "instruct"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+
+    def answer(*options, **fields):
+        (folder / "generation_config.json").write_text(json.dumps(fields))
+        given = ["--model", str(folder), "--backend", backend, "--max-new-tokens", "12", "--raw", *options]
+        assert run("generate", *given, "the duck") == 0
+        return capsys.readouterr().out[:-1]
+
+    greedy = answer()
+    sampled = answer(do_sample=True, temperature=50.0, top_k=0)
+    assert sampled != greedy and answer("--seed", "3", do_sample=True, temperature=50.0, top_k=0) != sampled
+    assert answer(do_sample=True, temperature=50.0, top_k=1) == greedy
+    assert answer("--temperature", "0", do_sample=True, temperature=50.0) == greedy
+    assert answer("--top-k", "1", do_sample=True, temperature=50.0) == greedy
+    assert answer(eos_token_id=list(range(2, 260))) == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -164,8 +164,8 @@ def test_length_limit():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive, and 0.0 came"),
-        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], and 1.5 came"),
+        ({"do_sample": True, "temperature": 0.0}, r"temperature must be positive .*, got 0.0"),
+        ({"do_sample": True, "top_p": 1.5}, r"top_p must be in \[0, 1\], got 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
         ({"stop": ("",)}, "not empty"),
     ],

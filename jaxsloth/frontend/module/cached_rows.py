@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,35 @@ class CachedRows:
         """Row i goes on from what row beam_idx[i] was."""
         assert self._state is not None
         self._state.reorder(beam_idx.cpu().numpy())
+
+
+class WholeRows:
+    """A `transformers.Cache` that keeps tokens alone: every pass runs the rows whole, so that several tokens can be tried at
+    once and taken back, as assisted generation does.
+
+    run: the logits of all positions of ``[batch, length]`` tokens under a mask of the same shape.
+    """
+
+    is_compileable = False
+
+    def __init__(self, run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]) -> None:
+        self._run, self._ids = run, torch.empty(0)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._ids.shape[-1]
+
+    def append(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Tokens behind those that are kept; the logits that follow each of the new ones."""
+        self._ids = torch.cat([self._ids, input_ids], dim=1) if self.get_seq_length() else input_ids
+        return self._run(self._ids, attention_mask)[:, -input_ids.shape[1] :]
+
+    def activate_past_recording(self) -> None:
+        """Tokens are kept in any case."""
+
+    def crop(self, tokens: int) -> None:
+        """Takes the last -tokens back; a positive number is how many stay."""
+        if tokens:
+            self._ids = self._ids[:, :tokens]
 
 
 def follows_on(inputs: Mapping[str, Any]) -> bool:

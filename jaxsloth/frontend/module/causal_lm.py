@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from jaxsloth.backend import CheckpointingName, Model
 from jaxsloth.batch import IGNORE, check_length
 from jaxsloth.bridge import Bridge, Output, PassOptions
-from jaxsloth.frontend.module.cached_rows import CachedRows
-from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels
+from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
+from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels, take_apart
 from jaxsloth.frontend.module.passes import Prepared, to_torch
 from jaxsloth.frontend.module.peft_adoption import Active, active_parts
 from jaxsloth.frontend.module.skeleton import Placeholders, fill, head, tie
@@ -149,13 +149,17 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         """As transformers' causal models: the loss is the mean over valid labels, or their sum over num_items_in_batch.
 
         Where there are labels and something may be learnt, logits are not made until `output.logits` is read (or
-        output_logits=True asks for them).
+        output_logits=True asks for them). A tokenizer's whole batch in the place of input_ids is taken apart.
         """
+        if isinstance(input_ids, Mapping):
+            others |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+            others |= {"inputs_embeds": inputs_embeds, "labels": labels, "use_cache": use_cache}
+            return self.forward(**take_apart(input_ids, others), logits_to_keep=logits_to_keep)
         return_tuple = others.pop("return_dict", True) is False
         shifted, items = others.pop("shift_labels", None), others.pop("num_items_in_batch", None)
         learns = self.training or torch.is_grad_enabled()
         wants_logits = others.pop("output_logits", not learns or (labels is None and shifted is None))
-        cached = past_key_values if isinstance(past_key_values, CachedRows) else None
+        cached = past_key_values if isinstance(past_key_values, CachedRows | WholeRows) else None
         others |= {"past_key_values": past_key_values if cached is None else None, "inputs_embeds": inputs_embeds}
         ids = refuse_inputs(input_ids, position_ids, others)
         if cached is not None:

@@ -13,7 +13,9 @@ from jaxsloth.batch import IGNORE, check_ids
 from jaxsloth.bridge import Bridge, Tokens
 
 # Arguments that say what the batch says already, or ask for what is given anyway.
-_HARMLESS = {"use_cache", "return_dict", "cache_position"}
+_HARMLESS = {"use_cache", "return_dict", "cache_position", "token_type_ids"}
+# What transformers' generate hands on to every pass, for models that have a use for it.
+_HANDED_ON = {"tokenizer", "assistant_tokenizer"}
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # position_ids say the same
 
 
@@ -23,15 +25,31 @@ def refuse_inputs(input_ids: torch.Tensor | None, position_ids: torch.Tensor | N
     Raises:
         ValueError: names the argument.
     """
-    harmless = _HARMLESS if position_ids is None else _HARMLESS | _PACKING
+    harmless = _HARMLESS | _HANDED_ON | (_PACKING if position_ids is not None else set())
     for name, value in others.items():
         if name not in harmless and value is not None and value is not False:
             reason = "without position_ids" if name in _PACKING else "which a model of jaxsloth does not take"
             raise ValueError(f"forward got {name} ({type(value).__name__}), {reason}")
     if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
         got = None if input_ids is None else tuple(input_ids.shape)
-        raise ValueError(f"input_ids must be [batch, length] with at least one token, and {got} came")
+        raise ValueError(f"input_ids must be [batch, length] with at least one token, got {got}")
     return input_ids
+
+
+def take_apart(batch: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, with the fields of a tokenizer's batch that came in the place of its input_ids, as transformers 5 hands it out
+    where 4 handed a tensor. What is given by name counts.
+
+    Raises:
+        TypeError: the batch has no input_ids, or they are not a tensor.
+    """
+    ids = batch.get("input_ids")
+    if not isinstance(ids, torch.Tensor):
+        got = f"got {type(ids).__name__}" if "input_ids" in batch else f"its fields are {', '.join(batch) or 'none'}"
+        raise TypeError(
+            f"a batch in the place of input_ids must have input_ids as a tensor, {got}; tokenize with return_tensors='pt'"
+        )
+    return {**batch, **{name: value for name, value in given.items() if value is not None}}
 
 
 def shift_labels(labels: torch.Tensor | None) -> torch.Tensor:
