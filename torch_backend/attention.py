@@ -101,12 +101,12 @@ class Attention(nn.Module):
         return self.q_proj(x, run), self.k_proj(x, run), self.v_proj(x, run)
 
     def written_refusal(self) -> str | None:
-        return self.qkv.refusal() or self.out.refusal()
+        return self.qkv.written_refusal() or self.out.written_refusal()
 
     def pad(self, run: Run) -> int:
         return run.pad(self.qkv)
 
-    def dy_pad(self, run: Run) -> int:
+    def out_pad(self, run: Run) -> int:
         return run.pad(self.out)
 
     def kept_widths(self, mode: str) -> tuple[int, int]:

@@ -68,6 +68,10 @@ class Block(nn.Module):
             branches.append(Branch(spec.name, body, norm, post_norm, spec.scale))
         self.branches = tuple(branches)
 
+    def passes(self) -> dict[str, str | None]:
+        """By branch: why its body has no written pair with the adapters as they are now, or None."""
+        return {branch.name: branch.body.written_refusal() for branch in self.branches}
+
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         for branch in self.branches:
             y = branch.body(x if branch.norm is None else branch.norm(x), run)
@@ -215,7 +219,7 @@ def _backward(branch: Branch, d: torch.Tensor, kept: Kept, run: Run, needs_dx: b
     pair, hidden = run.pairs[branch.body], kept.total.shape[1]
     stream, dy = d[:, :hidden], d
     if branch.post_norm is not None or branch.scale != 1.0:
-        dy = padded_rows(d.shape[0], hidden, pair.dy_pad(run), d)
+        dy = padded_rows(d.shape[0], hidden, pair.out_pad(run), d)
         inner = dy[:, :hidden]
         if branch.post_norm is None:
             torch.mul(stream, branch.scale, out=inner)

@@ -21,8 +21,8 @@ class Body(Protocol):
         """Its linears by the input that they share, in the order of the forward pass."""
         ...
 
-    def __call__(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """`forward`: ``[batch, length, hidden]`` both ways, from ops; the only statement of the mathematics."""
+    def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
+        """``[batch, length, hidden]`` both ways, from ops; the only statement of the mathematics."""
         ...
 
     def written_refusal(self) -> str | None:
@@ -33,7 +33,7 @@ class Body(Protocol):
         """Columns that it wants behind the rows of its input."""
         ...
 
-    def dy_pad(self, run: Run) -> int:
+    def out_pad(self, run: Run) -> int:
         """Columns that it wants behind the rows of its output's gradient."""
         ...
 
@@ -62,7 +62,7 @@ class Body(Protocol):
     ) -> torch.Tensor | None:
         """The gradient of the input, where it is needed; adds those of what is trained. kept is used up.
 
-        dy ``[tokens, hidden + dy_pad or more]``. form_x: gives the input with its pad columns, and whether a forward of this
+        dy ``[tokens, hidden + out_pad or more]``. form_x: gives the input with its pad columns, and whether a forward of this
         body has written to these.
         """
         ...
@@ -93,7 +93,7 @@ class DefaultPair:
         del run
         return 0
 
-    def dy_pad(self, run: Run) -> int:
+    def out_pad(self, run: Run) -> int:
         del run
         return 0
 

@@ -234,7 +234,7 @@ class LinearGroup:
         self.starts = tuple(sum(self.outs[:place]) for place in range(len(linears)))
         self.quantized = any(linear.base.quantized for linear in linears)
 
-    def refusal(self) -> str | None:
+    def written_refusal(self) -> str | None:
         """Why the written product can't serve the adapters as they are now, or None."""
         return "LoRA dropout" if any(linear.dropout for linear in self.linears) else None
 
@@ -264,7 +264,7 @@ class LinearGroup:
         if dx is not None:
             weight.backward(dy, dx)
 
-    def add_gradients(self, dy: torch.Tensor, x: torch.Tensor, xa: torch.Tensor | None, run: Run) -> None:
+    def backward_adapters(self, dy: torch.Tensor, x: torch.Tensor, xa: torch.Tensor | None, run: Run) -> None:
         """Adds the gradients of adapters and biases to theirs, after `backward_input`.
 
         x ``[tokens, in or more]``; xa is what `forward` returned, or None to form it again.
@@ -286,9 +286,9 @@ class LinearGroup:
         self._add_gradients_of_a(g, x, layout)
 
     def backward(self, dy: torch.Tensor, x: torch.Tensor, xa: torch.Tensor | None, dx: torch.Tensor | None, run: Run) -> None:
-        """`backward_input` and `add_gradients`."""
+        """`backward_input` and `backward_adapters`."""
         self.backward_input(dy, dx, run)
-        self.add_gradients(dy, x, xa, run)
+        self.backward_adapters(dy, x, xa, run)
 
     def pieces(self, matrix: torch.Tensor, layout: GroupLayout) -> list[Piece]:
         """The adapters' blocks of the augmented `matrix`: A below the weights, the scaled B beside them."""

@@ -54,12 +54,12 @@ class Mlp(nn.Module):
         return self.down_proj(self._ops.gated_activation(gate, up, kind=self._spec.activation), run)
 
     def written_refusal(self) -> str | None:
-        return self.gate_up.refusal() or self.down.refusal()
+        return self.gate_up.written_refusal() or self.down.written_refusal()
 
     def pad(self, run: Run) -> int:
         return run.pad(self.gate_up)
 
-    def dy_pad(self, run: Run) -> int:
+    def out_pad(self, run: Run) -> int:
         return run.pad(self.down)
 
     def kept_widths(self, mode: str) -> tuple[int, int]:
@@ -139,7 +139,7 @@ class Mlp(nn.Module):
         self.down.backward_input(dy, dh, run)
         # gate and up give way to their gradients, and dh to h, which dA of down_proj needs.
         self._ops.kernels.activation.activate_backward(gate, up, dh, gate, up, dh, kind=self._spec.activation)
-        self.down.add_gradients(dy, dh, xa, run)
+        self.down.backward_adapters(dy, dh, xa, run)
         del dh
         # x·Aᵀ stands behind the rows of x by now, kept or formed again with gate and up.
         self.gate_up.backward(gate_up, x, x[:, self.gate_up.in_features :], dx, run)

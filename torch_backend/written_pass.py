@@ -69,16 +69,14 @@ def make_pairs(decoder: Decoder) -> dict[Any, Any]:
     return {body: body if reason is None else DefaultPair(body, reason) for body, reason in reasons.items()}
 
 
-def describe(decoder: Decoder, pairs: Mapping[Any, Any]) -> list[str]:
+def describe(decoder: Decoder) -> list[str]:
     """How every kind of block is trained, for logs: "4 blocks: self_attn: written; mlp: local vjp (LoRA dropout)"."""
 
-    def way(branch: blocks.Branch) -> str:
-        pair = pairs[branch.body]
-        how = f"local vjp ({pair.reason})" if isinstance(pair, DefaultPair) else "written"
-        return f"{branch.name}: {how}"
+    def ways(block: blocks.Block) -> str:
+        passes = block.passes().items()
+        return "; ".join(f"{name}: {'written' if reason is None else f'local vjp ({reason})'}" for name, reason in passes)
 
-    kinds = Counter("; ".join(way(branch) for branch in block.branches) for block in decoder.blocks)
-    return [f"{count} blocks: {kind}" for kind, count in kinds.items()]
+    return [f"{count} blocks: {kind}" for kind, count in Counter(map(ways, decoder.blocks)).items()]
 
 
 def activation_widths(decoder: Decoder, lora: specs.Lora | None, pairs: Mapping[Any, Any], mode: str) -> tuple[int, int]:
@@ -164,7 +162,7 @@ class WrittenPass:
     def _backward(self, batch: DeviceBatch, forward: Forward) -> None:
         """From the gradient of the final norm's output, the first rows of `forward.normed`; uses the forward up."""
         (tokens, hidden), run = forward.x.shape, forward.run
-        pad = max((pair.dy_pad(run) for pair in self.pairs.values()), default=0)
+        pad = max((pair.out_pad(run) for pair in self.pairs.values()), default=0)
         d = padded_rows(tokens, hidden, pad, forward.x)
         self._decoder.model.norm.backward(forward.normed[:tokens], forward.x, forward.rstd, None, d[:, :hidden])
         del forward.normed, forward.x

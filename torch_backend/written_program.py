@@ -86,7 +86,7 @@ class WrittenProgram:
             self._choose(tokens)  # before the pass is made, whose copies of weights are counted apart
         if self._pass is None:
             self._pass = WrittenPass(self._decoder, self._keeps_weights, self._compute)
-            for kind in describe(self._decoder, self._pass.pairs):
+            for kind in describe(self._decoder):
                 logger.info("training pass, %s", kind)
         if longer:
             self._pass.keep(self.mode, self.mode == "offload" and self._inputs_only)

@@ -10,6 +10,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import written_program
+from tests.support.decoding import VARIANTS
 from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
@@ -52,6 +53,19 @@ def test_gradients(backend, dtype, bar, mode, batch, judged):
     assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= bar
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "offload", "full"])
+@pytest.mark.parametrize("variant", ["qk_norm", "sandwich", "unnormed", "no_rope"])
+def test_kinds_of_blocks_on_torch(variant, mode, batch):
+    found = {}
+    for train_pass in ("composed", "fused"):
+        options = BuildOptions(gradient_checkpointing=mode, implementations={"train_pass": train_pass})
+        model, *_ = build("torch", WIDE, nested=True, options=options, revise=VARIANTS[variant])
+        found[train_pass] = model.gradients(batch)
+    (expected, theirs), (loss, ours) = found["composed"], found["fused"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= FLOAT32_BAR
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_dense_bases(backend, batch):
     expected, theirs = gradients("torch", batch, "float32", "none", "composed", nested=None)
@@ -72,13 +86,23 @@ def test_ranks(backend, lora, dtype, bar, batch):
     assert max(relative_frobenius(ours[name], gradient) for name, gradient in theirs.items()) <= bar
 
 
-@pytest.mark.parametrize("mode", ["none", "offload"])
-def test_graphs_replay_what_they_recorded(mode):
+@pytest.mark.parametrize(
+    ("mode", "changes", "lora"),
+    [
+        ("none", {}, {}),
+        ("offload", {}, {}),
+        ("full", {}, {"dropout": 0.2}),
+        ("offload", {}, {"dropout": 0.2, "targets": ["q_proj", "v_proj"]}),
+        ("selective", {"attention_bias": True, "mlp_bias": True}, {"bias": "all"}),
+        ("none", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    ],
+)
+def test_graphs_replay_what_they_recorded(mode, changes, lora):
     """Three batches of one shape and one of another, twice round: eager first, then recorded, then replayed."""
     losses = {}
     for train_pass in ("fused", "composed"):
         options = BuildOptions(dtype="float32", gradient_checkpointing=mode, implementations={"train_pass": train_pass})
-        model, *_ = build("torch", WIDE, nested=True, options=options)
+        model, *_ = build("torch", WIDE | changes, lora=lora, nested=True, options=options)
         step = model.train_step(OptimizerOptions(weight_decay=0.1))
         windows = [stream(examples(16, VOCAB), batch_size=size).window(place) for size in (4, 4, 2) for place in (0, 1)]
         losses[train_pass] = [

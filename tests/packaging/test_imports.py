@@ -254,6 +254,52 @@ def test_no_framework_is_imported(command):
     assert not imported & (FRAMEWORKS | {"transformers", "datasets"})
 
 
+BODY = {
+    *("groups", "pad", "out_pad", "written_refusal", "kept_widths", "forward", "forward_keeping", "backward", "step"),
+}
+# What both backends have under the same names: file -> class -> methods.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "linear": {
+        "DenseWeight": {"parts", "gather", "matvec"},
+        "Nf4Weight": {"parts", "gather", "matvec"},
+        "Linear": {"forward"},
+        "LinearGroup": {"written_refusal", "forward", "backward_input", "backward_adapters"},
+    },
+    "weights": {},
+    "norm": {"RMSNorm": {"forward", "forward_keeping", "backward"}},
+    "embedding": {"Embedding": {"forward"}},
+    "head": {"Head": {"forward", "loss"}},
+    "attention": {"Attention": BODY},
+    "mlp": {"Mlp": BODY},
+    "body": {
+        "Body": {"groups", "written_refusal", "forward", "step"},
+        "DefaultPair": {"kept_widths", "forward_keeping", "backward"},
+    },
+    "block": {"Branch": set(), "Block": {"passes", "forward", "forward_keeping", "backward", "step"}},
+    "run": {"Run": set(), "DropoutKey": set()},
+    "ops": {"Ops": {"attention"}},
+    "decoder": {"Decoder": set()},
+    "state": {"ModelState": set()},
+}
+# Those that are functions, or whose classes differ.
+OTHER_ROOMS = {
+    *("autograd_pass", "written_pass", "decode_pass", "offload"),
+    *("optimizer", "optimizer_8bit", "train_step", "preference", "generate", "bridge", "placement", "model"),
+}
+
+
+@pytest.mark.parametrize("folder", ["torch_backend", "jaxsloth/jax_backend"])
+def test_both_backends_have_the_same_rooms(folder):
+    assert ROOMS.keys() | OTHER_ROOMS <= {file.stem for file in (ROOT / folder).glob("*.py")}
+    for room, classes in ROOMS.items():
+        found = {node.name: node for node in tree_of(ROOT / folder / f"{room}.py").body if isinstance(node, ast.ClassDef)}
+        for name, methods in classes.items():
+            assert name in found, f"{folder}/{room}.py lacks the class {name}"
+            own = {part.name for part in found[name].body if isinstance(part, ast.FunctionDef)}
+            own |= {target.id for part in found[name].body if isinstance(part, ast.Assign) for target in part.targets}
+            assert methods <= own, f"{folder}/{room}.py: {name} lacks {sorted(methods - own)}"
+
+
 @pytest.mark.parametrize("folder", OP_FOLDERS)
 def test_every_op_folder_has_the_same_files(folder):
     names = {"contract", "cases", "reference", "torch_ops"}
