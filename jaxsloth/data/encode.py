@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.formats import Text, Tokens, row_reader
 from jaxsloth.data.templates import ChatTemplate
 from jaxsloth.recipe import DataRecipe
+from jaxsloth.terminal import console
 
 _MANY_ROWS = 2000
 
@@ -63,7 +63,7 @@ def _encode_all(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: DataRec
     read = row_reader(data, rows[0])
     template: ChatTemplate | None = None
     progress = track(
-        rows, "Tokenizing", console=Console(stderr=True), transient=True, disable=len(rows) < _MANY_ROWS, update_period=0.5
+        rows, "Tokenizing", console=console(stderr=True), transient=True, disable=len(rows) < _MANY_ROWS, update_period=0.5
     )
     for number, row in enumerate(progress):
         try:

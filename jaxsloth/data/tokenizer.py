@@ -28,7 +28,7 @@ def load_tokenizer(path: str | Path) -> Any:
             return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         return AutoTokenizer.from_pretrained(str(path))
     except ImportError as error:
-        hint = "; transformers reads GGUF files through torch: install jaxsloth[torch]" if is_gguf else ""
+        hint = "; transformers reads GGUF's tokenizers through torch; run: pip install 'jaxsloth[torch]'" if is_gguf else ""
         raise DataError(f"the tokenizer of {path} needs a package that isn't installed: {error}{hint}") from error
     except (OSError, ValueError, KeyError) as error:  # KeyError: a GGUF file without tokenizer metadata
         raise DataError(

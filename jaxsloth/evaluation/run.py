@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jaxsloth import terminal
 from jaxsloth.backend import Backend, BuildOptions, DtypeName, Model
 from jaxsloth.batch import IGNORE
 from jaxsloth.convert.checkpoint import find_checkpoint, resolve_path
@@ -209,7 +210,7 @@ class Subject:
         """The scores of a model, and its answers."""
         scores: Scores = {}
         answers: list[Answer] = []
-        with _bar(console or Console(stderr=True)) as bar:
+        with _bar(console or terminal.console(stderr=True)) as bar:
             if "loss" in self.metrics:
                 scores |= self._loss(model, settings.batch_size, bar, f"{title}: loss")
             if "accuracy" in self.metrics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ from jaxsloth.frontend.trainer_run import (
     optimizer_options,
     visiting_order,
 )
+from jaxsloth.training.lock import lock
 
 Rows = Iterable[Mapping[str, Any]]
 PAD = 64  # few lengths, so that a compiling backend compiles few programs
@@ -169,10 +171,14 @@ class BaseTrainer:
         """Trains up to args.max_steps, or for args.num_train_epochs.
 
         Raises:
-            ValueError: the model has no adapter, or no checkpoint to resume from.
+            ValueError: the model has no adapter, no checkpoint to resume from, or another run saves to output_dir.
             NonFiniteLossError: a step's loss is NaN or infinite; the checkpoints before it stay.
         """
-        resume = checkpoint_to_resume(self.args, resume_from_checkpoint)
+        saves = self.args.save_strategy != "no" and self.state.is_world_process_zero
+        with lock(Path(self.args.output_dir)) if saves else nullcontext():
+            return self._train(checkpoint_to_resume(self.args, resume_from_checkpoint))
+
+    def _train(self, resume: Path | None) -> TrainOutput:
         self.model.train()
         give_backend(self.base)
         self.base.behind = partial(_write_back, self.base)

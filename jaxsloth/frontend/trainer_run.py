@@ -131,6 +131,7 @@ class TrainerRun:
     _pending: list[Result] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
     _measured: list[Metrics] = field(default_factory=list)
+    _begun: tuple[float, int] = (0.0, 0)
     _grad_norm: float = math.nan
     _all_losses: float = 0.0
     _logged: int = 0
@@ -150,7 +151,7 @@ class TrainerRun:
         if resume is not None:
             self._resume(resume, step_function)
         first, start = state.global_step, time.perf_counter()
-        self._logged = first
+        self._logged, self._begun = first, (start, state.num_input_tokens_seen)
         self._tell("on_train_begin")
         if args.eval_on_start and self.evaluate is not None:
             self._decide(self.evaluate())
@@ -162,7 +163,7 @@ class TrainerRun:
         self.sync()
         done, seconds = state.global_step - first, time.perf_counter() - start
         loss = self._all_losses / max(done, 1)
-        samples = done * self.windows.global_rows // self.windows.together
+        samples = sum(len(self.windows.rows_of(step)) for step in range(first, state.global_step)) // self.windows.together
         metrics = {
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(samples / seconds, 3),
@@ -278,6 +279,10 @@ class TrainerRun:
     def log(self, logs: dict[str, float]) -> None:
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
+        if self.args.include_num_input_tokens_seen != "no":
+            (start, before), seen = self._begun, self.state.num_input_tokens_seen
+            speed = round((seen - before) / (time.perf_counter() - start), 3)
+            logs |= {"num_input_tokens_seen": seen, "train_tokens_per_second": speed}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.handler.on_log(self.args, self.state, self.control, logs)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jaxsloth import terminal
 from jaxsloth.extras import require
 from jaxsloth.parity.measure import Measurement
 
@@ -78,7 +79,7 @@ def run(model: str | None = None, json_file: Path | None = None, console: Consol
     require("parity", "the parity ladder")
     from jaxsloth.parity.subjects import SMOLLM2
 
-    console = console or Console()
+    console = console or terminal.console()
     name, start = model or SMOLLM2, time.perf_counter()
     console.print(f"Parity of {name}\nJudges: " + ", ".join(f"{k} {v}" for k, v in judge_versions().items()))
     measured = report(ladder(name), console)

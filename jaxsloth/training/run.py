@@ -32,9 +32,11 @@ from jaxsloth.extras import missing_packages
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import Recipe, load_recipe
+from jaxsloth.terminal import console
 from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import SavedRun
 from jaxsloth.training.initialize import initial_adapters
+from jaxsloth.training.lock import LOCK, check_free, lock
 from jaxsloth.training.log import Entry
 from jaxsloth.training.loop import Callback, Fit, FitOptions, Progress
 from jaxsloth.training.progress import ProgressBar
@@ -143,12 +145,11 @@ def check_output(recipe: Recipe, resume: bool) -> SavedRun | None:
     output = Path(recipe.checkpoints.output)
     if output.is_file():
         raise RunError(f"checkpoints.output: {output} is a file; name a folder")
-    occupied = output.is_dir() and any(not entry.name.startswith(".tmp-") for entry in output.iterdir())
+    check_free(output)
     if not resume:
-        if occupied:
-            raise RunError(f"{output} holds another run; go on with --resume, or choose another checkpoints.output")
+        _check_unused(output)
         return None
-    if not occupied:
+    if not _used(output):
         raise RunError(f"nothing to resume: {output} holds no run; start it without --resume")
     file = output / RECIPE
     if not file.is_file():
@@ -163,6 +164,15 @@ def check_output(recipe: Recipe, resume: bool) -> SavedRun | None:
     if saved is None:
         logger.warning("%s holds no whole checkpoint; the run starts from its beginning", output)
     return saved
+
+
+def _used(output: Path) -> bool:
+    return output.is_dir() and any(not entry.name.startswith((".tmp-", LOCK)) for entry in output.iterdir())
+
+
+def _check_unused(output: Path) -> None:
+    if _used(output):
+        raise RunError(f"{output} holds another run; go on with --resume, or choose another checkpoints.output")
 
 
 def build_model(plan: Plan, opened: Checkpoint) -> Model:
@@ -190,11 +200,26 @@ def execute(
     """Trains a built model by a plan. Only the first process writes; the others wait for it where it saves."""
     main = plan.devices.rank == 0
     plan.backend.barrier()  # the first process writes only once every other has looked at the output folder
-    console = Console(quiet=quiet or not main)
+    if not main:
+        return _execute(plan, model, console(quiet=True), stop_after, callbacks, on_stage)
+    with lock(plan.output):
+        if plan.resume is None:  # a run may have begun and ended since the plan was made
+            _check_unused(plan.output)
+        return _execute(plan, model, console(quiet=quiet), stop_after, callbacks, on_stage)
+
+
+def _execute(
+    plan: Plan,
+    model: Model,
+    shown: Console,
+    stop_after: int | None,
+    callbacks: Sequence[Callback],
+    on_stage: Callable[[str], None] | None,
+) -> RunResult:
     first = plan.resume.state.step if plan.resume is not None else 0
-    book = Bookkeeping(plan, model, main, on_stage)
     last = min(plan.total_steps, stop_after or plan.total_steps)
-    with ProgressBar(console, plan.total_steps, first, last) as bar:
+    book = Bookkeeping(plan, model, plan.devices.rank == 0, on_stage)
+    with ProgressBar(shown, plan.total_steps, first, last) as bar:
         fit = Fit(
             model,
             plan.windows,
@@ -208,7 +233,7 @@ def execute(
     plan.backend.synchronize()
     book.finish(progress)
     result = result_of(plan, progress, book.entries)
-    console.print(result.summary_table())
+    shown.print(result.summary_table())
     return result
 
 

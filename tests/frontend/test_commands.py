@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.cli import main
+from jaxsloth.terminal import console
+from jaxsloth.training.records import RunResult
 from tests.support.tiny import recipe_values, write_checkpoint, write_rows
 
 both = pytest.mark.parametrize("backend", ["torch", "jax"])
@@ -153,3 +157,24 @@ def test_wrong_arguments(checkpoint, call, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         call(str(checkpoint))
     assert message in str(caught.value)
+
+
+def test_a_terminal_without_utf_8_shows_summaries_and_answers(monkeypatch):
+    """The stream refuses what is not ASCII; a run's table has an arrow, and an answer may hold anything."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
+    monkeypatch.setattr("sys.stdout", out)
+    result = RunResult(2, 5.5, 4.5, None, 100, 2.0, 50, 1.5, None, True, Path("out"), [])
+    console().print(result.summary_table())  # as a script's own run does, which has told the stream nothing
+    written = out.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert "5.5000 -> 4.5000" in written and "100 in 2.0 s (100 tokens/s without the first step: 1.5 s)" in written
+
+    class Loaded:
+        model = tokenizer = None
+
+    def answer(model, tokenizer, texts, settings, on_text):
+        on_text(0, "5 × 7 = ¿35?")
+
+    monkeypatch.setattr("jaxsloth.frontend.loading.load", lambda *_, **__: Loaded)
+    monkeypatch.setattr("jaxsloth.generation.answer_texts", answer)
+    assert run("generate", "--model", "nowhere", "how much?") == 0
+    assert out.buffer.getvalue().decode("ascii").endswith("5 ? 7 = ?35?\n")  # type: ignore[attr-defined]

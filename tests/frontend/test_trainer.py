@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 import warnings
 from functools import cache
 from pathlib import Path
@@ -315,6 +316,26 @@ def test_logged_losses_are_means_of_their_steps(checkpoint, tmp_path):
     third.train()
     losses = logged(every.state.log_history, "loss")
     assert logged(third.state.log_history, "loss") == pytest.approx([losses[:3].mean(), losses[3:].mean()], abs=1e-6)
+
+
+def test_speeds_are_of_what_was_trained_by_the_wall_clock(checkpoint, tmp_path):
+    """As transformers has them, but counted in rows, not in whole batches: 21 rows by 8 end with 5. A run that goes
+    on counts its own part."""
+    settings = {"max_steps": -1, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 3}
+    settings |= {"rows": ROWS["tokens"][:21], "include_num_input_tokens_seen": "non_padding"}
+    for resume, epochs in ((False, 1), (True, 2)):
+        trainer = small(checkpoint, tmp_path, num_train_epochs=epochs, **settings)
+        start = time.perf_counter()
+        found = trainer.train(resume_from_checkpoint=resume).metrics
+        wall = time.perf_counter() - start
+        assert 0 < found["train_runtime"] <= wall
+        for name, count in (("samples", 21), ("steps", 3)):
+            assert found[f"train_{name}_per_second"] * found["train_runtime"] == pytest.approx(count, rel=0.01)
+        tokens = sum(len(row["input_ids"]) for row in ROWS["tokens"][:21])
+        last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+        assert last["num_input_tokens_seen"] == tokens * epochs
+        speed = trainer.state.log_history[-1]["train_tokens_per_second"]
+        assert speed * found["train_runtime"] == pytest.approx(tokens, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "inverse_sqrt"])

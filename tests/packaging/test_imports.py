@@ -28,6 +28,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/batch.py", NUMBERS, (), set()),
     ("jaxsloth/options.py", set(), (), set()),
     ("jaxsloth/extras.py", set(), (), set()),
+    ("jaxsloth/terminal.py", {"rich"}, (), set()),
     ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "options", "extras"), set()),
     ("jaxsloth/bridge.py", NUMBERS, ("options", "batch"), set()),
     ("jaxsloth/device_choice.py", set(), (), set()),
@@ -63,7 +64,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "jaxsloth/data/*.py",
         NUMBERS | {"jinja2", "rich"},
-        ("data", "recipe", "batch", "convert", "foreign"),
+        ("data", "recipe", "batch", "convert", "foreign", "terminal"),
         {"datasets", "transformers", "pyarrow", "jinja2"},
     ),
     (
@@ -82,7 +83,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "jaxsloth/training/*.py",
         NUMBERS | {"rich", "safetensors"},
-        ("training", "data", "convert", "models", "recipe", "batch", "backend", "foreign", "extras"),
+        ("training", "data", "convert", "models", "recipe", "batch", "backend", "foreign", "extras", "terminal"),
         {"matplotlib"},
     ),
     (
