@@ -77,7 +77,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def recipe(tiny, tmp_path) -> Path:
-    values = recipe_values(*tiny, tmp_path / "out", steps=1, backend="auto")
+    values = recipe_values(tiny[0], tiny[1], tmp_path / "out", steps=1, backend="auto")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     return tmp_path / "recipe.yaml"
 

@@ -26,7 +26,7 @@ class Environment:
         self._folder = folder
         _link(folder, self.names)
 
-    def run(self, *arguments: str, timeout: int = 300, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: int = 800, **variables: str) -> subprocess.CompletedProcess[str]:
         """``python ARGUMENTS``, in a folder of its own beside the packages."""
         work = self._folder.with_name(f"{self._folder.name}-work")
         work.mkdir(exist_ok=True)
