@@ -25,12 +25,14 @@ from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_w
 from jaxsloth.frontend.language_model import FastModelForCausalLM
 from jaxsloth.frontend.metrics import predictions
 from jaxsloth.frontend.peft_models import set_checkpointing
+from jaxsloth.frontend.rows import check_rows, rows_needed
 from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
 from jaxsloth.frontend.trainer_run import (
     Metrics,
     Step,
     TrainerRun,
     checkpoint_to_resume,
+    in_order,
     learning_rates,
     optimizer_options,
     visiting_order,
@@ -94,15 +96,17 @@ class BaseTrainer:
         """Reads the data, and tells the callbacks that the trainer is made."""
         if train_dataset is None:
             raise ValueError("train_dataset is needed")
-        if isinstance(eval_dataset, Mapping):
-            raise ValueError("eval_dataset must be one data set, and a dict of them came; give one, and evaluate() on others")
+        check_rows(train_dataset, "train_dataset")
+        check_rows(eval_dataset, "eval_dataset")
+        rows_a_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self._devices.count
+        limit = rows_needed(train_dataset, self.args, rows_a_step)
+        self._order = in_order if limit is not None else visiting_order(self.args)  # as transformers' samplers
         if self._evaluates() and eval_dataset is None:
             raise ValueError(f"eval_strategy is {self.args.eval_strategy}, and there is no eval_dataset; give one, or set 'no'")
         optimizer_options(self.args, "float32")
         learning_rates(self.args, 10)
-        visiting_order(self.args)
         held_out = None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
-        self.replace_examples(self._encode(train_dataset, "train_dataset"), held_out)
+        self.replace_examples(self._encode(train_dataset, "train_dataset", limit), held_out)
         self.state, self.control = TrainerState(), TrainerControl()
         self.state.is_local_process_zero = self.state.is_world_process_zero = self._devices.rank == 0
         progress = PrinterCallback if self.args.disable_tqdm else ProgressCallback
@@ -123,8 +127,8 @@ class BaseTrainer:
     def _evaluates(self) -> bool:
         return str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no" or self.args.eval_on_start
 
-    def _encode(self, rows: Rows, name: str) -> list[Example]:
-        """Rows as examples, `together` of them a sample."""
+    def _encode(self, rows: Rows, name: str, limit: int | None = None) -> list[Example]:
+        """Rows as examples, `together` of them a sample. limit: how many rows are read at most."""
         raise NotImplementedError
 
     def _make_step(self, options: OptimizerOptions) -> Step:
@@ -217,12 +221,13 @@ class BaseTrainer:
             max_length=max(self.max_length, longest(self.examples)),
             pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else PAD,
             devices=self._devices.count,
-            order=visiting_order(args),
+            order=self._order,
             together=self.together,
         )
 
     def evaluate(self, eval_dataset: Rows | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The held-out loss and the trainer's other metrics; logged, and told to the callbacks."""
+        check_rows(eval_dataset, "eval_dataset")
         held_out = self.held_out if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
         if not held_out:
             raise ValueError("there is nothing to evaluate on; give eval_dataset")

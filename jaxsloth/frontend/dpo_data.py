@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.formats import Conversation, row_reader
 from jaxsloth.data.templates import ChatTemplate
+from jaxsloth.frontend.rows import as_row
 from jaxsloth.frontend.sft_data import Row, ended, read_rows, shared_length, tokenize, without_tools
 from jaxsloth.recipe import DataRecipe
 
@@ -22,7 +24,7 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def encode_pairs(
-    dataset: Iterable[Row], tokenizer: Any, args: Any, max_length: int | None, vocab: int, name: str
+    dataset: Iterable[Row], tokenizer: Any, args: Any, max_length: int | None, vocab: int, name: str, limit: int | None = None
 ) -> tuple[list[Example], dict[Example, float]]:
     """Tokenizes as TRL does: the chosen and the rejected answer of each row, one after the other, each behind the prompt.
 
@@ -32,6 +34,7 @@ def encode_pairs(
 
     Args:
         args: its truncation_mode, max_prompt_length (prompts keep their last tokens) and precompute_ref_log_probs.
+        limit: how many rows are read at most.
         max_length: rows are cut there, at their end or, with keep_end, at their beginning; with keep_start, rows whose prompt
             alone is as long are left out. None: not at all.
 
@@ -43,7 +46,7 @@ def encode_pairs(
         DataError: no rows, a row that can't be read (says which), no chosen and rejected (lists the fields that are there),
             tokens outside the vocabulary, or no row from which anything is learnt.
     """
-    rows = [dict(row) for row in dataset]
+    rows = [as_row(row, name, number) for number, row in enumerate(islice(dataset, limit))]
     if not rows:
         raise DataError(f"{name} has no rows; at least one is needed")
     missing = [field for field in ANSWERS if field not in rows[0]]

@@ -123,9 +123,9 @@ class DPOTrainer(BaseTrainer):
         count = self._devices.count
         return eval_batches(examples, pairs * count * self.together, PAD, longest(examples), count)
 
-    def _encode(self, rows: Rows, name: str) -> list[Example]:
+    def _encode(self, rows: Rows, name: str, limit: int | None = None) -> list[Example]:
         vocab = self.base.engine.model.spec.embedding.vocab
-        examples, known = encode_pairs(rows, self.processing_class, self.args, self.max_length, vocab, name)
+        examples, known = encode_pairs(rows, self.processing_class, self.args, self.max_length, vocab, name, limit)
         self._references.know(known)
         return examples
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import numpy as np
 from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.formats import Conversation, Tokens, row_reader
+from jaxsloth.data.packing import BUFFER, pack
 from jaxsloth.data.templates import ChatTemplate
+from jaxsloth.frontend.rows import as_row
 from jaxsloth.recipe import DataRecipe
 
 logger = logging.getLogger("jaxsloth.training")
@@ -28,8 +31,9 @@ def encode(
     formatting: Formatting | None,
     vocab: int,
     name: str,
+    limit: int | None = None,
 ) -> list[Example]:
-    """Tokenizes as TRL does: one example a row (rows of which nothing is learnt are left out, with a warning).
+    """Tokenizes as TRL does: one example a row (rows whose labels are all masked are left out, with a warning).
 
     A row is, in this order: input_ids with perhaps labels, attention_mask, completion_mask and assistant_masks (padding is
     cut off where the mask says so); what `formatting` writes; the text of args.dataset_text_field; messages or conversations;
@@ -39,29 +43,42 @@ def encode(
     Args:
         args: its dataset_text_field, completion_only_loss (None: where there are completions) and assistant_only_loss.
         max_length: rows are cut there; None: not at all.
+        limit: how many examples there are at most; no row behind them is read. Packed rows are counted as they are packed.
 
     Raises:
         DataError: no rows, a row that can't be read (says which), none of the fields (lists those that are there), labels
             of the wrong length, tokens outside the vocabulary, or rows of which nothing at all is learnt.
     """
-    rows = [dict(row) for row in dataset]
-    if not rows:
+    rows = (as_row(row, name, number) for number, row in enumerate(dataset))
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{name} has no rows; at least one is needed")
-    read = _reader(rows, tokenizer, args, formatting)
-    encoded = read_rows(rows, name, vocab, lambda row: [read(row)])
-    examples = [Example(tokens[:max_length], learn[:max_length]) for [(tokens, learn)] in encoded]
-    kept = [example for example in examples if example.targets]
-    if not kept:
+    read = _reader(first, tokenizer, args, formatting)
+    kept: list[Example] = []
+    without: list[int] = []
+    number, packed, full = -1, 0, max_length or args.max_length
+    for number, [(tokens, learn)] in enumerate(read_rows(chain([first], rows), name, vocab, lambda row: [read(row)])):
+        example = Example(tokens[:max_length], learn[:max_length])
+        if not example.learn.any():
+            without.append(number)
+            continue
+        kept.append(example)
+        if limit is None or not args.packing or not full:
+            packed = len(kept)
+        elif len(kept) % BUFFER == 0:  # documents are packed a buffer at a time
+            packed += len(pack([len(e.tokens) for e in kept[-BUFFER:]], full))
+        if limit is not None and packed >= limit:
+            break
+    if not any(example.targets for example in kept):
         cut = "" if max_length is None else f" within max_length={max_length}"
-        raise DataError(f"nothing is learnt from any of the {len(rows)} rows of {name}{cut}: every label is masked")
-    if len(kept) < len(examples):
-        without = [number for number, example in enumerate(examples) if not example.targets]
+        raise DataError(f"nothing is learnt from any of the {number + 1} rows of {name}{cut}: every label is masked")
+    if without:
         logger.warning("%s: nothing is learnt from %d rows, which are left out: %s", name, len(without), first_few(without))
     return kept
 
 
 def read_rows(
-    rows: Sequence[Row], name: str, vocab: int, read: Callable[[Row], Sequence[Encoded]]
+    rows: Iterable[Row], name: str, vocab: int, read: Callable[[Row], Sequence[Encoded]]
 ) -> Iterator[Sequence[Encoded]]:
     """What `read` makes of each row: one or several documents' tokens, with which of them are learnt.
 
@@ -82,8 +99,7 @@ def read_rows(
         yield found
 
 
-def _reader(rows: Sequence[Row], tokenizer: Any, args: Any, formatting: Formatting | None) -> Callable[[Row], Encoded]:
-    first = rows[0]
+def _reader(first: Row, tokenizer: Any, args: Any, formatting: Formatting | None) -> Callable[[Row], Encoded]:
     field = args.dataset_text_field
     if "input_ids" in first:
         return _read_tokens

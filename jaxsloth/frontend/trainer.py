@@ -68,9 +68,9 @@ class SFTTrainer(BaseTrainer):
         self._formatting, self._collator = formatting_func, self._own_collator(data_collator)
         self._begin(train_dataset, eval_dataset, callbacks)
 
-    def _encode(self, rows: Rows, name: str) -> list[Example]:
+    def _encode(self, rows: Rows, name: str, limit: int | None = None) -> list[Example]:
         vocab = self.base.engine.model.spec.embedding.vocab
-        return encode(rows, self.processing_class, self.args, self.max_length, self._formatting, vocab, name)
+        return encode(rows, self.processing_class, self.args, self.max_length, self._formatting, vocab, name, limit)
 
     def _own_collator(self, collator: Any) -> Collator | None:
         """None where this trainer makes the collator's batches by itself."""

@@ -175,6 +175,8 @@ class NativeArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16 and self.bf16:
             raise ValueError("fp16 and bf16 are both set; set at most one, and load the model in that dtype")
+        if self.report_to is None:  # transformers 4 and older scripts meant by it that nothing reports
+            self.report_to = "none"
         wanted = {name: getattr(self, name) for name in _PRECISION}
         for name in _PRECISION:
             setattr(self, name, False)

@@ -64,6 +64,12 @@ def learning_rates(args: Any, total_steps: int) -> Callable[[int], float]:
     return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
 
 
+def in_order(count: int, *, epoch: int) -> np.ndarray:
+    """Every epoch visits the rows as they stand."""
+    del epoch
+    return np.arange(count, dtype=np.int64)
+
+
 def visiting_order(args: Any) -> Callable[..., np.ndarray]:
     """The order of rows that transformers' Trainer has under accelerate: torch's permutation of data_seed + epoch.
 
@@ -75,9 +81,10 @@ def visiting_order(args: Any) -> Callable[..., np.ndarray]:
         raise ValueError(f"train_sampling_strategy must be 'random' or 'sequential', and {strategy!r} came")
     seed = args.seed if args.data_seed is None else args.data_seed
 
+    if strategy == "sequential":
+        return in_order
+
     def visit(count: int, *, epoch: int) -> np.ndarray:
-        if strategy == "sequential":
-            return np.arange(count, dtype=np.int64)
         return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
 
     return visit
