@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxsloth import __version__
 from jaxsloth.backend import BACKENDS, DtypeName, load_backend
 from jaxsloth.extras import missing_packages
-from jaxsloth.kernels.registry import Facts, all_ops, fused_by_itself, select
+from jaxsloth.kernels.registry import WAYS, Facts, all_ops, select, written_by_itself
 from jaxsloth.models.registry import families
 
 PACKAGES = (
@@ -42,9 +42,9 @@ def collect() -> dict[str, Any]:
         devices = load_backend(name).devices()
         backends[name] = {"platform": devices.platform, "device": devices.name, "count": devices.count}
         for title, choice in PASSES.items():
-            reason = fused_by_itself(devices.platform)
-            how = f"fused: {PARTS[choice, name]}" if reason is None else f"composed of the ops below (fused {reason})"
-            passes.setdefault(title, {})[name] = {"uses": "fused" if reason is None else "composed", "how": how}
+            reason, (written, other) = written_by_itself(devices.platform), WAYS[choice]
+            how = f"{written}: {PARTS[choice, name]}" if reason is None else f"{other}, from the ops below ({written} {reason})"
+            passes.setdefault(title, {})[name] = {"uses": written if reason is None else other, "how": how}
         dtype: DtypeName = "float32" if devices.platform == "cpu" else "bfloat16"
         for op in (one for one in all_ops() if one.of(name)):
             choice = select(op, name, Facts(devices.platform, dtype))
@@ -86,8 +86,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         for backend, choice in by_backend.items():
             table.add_row(title, backend, choice["how"])
     console.print(table)
-    composed = {choice["uses"] for choice in found["passes"].get("training", {}).values()} == {"composed"}
-    whose = "used by both" if composed else "used where a model has parts that the fused pass does not know, and for sampling"
+    alone = {choice["uses"] for choice in found["passes"].get("training", {}).values()} == {WAYS["train_pass"][1]}
+    whose = "used by both" if alone else "used where a sublayer has no written pair for what is asked, and for sampling"
     table = Table(title=f"ops, {whose}")
     for column in ("op", "backend", "uses", "and why not the others"):
         table.add_column(column, overflow="fold")

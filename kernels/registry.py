@@ -126,25 +126,40 @@ def choose_named(name: str, backend: BackendName, requested: str | None, reasons
     return chosen
 
 
-def fused_by_itself(platform: str) -> str | None:
-    """Why a fused pass isn't taken there unless it is asked for, or None."""
+# How whole passes are put together: the name of the way that is written for NVIDIA GPUs, then of the one made of ops.
+WAYS = {"train_pass": ("written", "autograd"), "decode_step": ("fused", "composed")}
+# Names of earlier days that a request may still have.
+_EARLIER = {"train_pass": {"fused": "written", "composed": "autograd"}}
+
+
+def written_by_itself(platform: str) -> str | None:
+    """Why a written pass isn't taken there unless it is asked for, or None."""
     return None if platform == "cuda" else "is made for NVIDIA GPUs, and runs elsewhere when asked for by name"
 
 
-def choose_fused(name: str, backend: BackendName, requested: str | None, reason: str | None, platform: str) -> bool:
-    """Whether a whole pass is "fused", written out for NVIDIA GPUs, or "composed" of ops. reason: why it can't be fused here.
-    A run says once which training pass it has.
+def way_asked_for(name: str, requested: str | None) -> str | None:
+    """The way of a whole pass that a request means: itself, or today's name of it, which is said once."""
+    today = _EARLIER.get(name, {}).get(requested or "", requested)
+    if today != requested:
+        _say_once(f"implementations: {{{name}: {requested}}} is called {today} now")
+    return today
+
+
+def choose_written(name: str, backend: BackendName, requested: str | None, reason: str | None, platform: str) -> bool:
+    """Whether the first of the `WAYS` of a whole pass runs. reason: why it can't. A run says once which training pass it has.
 
     Raises:
-        RefusedError: "fused" was asked for and can't run, or another name came.
+        RefusedError: that way was asked for and can't run, or another name came.
     """
+    written, other = WAYS[name]
+    requested = way_asked_for(name, requested)
     if reason is None and requested is None:
-        reason = fused_by_itself(platform)
-    chosen = choose_named(name, backend, requested, {"fused": reason, "composed": None})
+        reason = written_by_itself(platform)
+    chosen = choose_named(name, backend, requested, {written: reason, other: None})
     if name == "train_pass":
-        why = ", as asked for" if requested is not None else "" if reason is None else f" (fused {reason})"
+        why = ", as asked for" if requested is not None else "" if reason is None else f" ({written} {reason})"
         _say_once(f"{backend} on {platform} runs the {chosen} training pass{why}")
-    return chosen == "fused"
+    return chosen == written
 
 
 @cache
@@ -171,7 +186,7 @@ def all_ops() -> tuple[Op, ...]:
 
 
 # Choices that a backend makes beside its ops, under the same setting: how training steps and decoding are put together.
-WHOLE_PASSES = ("train_pass", "layer_loop", "decode_step")
+WHOLE_PASSES = (*WAYS, "layer_loop")
 
 
 def check_requested(requested: Mapping[str, str | None]) -> None:

@@ -22,7 +22,7 @@ from jaxsloth.kernels.fp8 import library_ops, torch_ops
 from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, WIDTH, Piece, Rows
 from jaxsloth.kernels.lora_matmul import extended
 from jaxsloth.kernels.nf4.contract import BLOCK
-from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.kernels.registry import RefusedError, way_asked_for
 from jaxsloth.torch_backend.linear import GroupLayout, Linear, LinearGroup
 
 # A row's scale is at least that of a row whose maximum is this part of the matrix': a row of almost nothing must not make the
@@ -196,14 +196,14 @@ def check_options(options: BuildOptions, device: torch.device) -> None:
     """RefusedError where ``compute: fp8`` is asked for and can't run with these options on this device."""
     if options.compute == "exact":
         return
-    reason, requested = None, (options.implementations or {}).get("train_pass")
+    reason, requested = None, way_asked_for("train_pass", (options.implementations or {}).get("train_pass"))
     if options.dtype != "bfloat16":
         reason = f"needs dtype bfloat16, and {options.dtype} came"
-    elif requested == "composed":
-        reason = "is formed by the training pass 'fused', and 'composed' was asked for"
+    elif requested == "autograd":
+        reason = "is formed by the training pass 'written', and 'autograd' was asked for"
     elif device.type != "cuda":
-        if requested != "fused":
-            reason = "needs an NVIDIA GPU (elsewhere it is emulated where the training pass 'fused' is asked for by name)"
+        if requested != "written":
+            reason = "needs an NVIDIA GPU (elsewhere it is emulated where the training pass 'written' is asked for by name)"
     elif torch.cuda.get_device_capability(device) < CAPABILITY:
         has = ".".join(map(str, torch.cuda.get_device_capability(device)))
         reason = f"needs an NVIDIA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or later, and this one has {has}"

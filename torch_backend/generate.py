@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from jaxsloth.kernels.registry import choose_fused
+from jaxsloth.kernels.registry import choose_written
 from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.spec import Attention
 from jaxsloth.torch_backend import autograd_pass
@@ -28,7 +28,7 @@ def take_program(model: ModelState, batch: int, capacity: int) -> DecodeProgram 
         RefusedError: "fused" was asked for and can't run this model, or another name came.
     """
     requested = (model.options.implementations or {}).get("decode_step")
-    if not choose_fused("decode_step", "torch", requested, decode_refusal(model.spec), model.decoder.device.type):
+    if not choose_written("decode_step", "torch", requested, decode_refusal(model.spec), model.decoder.device.type):
         return None
     program, model.idle_program = model.idle_program, None
     if program is None or not program.serves(model.decoder, batch, capacity):

@@ -13,7 +13,7 @@ import torch
 from jaxsloth.backend import BuildOptions, CheckpointingName, ComputeName
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.kernels.attention.library_ops import Layout, boundaries_of
-from jaxsloth.kernels.registry import RefusedError, choose_fused
+from jaxsloth.kernels.registry import RefusedError, choose_written
 from jaxsloth.models.memory import first_fitting
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
@@ -47,7 +47,7 @@ def runs_written(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bo
     """Whether the written pass trains the adapters of `spec`; implementations={"train_pass": …} asks for one by name.
 
     Raises:
-        RefusedError: "fused", or compute fp8, was asked for and can't train this model, or another name came.
+        RefusedError: "written", or compute fp8, was asked for and can't train this model, or another name came.
     """
     reason = None if trainable_shapes(spec) else "has nothing to train"
     if options.compute == "fp8":
@@ -56,7 +56,7 @@ def runs_written(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bo
         if reason is not None:
             raise RefusedError(f"compute fp8 can't train this model: it {reason}; set compute: exact")
     requested = (options.implementations or {}).get("train_pass")
-    return choose_fused("train_pass", "torch", requested, reason, decoder.device.type)
+    return choose_written("train_pass", "torch", requested, reason, decoder.device.type)
 
 
 class WrittenProgram:

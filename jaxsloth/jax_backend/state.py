@@ -22,7 +22,7 @@ from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.weights import load_weights
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.xla_ops import NF4
-from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_fused, choose_named
+from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_named, choose_written
 from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.memory import fitting_mode
 from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainable_shapes
@@ -189,7 +189,7 @@ class ModelState:
     def choose_mode(self, spec: ModelSpec, checkpointing: CheckpointingName, tokens: int) -> str | None:
         """As `mode`, for this model with the adapters of `spec`."""
         requested = (self.options.implementations or {}).get("train_pass")
-        if not choose_fused("train_pass", "jax", requested, _refusal(spec), platform()):
+        if not choose_written("train_pass", "jax", requested, _refusal(spec), platform()):
             return None
         if checkpointing != "auto":
             return checkpointing
@@ -220,7 +220,7 @@ class ModelState:
         reason = decode_refusal(self.spec)
         if not room:
             reason = "has its caches twice for a moment, and there is no room for that"
-        return choose_fused("decode_step", "jax", requested, reason, platform())
+        return choose_written("decode_step", "jax", requested, reason, platform())
 
     def compiles(self) -> AbstractContextManager[None]:
         """What is compiled meanwhile counts as this model's."""

@@ -109,17 +109,17 @@ def test_info_as_json(capsys):
 
 @both
 def test_what_a_run_says_and_info_tells_is_what_trains(tmp_path, checkpoint, capsys, caplog, backend):
-    """One line a run, and none for its ops; the composed pass is what runs here."""
+    """One line a run, and none for its ops; autograd is what runs here."""
     from jaxsloth.kernels import registry
 
     registry._say_once.cache_clear()
     with caplog.at_level("INFO", "jaxsloth"):
         assert run("info", "--json") == 0
         assert caplog.messages == []
-        assert json.loads(capsys.readouterr().out)["passes"]["training"][backend]["uses"] == "composed"
+        assert json.loads(capsys.readouterr().out)["passes"]["training"][backend]["uses"] == "autograd"
         assert run("train", write_recipe(tmp_path, checkpoint), "--backend", backend, "steps=1", "lora.dropout=0") == 0
-    reason = "fused is made for NVIDIA GPUs, and runs elsewhere when asked for by name"
-    assert caplog.messages == [f"{backend} on cpu runs the composed training pass ({reason})"]
+    reason = "written is made for NVIDIA GPUs, and runs elsewhere when asked for by name"
+    assert caplog.messages == [f"{backend} on cpu runs the autograd training pass ({reason})"]
 
 
 def test_schema(capsys):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from jaxsloth.backend import BuildOptions
-from jaxsloth.kernels.registry import RefusedError, choose_fused, choose_named
+from jaxsloth.kernels.registry import RefusedError, choose_named, choose_written
 from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
 
@@ -41,26 +41,27 @@ def test_what_is_refused_is_said(requested, reasons, message):
 
 
 @pytest.mark.parametrize(
-    ("requested", "reason", "platform", "fused"),
+    ("requested", "reason", "platform", "written"),
     [
         (None, None, "cuda", True),
         (None, None, "cpu", False),
         (None, "draws no masks", "cuda", False),
+        ("written", None, "cpu", True),
         ("fused", None, "cpu", True),
-        ("composed", None, "cuda", False),
+        ("autograd", None, "cuda", False),
         ("composed", "draws no masks", "cuda", False),
     ],
 )
-def test_a_whole_pass_is_fused_on_a_gpu_or_where_it_is_asked_for(requested, reason, platform, fused):
-    assert choose_fused("train_pass", "jax", requested, reason, platform) is fused
+def test_a_whole_pass_is_written_on_a_gpu_or_where_it_is_asked_for(requested, reason, platform, written):
+    assert choose_written("train_pass", "jax", requested, reason, platform) is written
 
 
 @pytest.mark.parametrize(
     ("backend", "asked", "names"),
     [
-        ("torch", "train_pass", "fused, composed"),
+        ("torch", "train_pass", "written, autograd"),
         ("torch", "decode_step", "fused, composed"),
-        ("jax", "train_pass", "fused, composed"),
+        ("jax", "train_pass", "written, autograd"),
         ("jax", "layer_loop", "scan, unrolled"),
     ],
 )
