@@ -65,7 +65,10 @@ class Attention(nnx.Module):
         q_width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         lows = sum(group.pad for group in self.groups().values())
         kept = lows + q_width + (q_width + 2 * kv_width if mode in _KEEPS_QKV else 0)
-        return kept + (self._hidden if mode == "none" else 0)
+        return kept + (self._hidden + self.pad if mode == "none" else 0)
+
+    def working_width(self) -> int:
+        return 4 * (self.spec.heads + self.spec.kv_heads) * self.spec.head_dim
 
     # From ops.
 

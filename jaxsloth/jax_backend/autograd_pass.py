@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsloth.jax_backend.linear import TRAINED
+from jaxsloth.jax_backend.linear import PRODUCT, TRAINED
 from jaxsloth.jax_backend.run import Run
 
 
-def stream(layers: Any, x: Any, run: Run, count: int, caches: Any = None, recompute: bool = False) -> tuple[Any, Any]:
+def stream(layers: Any, x: Any, run: Run, count: int, caches: Any = None, mode: str = "none") -> tuple[Any, Any]:
     """(the residual stream ``[batch, length, hidden]`` behind all blocks; the caches with this pass written, stacked).
 
-    layers: one stack of blocks a place in the period, which is repeated `count` times. recompute: a period's input is kept for
-    the backward, and nothing else.
+    layers: one stack of blocks a place in the period, which is repeated `count` times. mode: what is kept for the backward;
+    with none all that JAX keeps, with selective the linear layers' outputs, with full a period's input; offload is the same as
+    full, where the host's memory is the device's.
     """
     structure, trained, frozen = nnx.split(layers, TRAINED, ...)
 
@@ -28,5 +29,8 @@ def stream(layers: Any, x: Any, run: Run, count: int, caches: Any = None, recomp
             written.append(cache)
         return x, None if stacks is None else tuple(written)
 
-    body = jax.checkpoint(period) if recompute and caches is None else period
+    body = period
+    if mode != "none" and caches is None:
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if mode == "selective" else None
+        body = jax.checkpoint(period, policy=policy)
     return jax.lax.scan(body, x, (jnp.arange(count, dtype=jnp.int32), trained, caches))

@@ -136,6 +136,10 @@ class Block(nnx.Module):
         streams = sum(1 + (branch.post_norm is not None) for branch in self.branches()) * self._hidden
         return streams + sum(branch.pair.kept_widths(mode) for branch in self.branches())
 
+    def working_width(self) -> int:
+        """About the most elements a token that it works with at a time."""
+        return 8 * self._hidden + sum(branch.pair.working_width() for branch in self.branches())
+
     def forward(self, x: Any, run: Run, cache: Cache | None = None) -> tuple[Any, Cache | None]:
         for branch in self.branches():
             x, cache = branch.forward(x, run, cache)

@@ -29,6 +29,10 @@ class Pair(Protocol):
         """Elements a token that it keeps."""
         ...
 
+    def working_width(self) -> int:
+        """About the most elements a token that it works with at a time."""
+        ...
+
     def forward_keeping(self, x: Any, run: Run, mode: str | None) -> tuple[Any, dict[str, Any]]:
         """(y ``[tokens, hidden]``, what is kept); mode: what `gradient_checkpointing` keeps."""
         ...
@@ -71,6 +75,9 @@ class DefaultPair:
 
     def kept_widths(self, mode: str) -> int:
         return self._hidden if mode == "none" else 0
+
+    def working_width(self) -> int:
+        return 2 * self._body.working_width()  # autograd keeps all of a body for a moment
 
     def _rows(self, x: Any, run: Run) -> Any:
         return x[:, : self._hidden].reshape(*run.segments.shape, self._hidden)

@@ -22,7 +22,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.linear import Trained
-from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
+from jaxsloth.jax_backend.plan import Checkpointing, Plan, documents_from, make_plan
 from jaxsloth.jax_backend.run import DropoutKey
 from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.models.names import EMBEDDING, stacked_name
@@ -111,11 +111,10 @@ class Bridge:
                 f"a torch module over JAX runs on one device, and JAX has {self._model.devices}; name one "
                 "(device_map='cuda:0'), or train with jaxsloth's own trainers, which use them all"
             )
-        recompute = options.checkpointing not in ("none", "auto")
         adapters = {module: pair for module, pair in weights.items() if len(pair) == 2}
         whole, biases = [name for name in weights if name.endswith(".weight")], self._biases(weights)
         rank = max((a.shape[1] for a, _ in adapters.values()), default=0)
-        key = (tuple(sorted(weights)), rank, options.dropout, recompute)
+        key = (tuple(sorted(weights)), rank, options.dropout)
         if key not in self._programs:
             saved = tuple(name.removesuffix(".weight") for name in whole)
             # The scaling is folded into B.
@@ -124,7 +123,7 @@ class Bridge:
             spec = replace(self._model.spec, lora=lora)
             hollow: dict[str, Any] = {f"{m}.{part}": jnp.zeros(()) for m in adapters for part in ("lora_A", "lora_B")}
             hollow |= {name: Trained(jnp.zeros(())) for name in (*whole, *biases)}
-            self._programs[key] = _Program(spec, *self._model.split(spec, hollow, recompute))
+            self._programs[key] = _Program(spec, *self._model.split(spec, hollow))
         return self._programs[key]
 
     def _prepare(
@@ -165,26 +164,27 @@ class Bridge:
         """(the plan, the arrays of a packed batch's documents, the batch as the fused blocks see it, None for the others)."""
         rows, tokens = batch.as_batch(), batch.input_ids.size
         if (checkpointing, tokens) not in program.modes:
-            program.modes[checkpointing, tokens] = self._model.choose_mode(program.spec, checkpointing, tokens)
-        mode = program.modes[checkpointing, tokens]
-        if mode == "offload" and output != "loss":
-            mode = "full"  # what one program leaves to another lies on the device
-        if rows is None or mode is None:
-            return Plan(None, tokens, plain=False), (), None
-        plan, documents = make_plan(lambda _: mode, self._model.unrolled, rows.targets[None], rows.segments[None], 1)
+            blocks = nnx.merge(program.structure, program.hollow, program.frozen).model.layers
+            program.modes[checkpointing, tokens] = self._model.resolve(program.spec, blocks, checkpointing, tokens)
+        kept = program.modes[checkpointing, tokens]
+        if kept.mode == "offload" and output != "loss":
+            kept = replace(kept, mode="full")  # what one program leaves to another lies on the device
+        if rows is None or not kept.written:
+            return Plan(replace(kept, written=False), tokens, plain=False), (), None
+        plan, documents = make_plan(lambda _: kept, self._model.unrolled, rows.targets[None], rows.segments[None], 1)
         return plan, tuple(array[0] for array in documents), rows
 
 
 @dataclass(frozen=True)
 class _Program:
-    """A decoder with adapters taken apart: structure, the adapters' state without values, the frozen state. modes: `Plan.mode`
+    """A decoder with adapters taken apart: structure, the adapters' state without values, the frozen state. modes: `Plan.kept`
     by the checkpointing asked for and the tokens of a batch."""
 
     spec: ModelSpec
     structure: Any
     hollow: Any
     frozen: Any
-    modes: dict[tuple[CheckpointingName, int], str | None] = field(default_factory=dict)
+    modes: dict[tuple[CheckpointingName, int], Checkpointing] = field(default_factory=dict)
 
 
 _COMPILED_IN = ("structure", "ropes", "output", "count", "plan")
@@ -209,10 +209,10 @@ def _evaluate(
     ids = batch["input_ids"]
     if output == "loss":
         return decoder.loss(ids, run, batch["targets"], plan)
-    if plan.mode is None:
-        hidden, _ = decoder.hidden(ids, run)
-    else:
+    if plan.kept.written:
         hidden = decoder.written_hidden(ids, run, plan).reshape(*ids.shape, -1)
+    else:
+        hidden, _ = decoder.hidden(ids, run, mode=plan.kept.mode)
     if count is not None:
         hidden = jax.lax.dynamic_slice_in_dim(hidden, batch["first"], count, axis=1)
     return decoder.head().forward(hidden) if output == "logits" else hidden

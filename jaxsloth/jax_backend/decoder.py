@@ -41,9 +41,9 @@ class Inner(nnx.Module):
 class Decoder(nnx.Module):
     """A language model. get(name) hands over arrays: those of blocks stacked, under the name of the first block."""
 
-    def __init__(self, spec: specs.ModelSpec, get: GetArray, ops: Ops, dtype: Any, recompute: bool) -> None:
+    def __init__(self, spec: specs.ModelSpec, get: GetArray, ops: Ops, dtype: Any) -> None:
         check_buildable(spec, "JAX")
-        self.spec, self.dtype, self._ops, self._recompute = spec, dtype, ops, recompute
+        self.spec, self.dtype, self._ops = spec, dtype, ops
         self.model = Inner(spec, get, ops, dtype)
         if not spec.head.tied:
             self.lm_head = HeadWeight(get(f"{LM_HEAD}.weight"))
@@ -66,20 +66,22 @@ class Decoder(nnx.Module):
     def _count(self) -> int:
         return len(self.spec.layers) // len(self.model.layers)
 
-    def hidden(self, input_ids: Any, run: Run, caches: Any = None, noise: Any = None) -> tuple[Any, Any]:
+    def hidden(self, input_ids: Any, run: Run, caches: Any = None, noise: Any = None, mode: str = "none") -> tuple[Any, Any]:
         """(final hidden states ``[batch, length, hidden]``, normed; the caches with this pass written, stacked as before)."""
         x = self.model.embed_tokens.forward(input_ids, noise)
-        x, caches = autograd_pass.stream(self.model.layers, x, run, self._count, caches, self._recompute)
+        x, caches = autograd_pass.stream(self.model.layers, x, run, self._count, caches, mode)
         return self.model.norm.forward(x), caches
+
+    def stream_pad(self) -> int:
+        """Free columns behind the rows of the stream's gradient, as wide in every block."""
+        return max(block.stream_pad() for block in self.model.layers)
 
     def written_hidden(self, input_ids: Any, run: Run, plan: Plan, noise: Any = None) -> Any:
         """Final hidden states ``[tokens, hidden]``, normed, through the written pass that `plan` describes."""
-        assert plan.mode is not None
         x = self.model.embed_tokens.forward(input_ids.reshape(-1), noise)
-        pad = max(block.stream_pad() for block in self.model.layers)
-        run = replace(run, unpacked=plan.plain, stream_pad=pad)
+        run = replace(run, unpacked=plan.plain, stream_pad=self.stream_pad())
         trains = isinstance(self.model.embed_tokens.weight, Trained)
-        x = written_pass.stream(self.model.layers, x, run, self._count, plan.mode, plan.unrolled, trains)
+        x = written_pass.stream(self.model.layers, x, run, self._count, plan.kept.mode, plan.unrolled, trains)
         return self.model.norm.forward(x)
 
     def loss(
@@ -93,10 +95,10 @@ class Decoder(nnx.Module):
         label_smoothing: float = 0.0,
     ) -> Any:
         """The cross-entropy over all targets of a batch, summed or every position's ``[rows, length]``."""
-        if plan.mode is None:
-            hidden = self.hidden(input_ids, run, noise=noise)[0].reshape(-1, self.spec.hidden)
-        else:
+        if plan.kept.written:
             hidden = self.written_hidden(input_ids, run, plan, noise)
+        else:
+            hidden = self.hidden(input_ids, run, noise=noise, mode=plan.kept.mode)[0].reshape(-1, self.spec.hidden)
         return self.head().loss(hidden, targets, plan.chosen, per_token, label_smoothing)
 
     def empty_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:

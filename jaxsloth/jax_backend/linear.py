@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.run import Run
@@ -42,6 +43,7 @@ class Trained(nnx.Variable):
 
 
 TRAINED = (Adapter, Trained)
+PRODUCT = "product"  # what autograd's recomputation calls the output of a linear layer
 
 
 class Weight(Protocol):
@@ -219,18 +221,12 @@ class Linear(nnx.Module):
             matvec = self.base().matvec(self._ops, x.shape[0] * x.shape[1], self.shape)
             if matvec is not None:
                 return self._decode(matvec, x, bias, run.layer)
-        if not self.adapted:
-            return self._ops.lora_matmul(x, self.base().gather(), bias=bias, layer=run.layer)
-        return self._ops.lora_matmul(
-            x,
-            self.base().gather(),
-            self.lora_A[...],
-            self.lora_B[...],
-            scale=self.scale,
-            bias=bias,
-            dropout=self._dropout(run),
-            layer=run.layer,
-        )
+        adapter = {}
+        if self.adapted:
+            adapter = {"scale": self.scale, "dropout": self._dropout(run)}
+            adapter |= {"lora_a": self.lora_A[...], "lora_b": self.lora_B[...]}
+        y = self._ops.lora_matmul(x, self.base().gather(), bias=bias, layer=run.layer, **adapter)
+        return checkpoint_name(y, PRODUCT)
 
     def _dropout(self, run: Run) -> Dropout | None:
         if not self.dropout or run.dropout is None:

@@ -53,7 +53,10 @@ class Mlp(nnx.Module):
 
     def kept_widths(self, mode: str) -> int:
         xa = sum(group.pad for group in self.groups().values())
-        return xa + (self._hidden + 2 * self.spec.width if mode == "none" else 0)
+        return xa + (self._hidden + self.pad + 2 * self.spec.width if mode == "none" else 0)
+
+    def working_width(self) -> int:
+        return 3 * self.spec.width
 
     # From ops.
 

@@ -34,7 +34,7 @@ class JaxModel(ModelState):
     def gradients(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
         self._check_trained()
         frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(self.mode, self.unrolled, batch.targets[None], batch.segments[None], 1)
+        plan, documents = make_plan(self.checkpointing, self.unrolled, batch.targets[None], batch.segments[None], 1)
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         count = np.float32(batch.valid_tokens())

@@ -12,10 +12,33 @@ from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL
 from jaxsloth.kernels.nf4.contract import MATVEC, MATVEC_ROWS
-from jaxsloth.kernels.registry import Facts, Implementation, Op, resolve, select
+from jaxsloth.kernels.registry import Facts, Implementation, Op, RefusedError, all_ops, resolve, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
+
+# Ops for which a request is followed: here, in the optimizer, and at every attention and matvec.
+FOLLOWED = frozenset(
+    ("gated_activation", "linear_cross_entropy", "lora_matmul", "rope", "rms_norm", "attention", "nf4_matvec", "adamw_8bit")
+)
+
+
+def _check_others(facts: Facts, requested: Mapping[str, str]) -> None:
+    """Refuses a request that nothing here would follow: for an implementation other than the one that runs anyway.
+
+    Raises:
+        RefusedError: there is one.
+    """
+    for op in all_ops():
+        asked = requested.get(op.name)
+        if asked is None or op.name in FOLLOWED:
+            continue
+        select(op, "jax", facts, asked)
+        runs = select(op, "jax", facts).implementation.name
+        if asked != runs:
+            raise RefusedError(
+                f"op {op.name} runs as {runs!r} on JAX here, whatever is asked for, and got a request for {asked!r}"
+            )
 
 
 class Ops:
@@ -25,6 +48,7 @@ class Ops:
         def choose(op: Op) -> Callable[..., Any]:
             return resolve(op, "jax", facts, requested.get(op.name))
 
+        _check_others(facts, requested)
         self.dtype = facts.dtype
         self.gated_activation = choose(GATED_ACTIVATION)
         self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)

@@ -13,22 +13,31 @@ from jaxsloth.kernels.attention.jax_library_ops import Documents, documents_of, 
 
 
 @dataclass(frozen=True)
+class Checkpointing:
+    """`gradient_checkpointing` resolved, once for a batch: which pass runs, the written one or autograd, and what it keeps for
+    its backward: none, selective, full or offload."""
+
+    written: bool
+    mode: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A static argument of the programs.
 
-    mode: the `gradient_checkpointing` of the fused blocks, None for the composed ones. chosen: the most targets that a device's
-    micro-batch may have. plain: every row is one document, perhaps with padding behind it. unrolled: the layers are.
+    chosen: the most targets that a device's micro-batch may have. plain: every row is one document, perhaps with padding behind
+    it. unrolled: the layers are.
     """
 
-    mode: str | None
+    kept: Checkpointing
     chosen: int
     plain: bool
     unrolled: bool = False
 
 
 def make_plan(
-    mode_for: Callable[[int], str | None],
-    unrolled: Callable[[str | None], bool],
+    kept_for: Callable[[int], Checkpointing],
+    unrolled: Callable[[str], bool],
     targets: np.ndarray,
     segments: np.ndarray,
     devices: int,
@@ -37,20 +46,20 @@ def make_plan(
 
     targets and segments ``[micro, batch, length]``. The arrays are a `Documents`' with a leading micro axis; their second axis
     is shared out among the devices as the batch's is. Targets are counted in quarters of the tokens: each count is a program.
-    mode_for and unrolled: `ModelState.mode` and `ModelState.unrolled`.
+    kept_for and unrolled: `ModelState.checkpointing` and `ModelState.unrolled`.
     """
     micros, rows, length = targets.shape
     shares = (micros * devices, rows // devices, length)
     split = targets.reshape(micros, devices, -1)
     tokens = split.shape[-1]
-    mode = mode_for(tokens)
-    loop = unrolled(mode)
+    kept = kept_for(tokens)
+    loop = unrolled(kept.mode)
     unit = max(tokens // 4, 16)
     most = int((split != IGNORE).sum(axis=-1).max(initial=1))
-    chosen = min(-(-max(most, 1) // unit) * unit, tokens) if mode is not None else tokens
+    chosen = min(-(-max(most, 1) // unit) * unit, tokens) if kept.written else tokens
     found = [documents_of(share) for share in segments.reshape(shares)]
-    if mode is None or all(documents is None for documents in found):
-        return Plan(mode, chosen, mode is not None, loop), ()
+    if not kept.written or all(documents is None for documents in found):
+        return Plan(kept, chosen, kept.written, loop), ()
     packed = [documents or whole_rows(share) for documents, share in zip(found, segments.reshape(shares), strict=True)]
     count, longest = (max(documents.tokens.shape[axis] for documents in packed) for axis in (0, 1))
     same = [pad_documents(documents, count, longest, tokens) for documents in packed]
@@ -59,7 +68,7 @@ def make_plan(
         parts = np.stack([getattr(documents, field) for documents in same])
         return parts.reshape(micros, devices * parts.shape[1], *parts.shape[2:])
 
-    return Plan(mode, chosen, False, loop), (together("tokens"), together("lengths"), together("rows"))
+    return Plan(kept, chosen, False, loop), (together("tokens"), together("lengths"), together("rows"))
 
 
 def whole_rows(segments: np.ndarray) -> Documents:

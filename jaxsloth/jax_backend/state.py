@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -15,16 +15,18 @@ from flax import nnx
 from jaxsloth.backend import BuildOptions, TensorSource
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend.block import Block
 from jaxsloth.jax_backend.compilations import Compilations
 from jaxsloth.jax_backend.decoder import Decoder
 from jaxsloth.jax_backend.linear import TRAINED, DenseWeight, Nf4Weight, Trained, as_weight
 from jaxsloth.jax_backend.ops import Ops
+from jaxsloth.jax_backend.plan import Checkpointing
 from jaxsloth.jax_backend.weights import load_weights
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.xla_ops import NF4
 from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_named, choose_written
 from jaxsloth.models.buildable import decode_refusal
-from jaxsloth.models.memory import fitting_mode
+from jaxsloth.models.memory import FILLED, first_fitting
 from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.models.spec import ModelSpec, Rope
@@ -49,18 +51,17 @@ class ModelState:
         self._weights = load_weights(spec, source, self._dtype)
         self._frequencies: dict[Any, Any] = {}
         self._compilations = Compilations()
-        self._mode: tuple[ModelSpec, CheckpointingName, int, str | None] | None = None
+        self._kept: tuple[ModelSpec, CheckpointingName, int, Checkpointing] | None = None
         self._assemble({})
 
     def _assemble(self, trained: Mapping[str, Any]) -> None:
         """Makes the module of the base weights and of what is trained, and splits it."""
-        recompute = self.options.gradient_checkpointing not in ("none", "auto")
-        self.structure, self.trained, self.frozen = self.split(self.spec, trained, recompute)
+        self.structure, self.trained, self.frozen = self.split(self.spec, trained)
 
-    def split(self, spec: ModelSpec, trained: Mapping[str, Any], recompute: bool) -> tuple[Any, Any, Any]:
+    def split(self, spec: ModelSpec, trained: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """The module of the base weights and `spec`'s adapters: (structure, state of what is trained, frozen state)."""
         arrays = {**self._weights, **trained}
-        decoder = Decoder(spec, arrays.__getitem__, self._ops, self._dtype, recompute)
+        decoder = Decoder(spec, arrays.__getitem__, self._ops, self._dtype)
         structure, state, frozen = nnx.split(decoder, TRAINED, ...)
         return structure, placement.replicate(state), placement.replicate(frozen)
 
@@ -171,33 +172,52 @@ class ModelState:
     def devices(self) -> int:
         return len(placement.devices())
 
-    def mode(self, tokens: int, learns: bool = True) -> str | None:
-        """The `gradient_checkpointing` of the fused blocks, or None where the composed ones are trained.
+    def checkpointing(self, tokens: int, learns: bool = True) -> Checkpointing:
+        """Which pass runs and what it keeps.
 
-        tokens: those of a device's micro-batch, which "auto" asks the memory for; for fewer, what it chose stays. learns: what
-        keeps nothing for a backward takes what was chosen, however long it is, and has no say in what is chosen next.
+        tokens: those of a device's micro-batch, which "auto" asks the memory for; for fewer, the earlier choice stays. learns:
+        False for an evaluation, which takes the current choice and does not change it.
 
         Raises:
-            RefusedError: the fused ones were asked for by name and can't train this model, or another name came.
+            RefusedError: a pass was asked for by name and can't run, or it can't keep what was asked for.
         """
-        spec, wanted, known = self.spec, self.options.gradient_checkpointing, self._mode
+        spec, wanted, known = self.spec, self.options.gradient_checkpointing, self._kept
         if known is None or known[0] is not spec or known[1] != wanted or (learns and known[2] < tokens):
-            chosen = self.choose_mode(spec, wanted, tokens)
-            known = self._mode = spec, wanted, tokens if learns else 0, chosen
+            kept = self.resolve(spec, self.decoder().model.layers, wanted, tokens)
+            known = self._kept = spec, wanted, tokens if learns else 0, kept
         return known[3]
 
-    def choose_mode(self, spec: ModelSpec, checkpointing: CheckpointingName, tokens: int) -> str | None:
-        """As `mode`, for this model with the adapters of `spec`."""
+    def resolve(self, spec: ModelSpec, blocks: Sequence[Block], wanted: CheckpointingName, tokens: int) -> Checkpointing:
+        """As `checkpointing`, for this model with the adapters of `spec`, which are those of the blocks."""
         requested = (self.options.implementations or {}).get("train_pass")
-        if not choose_written("train_pass", "jax", requested, _refusal(spec), platform()):
-            return None
-        if checkpointing != "auto":
-            return checkpointing
+        reason = "has no adapters to train" if spec.lora is None else None
+        written = choose_written("train_pass", "jax", requested, reason, platform())
         free = placement.free_memory()
-        return fitting_mode(spec, AUTO_ORDER, tokens, self._dtype.itemsize, free, attends_once=True)
+        if wanted == "auto" and written:
+            return Checkpointing(True, first_fitting(self.needs(blocks, tokens), free))
+        if wanted == "auto":  # JAX keeps about twice what the written pass does
+            fits = 2 * self.needs(blocks, tokens)["none"] <= free * FILLED
+            return Checkpointing(False, "none" if fits else "full")
+        if wanted == "offload" and not written and platform() != "cpu":
+            raise RefusedError(
+                "gradient_checkpointing offload is a way of the written training pass, and autograd was asked for; "
+                "take full, or leave implementations.train_pass out"
+            )
+        return Checkpointing(written, wanted)
 
-    def unrolled(self, mode: str | None) -> bool:
-        """Whether the fused layers run one after the other instead of in a scan; implementations={"layer_loop": …} decides.
+    def needs(self, blocks: Sequence[Block], tokens: int) -> dict[str, float]:
+        """Bytes on the device that the written pass's activations take by mode, the fastest first: those kept, and about the
+        most that a block works with."""
+        count = len(self.spec.layers) // len(blocks)
+        working = max(block.working_width() for block in blocks)
+
+        def kept(mode: str) -> int:
+            return 0 if mode == "offload" else count * sum(block.kept_widths(mode) for block in blocks)
+
+        return {mode: float(tokens * self._dtype.itemsize * (kept(mode) + working)) for mode in AUTO_ORDER}
+
+    def unrolled(self, mode: str) -> bool:
+        """Whether the written pass unrolls its layers instead of scanning them; implementations={"layer_loop": …} decides.
 
         By itself a mode that keeps much is unrolled, which copies nothing of it into stacks, and one that saves memory scans.
 
@@ -245,8 +265,3 @@ def _path_name(path: tuple[Any, ...]) -> str:
 def _dtype_of(value: np.ndarray) -> Any:
     """float32, but codes stay codes."""
     return np.uint8 if value.dtype == np.uint8 else np.float32
-
-
-def _refusal(spec: ModelSpec) -> str | None:
-    """Why the written pass can't train this model, or None."""
-    return "has no adapters to train" if spec.lora is None else None

@@ -142,7 +142,7 @@ class WindowStep(ABC):
             "words": np.array(step_words(seed, step), np.uint32),
         }
         frequencies, ropes = model.frequencies(int(window.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(model.mode, model.unrolled, window.targets, window.segments, model.devices)
+        plan, documents = make_plan(model.checkpointing, model.unrolled, window.targets, window.segments, model.devices)
         arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents, *more)
         put = tuple(placement.put_batch(array, 1) for array in arrays)
         with model.compiles():
@@ -200,8 +200,8 @@ class RowLosses:
         """trained: a state like the model's."""
         model = self._model
         frequencies, ropes = model.frequencies(int(batch.positions.max(initial=0)) + 1)
-        mode_for = partial(model.mode, learns=False)
-        plan, documents = make_plan(mode_for, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
+        kept_for = partial(model.checkpointing, learns=False)
+        plan, documents = make_plan(kept_for, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
         put = tuple(placement.put_batch(array, 0) for array in arrays)

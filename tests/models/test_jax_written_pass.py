@@ -6,19 +6,24 @@ The kernels run in Pallas' interpreter here.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
-from jaxsloth.jax_backend import mlp, placement
-from jaxsloth.jax_backend.plan import make_plan
+from jaxsloth.jax_backend import mlp, placement, written_pass
+from jaxsloth.jax_backend.linear import TRAINED
+from jaxsloth.jax_backend.plan import Checkpointing, make_plan
 from jaxsloth.jax_backend.train_step import summed_loss
 from jaxsloth.kernels.dropout.contract import step_words
-from jaxsloth.models.memory import FILLED, activation_bytes
+from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.models.memory import FILLED
 from jaxsloth.parity.measure import relative_frobenius
 from tests.support.decoding import VARIANTS
 from tests.support.small_models import LLAMA3, VOCAB, build, check_gradients
@@ -37,7 +42,7 @@ def slow(*values: object) -> object:
 def masked_gradients(model, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """As `Model.gradients`, with the dropout masks of a step."""
     frequencies, ropes = model.frequencies(64)
-    plan, _ = make_plan(model.mode, model.unrolled, batch.targets[None], batch.segments[None], 1)
+    plan, _ = make_plan(model.checkpointing, model.unrolled, batch.targets[None], batch.segments[None], 1)
     arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
     words = jnp.array(step_words(3, 5), jnp.uint32)
 
@@ -202,16 +207,24 @@ def test_an_implementation_that_is_asked_for_runs_in_the_written_pass(asked, att
     assert written(model) == {"self_attn": attention, "mlp": mlp}
 
 
+def mode(model, tokens: int) -> str:
+    return model.checkpointing(tokens).mode
+
+
+def needs(model, tokens: int) -> dict[str, float]:
+    return model.needs(model.decoder().model.layers, tokens)
+
+
 def test_the_mode_follows_what_is_asked_for(monkeypatch):
     """What was chosen first must not outlast another request, nor "auto" a micro-batch that needs more."""
     model, *_ = build("jax", WIDTHS, options=BuildOptions(implementations=FUSED))
-    assert model.mode(64) == "none"
+    assert mode(model, 64) == "none"
     model.set_gradient_checkpointing("full")
-    assert model.mode(64) == "full"
+    assert mode(model, 64) == "full"
     model.set_gradient_checkpointing("auto")
-    need = activation_bytes(model.spec, "none", 1000, 4, attends_once=True)
-    monkeypatch.setattr(placement, "free_memory", lambda: need / FILLED + 1)
-    assert [model.mode(tokens) for tokens in (1000, 10, 1100, 1000)] == ["none", "none", "selective", "selective"]
+    free = needs(model, 1000)["none"] / FILLED + 1
+    monkeypatch.setattr(placement, "free_memory", lambda: free)
+    assert [mode(model, tokens) for tokens in (1000, 10, 1100, 1000)] == ["none", "none", "selective", "selective"]
 
 
 def test_evaluations_have_no_say_in_the_mode(monkeypatch):
@@ -219,11 +232,83 @@ def test_evaluations_have_no_say_in_the_mode(monkeypatch):
     model, *_ = build("jax", WIDTHS | {"intermediate_size": 64, "num_hidden_layers": 1}, options=options)
     batch = first_batch(stream(examples(4, VOCAB)))
     tokens = batch.input_ids.size
-    need = activation_bytes(model.spec, "none", tokens // 2, 4, attends_once=True)
-    monkeypatch.setattr(placement, "free_memory", lambda: need / FILLED + 1)
+    free = needs(model, tokens // 2)["none"] / FILLED + 1
+    monkeypatch.setattr(placement, "free_memory", lambda: free)
     evaluate = model.eval_step()
     evaluate(batch)
-    assert model.mode(tokens // 2) == "none"
+    assert mode(model, tokens // 2) == "none"
     evaluate(batch)
-    assert model.mode(tokens // 2) == "none"
-    assert model.mode(tokens) != "none"
+    assert mode(model, tokens // 2) == "none"
+    assert mode(model, tokens) != "none"
+
+
+def kept_arrays(model, name: str, tokens: int) -> int:
+    """Elements a token that the written pass keeps of all blocks, from the shapes of what it returns."""
+    decoder = model.decoder()
+    structure, trained, frozen = nnx.split(decoder.model.layers, TRAINED, ...)
+    frequencies, ropes = model.frequencies(tokens)
+    numbers = jnp.zeros((1, tokens), jnp.int32)
+    run = replace(decoder.run(numbers, numbers, ropes, frequencies), unpacked=True, stream_pad=decoder.stream_pad())
+    count = len(model.spec.layers) // len(decoder.model.layers)
+    config = written_pass.StackConfig(structure, count, name, False, False)
+    x = jax.ShapeDtypeStruct((tokens, model.spec.hidden), jnp.float32)
+    kept = jax.eval_shape(partial(written_pass._forward, config, mode=name), trained, x, frozen, run)[1]
+    return sum(leaf.size for leaf in jax.tree.leaves(kept)) // tokens
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("variant", ["dense", "qk_norm", "sandwich", "two_ropes"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_declared_to_be_kept_is_kept(variant, checkpointing, dropout):
+    """`auto` chooses by these declarations; norms' reciprocals, at most two a branch, are left out."""
+    model, *_ = build("jax", WIDTHS, revise=VARIANTS[variant], lora={"dropout": dropout}, options=BuildOptions())
+    blocks = model.decoder().model.layers
+    declared = sum(block.kept_widths(checkpointing) for block in blocks) * len(model.spec.layers) // len(blocks)
+    assert 0 <= kept_arrays(model, checkpointing, 64) - declared <= 4 * len(model.spec.layers)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "free", "found"),
+    [
+        ("auto", "cpu", "inf", "none"),
+        ("auto", "cuda", "0", "full"),
+        ("offload", "cpu", "inf", "offload"),
+        ("offload", "cuda", "inf", RefusedError),
+        ("selective", "cuda", "inf", "selective"),
+    ],
+)
+def test_autograd_keeps_what_is_asked_for_or_refuses(monkeypatch, wanted, platform, free, found):
+    options = BuildOptions(gradient_checkpointing=wanted, implementations={"train_pass": "autograd"})
+    model, *_ = build("jax", WIDTHS, options=options)
+    monkeypatch.setattr("jaxsloth.jax_backend.state.platform", lambda: platform)
+    monkeypatch.setattr(placement, "free_memory", lambda: float(free))
+    if found is RefusedError:
+        with pytest.raises(RefusedError, match="offload is a way of the written training pass"):
+            model.checkpointing(64)
+    else:
+        assert model.checkpointing(64) == Checkpointing(False, found)
+
+
+def test_autograds_selective_keeps_the_linear_layers_outputs():
+    """Less than none, more than full: counted in the program's memory."""
+    batch, sizes = first_batch(stream(examples(4, VOCAB))), {}
+    for name in ("none", "selective", "full"):
+        model, *_ = build("jax", WIDTHS, options=BuildOptions(gradient_checkpointing=name))
+        frequencies, ropes = model.frequencies(64)
+        plan, _ = make_plan(model.checkpointing, model.unrolled, batch.targets[None], batch.segments[None], 1)
+        arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
+
+        def loss(trained, model=model, ropes=ropes, frequencies=frequencies, arrays=arrays, plan=plan):
+            return summed_loss(model.structure, trained, model.frozen, (ropes, frequencies), arrays, None, plan)
+
+        kept = jax.eval_shape(lambda trained, loss=loss: jax.vjp(loss, trained)[1], model.trained)
+        sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(kept))
+    assert sizes["full"] < sizes["selective"] < sizes["none"]
+
+
+def test_a_request_that_nothing_would_follow_is_refused():
+    with pytest.raises(RefusedError, match="op nf4_dequantize has no implementation 'triton' for jax"):
+        build("jax", options=BuildOptions(implementations={"nf4_dequantize": "triton"}))
+    with pytest.raises(RefusedError, match="needs an NVIDIA GPU"):
+        build("jax", options=BuildOptions(implementations={"layer_norm": "pallas"}))
+    assert build("jax", options=BuildOptions(implementations={"nf4_dequantize": "xla"}))
