@@ -97,7 +97,7 @@ def test_rounding_is_noise(nested):
     ("options", "changes", "reason"),
     [
         ({"dtype": "float32", "implementations": FUSED}, {}, "needs dtype bfloat16, and float32 came"),
-        ({"implementations": {"train_pass": "composed"}}, {}, "'composed' was asked for"),
+        ({"implementations": {"train_pass": "composed"}}, {}, "'autograd' was asked for"),
         ({}, {}, "needs an NVIDIA GPU"),
         ({"implementations": FUSED}, {"lora": {"dropout": 0.1}}, "draws no dropout masks; set compute: exact"),
         ({"implementations": FUSED}, {"changes": {"intermediate_size": 72}}, "multiples of 16"),
