@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,7 +92,7 @@ def row_reader(data: DataRecipe, row: Mapping[str, Any]) -> Callable[[Mapping[st
         content = read(row)
         if not isinstance(content, Conversation):
             return content
-        return replace(_with_system(content, data.system), settings=_settings(row))
+        return replace(_with_system(content, data.system), settings={**_settings(row), **_tools(row)})
 
     return read_row
 
@@ -128,6 +129,21 @@ def _settings(row: Mapping[str, Any]) -> Mapping[str, Any]:
             f"chat_template_kwargs must hold the template's own variables by name, not {others}, and {_shown(settings)} came"
         )
     return settings
+
+
+def _tools(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's functions, which a template writes: a list of them, or its JSON as TRL takes it."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"tools must be a list of functions or its JSON: {error}") from error
+    if not tools:
+        return {}
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"tools must be a list of functions (objects) or its JSON, got {_shown(tools)}")
+    return {"tools": tools}
 
 
 def _read_messages(row: Mapping[str, Any]) -> Conversation:
@@ -198,9 +214,27 @@ def _messages(value: Any, field: str) -> list[Message]:
         # Columnar files give every message every key: those without a value are no part of it.
         filled = {key: part for key, part in message.items() if part is not None}
         if not filled.get("tool_calls"):
-            _string(message.get("content"), f"{place}.content")
+            filled["content"] = _content(message.get("content"), f"{place}.content")
         messages.append({"content": "", **filled})
     return messages
+
+
+def _content(value: Any, field: str) -> str | list[dict[str, str]]:
+    """A text, or a list of parts that are texts."""
+    if not isinstance(value, list):
+        return _string(value, field)
+    parts = []
+    for number, part in enumerate(value):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DataError(f"{field}[{number}] must be a part of text, {{type: text, text: …}}, got {_shown(part)}")
+        parts.append({"type": "text", "text": part["text"]})
+    return parts
+
+
+def content_text(message: Mapping[str, Any]) -> str:
+    """What a message says, its parts of text joined."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _string(value: Any, field: str) -> str:

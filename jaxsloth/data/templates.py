@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsloth.data.catalogue import TEMPLATES, template_name, template_source
 from jaxsloth.data.errors import DataError
-from jaxsloth.data.formats import Conversation, Message
+from jaxsloth.data.formats import Conversation, Message, content_text
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -37,6 +37,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self._written: set[str] = set()  # roles that the template was seen to write
+        self._takes_parts: bool | None = None  # whether it reads content that is a list of parts; None: not looked at yet
         if template is None:
             try:
                 self.source: str = tokenizer.get_chat_template()
@@ -66,12 +67,27 @@ class ChatTemplate:
         `Conversation` has them."""
         return self._refusing(
             self.tokenizer.apply_chat_template,
-            list(messages),
+            self._readable(messages),
             chat_template=self.source,
             tokenize=False,
             add_generation_prompt=answer_follows,
             **settings,
         )
+
+    def _readable(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages as the template takes them: one that reads no parts of text gets them joined."""
+        if all(isinstance(message["content"], str) for message in messages):
+            return list(messages)
+        if self._takes_parts is None:
+            probe = [{"role": "user", "content": [{"type": "text", "text": _PROBE.format(0, "user")}]}]
+            try:
+                text = self.tokenizer.apply_chat_template(probe, chat_template=self.source, tokenize=False)
+            except (jinja2.TemplateError, TypeError, AttributeError):
+                text = ""
+            self._takes_parts = _PROBE.format(0, "user") in text and "'type'" not in text
+        if self._takes_parts:
+            return list(messages)
+        return [message | {"content": content_text(message)} for message in messages]
 
     @staticmethod
     def _refusing(render: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
@@ -108,7 +124,7 @@ class ChatTemplate:
 
         texts, spans = self._refusing(
             render_jinja_template,
-            conversations=[list(conversation.messages)],
+            conversations=[self._readable(conversation.messages)],
             chat_template=self.source,
             return_assistant_tokens_mask=True,
             **(self.tokenizer.special_tokens_map | dict(conversation.settings)),
@@ -130,7 +146,8 @@ class ChatTemplate:
             }
             if not marks:
                 continue
-            marked = [m | {"content": marks.get(number, m["content"])} for number, m in enumerate(messages)]
+            plain = [m | {"content": content_text(m)} for m in messages]
+            marked = [m | {"content": marks.get(number, m["content"])} for number, m in enumerate(plain)]
             text = self.render(marked, settings=settings)
             if any(mark not in text for mark in marks.values()):
                 raise DataError(
@@ -163,7 +180,7 @@ def answer_spans(render: Callable[..., str], conversation: Conversation, text: s
             )
         start = len(before)
         if before == render(messages[:number]):  # no header was added: the template may write one all the same
-            start = turn.find(messages[number]["content"].strip(), start)
+            start = turn.find(content_text(messages[number]).strip(), start)
             if start < 0:
                 raise DataError(
                     f"the chat template adds no header when asked for one, and the content of messages[{number}] is not in "

@@ -14,7 +14,7 @@ from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.formats import Conversation, row_reader
 from jaxsloth.data.templates import ChatTemplate
 from jaxsloth.frontend.rows import as_row
-from jaxsloth.frontend.sft_data import Row, ended, read_rows, shared_length, tokenize, without_tools
+from jaxsloth.frontend.sft_data import Row, ended, read_rows, shared_length, tokenize
 from jaxsloth.recipe import DataRecipe
 
 logger = logging.getLogger("jaxsloth.training")
@@ -96,8 +96,12 @@ def _reader(tokenizer: Any, max_prompt_length: int | None) -> Callable[[Row], li
         return _plain(prompt, tokenizer), wholes
 
     def read(row: Row) -> list[Pair]:
-        row = _with_prompt(without_tools(row))
+        row = _with_prompt(row)
         if isinstance(row["prompt"], str):
+            if row.get("tools"):
+                raise DataError(
+                    "the row has tools, and no template renders texts; give messages, or write them into the prompt"
+                )
             prompt = tokenize(row["prompt"], tokenizer)
             wholes = [tokenize(row["prompt"] + ended(row[field], tokenizer), tokenizer) for field in ANSWERS]
         else:

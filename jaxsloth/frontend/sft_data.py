@@ -117,13 +117,13 @@ def _reader(first: Row, tokenizer: Any, args: Any, formatting: Formatting | None
 
     if "messages" in first or "conversations" in first:
         read = row_reader(DataRecipe(path="in memory", format="messages"), first)
-        return lambda row: chat(_conversation(read(without_tools(row))), args.assistant_only_loss)
+        return lambda row: chat(_conversation(read(row)), args.assistant_only_loss)
     if "prompt" in first and "completion" in first:
         only_completion = args.completion_only_loss is not False
         if isinstance(first["prompt"], str):
             return lambda row: _prompt_completion(row, tokenizer, only_completion)
         read = row_reader(DataRecipe(path="in memory", format="prompt_completion"), first)
-        return lambda row: chat(_conversation(read(without_tools(row))), only_completion)
+        return lambda row: chat(_conversation(read(row)), only_completion)
     raise DataError(
         f"the data set has no field {field!r} (dataset_text_field) and none of input_ids, messages, conversations, or prompt "
         f"with completion; its fields are: {', '.join(first)}. Name the text's field, or give a formatting_func"
@@ -133,13 +133,6 @@ def _reader(first: Row, tokenizer: Any, args: Any, formatting: Formatting | None
 def _conversation(content: Any) -> Conversation:
     assert isinstance(content, Conversation)
     return content
-
-
-def without_tools(row: Row) -> Row:
-    """The row; DataError where it has tools."""
-    if row.get("tools"):
-        raise DataError("the row has tools, which are not rendered here; render the text yourself and give it as a text field")
-    return row
 
 
 def _one_by_one(formatting: Formatting, first: Row) -> Callable[[Row], Any]:

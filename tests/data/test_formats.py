@@ -75,7 +75,11 @@ def test_tokens():
         ({"messages": "hello"}, {}, "messages must be a list of messages with role and content, and str 'hello' came"),
         ({"messages": []}, {}, "messages must be a list"),
         ({"messages": [{"content": "a"}]}, {}, r"messages\[0\] must be a message with role"),
-        ({"messages": [{"role": "user", "content": ["a"]}]}, {}, r"messages\[0\]\.content must be text, and list \['a'\]"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            {},
+            r"messages\[0\].content\[0\] must be a part of text, .*, got str 'a'",
+        ),
         ({"text": 3}, {}, "text must be text, and int 3 came"),
         ({"input_ids": [1, 2], "labels": [1]}, {}, "1 labels came with 2 input_ids"),
         ({"input_ids": [1, 2], "labels": [2, IGNORE]}, {}, "labels are not shifted"),

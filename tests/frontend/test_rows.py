@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from jaxsloth import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from jaxsloth.data.errors import DataError
+from jaxsloth.frontend.dpo_data import encode_pairs
+from jaxsloth.frontend.sft_data import encode
 from tests.support.modules import BACKENDS, TRAINING, their_base
 from tests.support.native import logged, native_model, under_their_peft
-from tests.support.tiny import WORDS, write_checkpoint
+from tests.support.tiny import WORDS, byte_tokenizer, write_checkpoint
 
 SETTINGS: dict[str, Any] = TRAINING | {"max_steps": 4, "learning_rate": 5e-3, "max_length": 64}
 read: list[int] = []
@@ -107,3 +110,59 @@ def test_what_is_no_data_set_says_what_to_pass(checkpoint, tmp_path, rows, messa
 
 def test_nothing_reports_where_report_to_is_none(checkpoint, tmp_path):
     assert made(checkpoint, tmp_path, ROWS, report_to=None).args.report_to == []
+
+
+# Reads parts of text, as the templates of models that see images do; and one that takes texts alone, as most.
+PARTS = (
+    "{% if tools %}tools:{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role[0] }}:"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "lay", "description": "lays", "parameters": {"type": "object"}}}]
+
+
+def text_parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+CHAT = [{"role": "user", "content": text_parts("the ", "duck")}, {"role": "assistant", "content": text_parts("lays ", "eggs")}]
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS, json.dumps(TOOLS)], ids=["none", "list", "json"])
+def test_parts_of_text_and_tools_are_rendered_as_the_template_does(tools):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PARTS
+    row = {"messages": CHAT, "tools": tools}
+    expected = tokenizer.apply_chat_template(CHAT, tools=TOOLS if tools else None, tokenize=False)
+    [example] = encode([row], tokenizer, SFTConfig("unused"), None, None, 260, "rows")
+    assert tokenizer.decode(example.tokens) == expected and "<lays ><eggs>" in expected
+    assert ("tools:" in expected) == bool(tools)
+    [answers] = encode([row], tokenizer, SFTConfig("unused", assistant_only_loss=True), None, None, 260, "rows")
+    assert tokenizer.decode(answers.tokens[answers.learn]) == "<lays ><eggs><eos>"
+    pair = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "none"}], "tools": tools}
+    (chosen, _), _ = encode_pairs([pair], tokenizer, DPOConfig("unused"), None, 260, "rows")
+    assert tokenizer.decode(chosen.tokens) == expected
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"]
+)
+def test_a_template_of_texts_alone_gets_parts_joined(template):
+    """The first fails on a list, the second would write how Python shows it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    [example] = encode([{"messages": CHAT}], tokenizer, SFTConfig("unused"), None, None, 260, "rows")
+    assert tokenizer.decode(example.tokens) == "u:the duck<eos>a:lays eggs<eos>"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"content\[0\] must be a part of text"),
+        ({"messages": CHAT, "tools": "{"}, "tools must be a list of functions or its JSON"),
+        ({"messages": CHAT, "tools": {"name": "lay"}}, "tools must be a list of functions"),
+    ],
+)
+def test_wrong_parts_and_tools(row, message):
+    with pytest.raises(DataError, match=message):
+        encode([row], byte_tokenizer(), SFTConfig("unused"), None, None, 260, "rows")
