@@ -1,4 +1,4 @@
-"""What a torch module over this backend calls: passes that are pure in the adapters and the batch, as on JAX.
+"""Passes that a torch module over this backend calls, pure in the adapters and the batch, as on JAX.
 
 The decoder holds an adapter, or what is trained whole (biases, the embedding, the head), only while a pass or its backward
 runs: blocks that are run again in the backward must meet the adapters of their own forward, whatever is active by then. A pass
@@ -214,7 +214,7 @@ class Bridge:
         return self._shown(output, autograd_pass.hidden(decoder, ids, run), options)
 
     def _shown(self, output: Output, hidden: torch.Tensor, options: PassOptions) -> torch.Tensor:
-        """What is asked for of all hidden states."""
+        """The positions that are asked for, as hidden states or logits."""
         if options.count is not None:
             hidden = hidden[:, options.first : options.first + options.count]
         return self._decoder.lm_head(hidden) if output == "logits" else hidden

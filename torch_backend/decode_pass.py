@@ -60,7 +60,7 @@ class DecodeProgram:
         self._tried = device.type != "cuda"
 
     def serves(self, decoder: Decoder, batch: int, capacity: int) -> bool:
-        """Whether the program fits a request: enough slots and not four times too many, and every weight where it was."""
+        """True where the program fits a request: enough slots and not four times too many, and every weight where it was."""
         fits = self.batch == batch and capacity <= self.capacity <= 4 * (capacity + SLOTS)
         return fits and self._spec == decoder.spec and self._made_of == memory_of(decoder)
 
@@ -152,7 +152,7 @@ def _arrived(tokens: torch.Tensor, event: torch.cuda.Event | None) -> np.ndarray
 
 
 def memory_of(decoder: Decoder) -> tuple[Any, ...]:
-    """What a recorded program depends on: where every tensor lies and which adapters there are."""
+    """The memory that a recorded program reads: where every tensor lies and which adapters there are."""
     places = [tensor.data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())]
     adapters = [(linear.scale, linear.lora_A is None) for linear in decoder.linears()]
     return tuple(places), tuple(adapters)

@@ -53,7 +53,7 @@ class Side:
         return matrix[rows, : self.extent], self.inverse[rows]
 
     def pieces(self, matrix: torch.Tensor) -> list[Piece]:
-        """What lies behind the weights: the scaled B, or Aᵀ."""
+        """The adapters' columns behind the weights: the scaled B, or Aᵀ."""
         group, layout, margin, found = self.group, self.layout, matrix[:, self.extent :], []
         if layout.pad == 0:
             return found
@@ -198,7 +198,7 @@ def check_options(options: BuildOptions, device: torch.device) -> None:
         return
     reason, requested = None, way_asked_for("train_pass", (options.implementations or {}).get("train_pass"))
     if options.dtype != "bfloat16":
-        reason = f"needs dtype bfloat16, and {options.dtype} came"
+        reason = f"needs dtype bfloat16; got {options.dtype}"
     elif requested == "autograd":
         reason = "is formed by the training pass 'written', and 'autograd' was asked for"
     elif device.type != "cuda":

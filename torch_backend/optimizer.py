@@ -22,7 +22,7 @@ class Flat:
 
     def __init__(self, values: Mapping[str, np.ndarray], device: torch.device) -> None:
         names = sorted(values, key=_place)  # a stable sort: the order within each part stays
-        self.decayed = sum(values[name].size for name in names if not _is_spared(name))
+        self.decayed = sum(values[name].size for name in names if not _has_no_decay(name))
         self.buffer = torch.empty(sum(values[name].size for name in names), dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.buffer)
         self.parameters: dict[str, nn.Parameter] = {}
@@ -67,12 +67,12 @@ _SIBLINGS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 def _place(name: str) -> tuple[Any, ...]:
-    """Where a tensor stands in the buffer: decayed before spared ones, layer by layer, siblings' A before their B."""
+    """Where a tensor stands in the buffer: decayed ones first, layer by layer, siblings' A before their B."""
     parts = [_SIBLINGS.get(part, part) for part in name.split(".")]
-    return _is_spared(name), tuple(int(part) for part in parts if part.isdigit()), parts
+    return _has_no_decay(name), tuple(int(part) for part in parts if part.isdigit()), parts
 
 
-def _is_spared(name: str) -> bool:
+def _has_no_decay(name: str) -> bool:
     """Biases are not decayed, as in Hugging Face's Trainer."""
     return name.endswith(".bias")
 

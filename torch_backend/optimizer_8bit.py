@@ -16,13 +16,13 @@ from jaxsloth.torch_backend.optimizer import AdamW, Flat
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """Tensors that lie one after another in the buffer, decay alike, and are stored alike: in 8 bits, or in float32, without
     maxima."""
 
     shapes: dict[str, torch.Size]
     place: slice
-    spared: bool
+    no_decay: bool
     moments: Moments
 
     def parts(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -41,17 +41,17 @@ class Run:
             value, block = value + size, block + blocks
 
 
-def _runs(flat: Flat) -> list[Run]:
+def _runs(flat: Flat) -> list[StoredRun]:
     found, ends = [], accumulate(parameter.numel() for parameter in flat.parameters.values())
     placed = [(name, parameter.shape, end) for (name, parameter), end in zip(flat.parameters.items(), ends, strict=True)]
-    for (spared, small), group in groupby(placed, lambda item: (item[2] > flat.decayed, item[1].numel() < SMALLEST)):
+    for (no_decay, small), group in groupby(placed, lambda item: (item[2] > flat.decayed, item[1].numel() < SMALLEST)):
         items = list(group)
         sizes, stop = [shape.numel() for _, shape, _ in items], items[-1][2]
         place = slice(stop - sum(sizes), stop)
         kept = torch.zeros_like(flat.buffer[place], dtype=torch.float32 if small else torch.uint8)
         absmax = None if small else flat.buffer.new_zeros(sum(map(blocks_of, sizes)))
         moments = Moments(kept, absmax, kept.clone(), None if absmax is None else absmax.clone())
-        found.append(Run({name: shape for name, shape, _ in items}, place, spared, moments))
+        found.append(StoredRun({name: shape for name, shape, _ in items}, place, no_decay, moments))
     return found
 
 
@@ -61,7 +61,7 @@ class AdamW8bit(AdamW):
     def __init__(self, flat: Flat, options: OptimizerOptions, implementation: str | None = None) -> None:
         super().__init__(flat, options)
         self._step = resolve(ADAMW_8BIT, "torch", Facts(flat.buffer.device.type), implementation)  # type: ignore[arg-type]
-        # Row 0 is for what decays, row 1 for what is spared: read from the device, so that a graph can hold the update.
+        # Row 0 is for what decays, row 1 for what is not: read from the device, so that a graph can hold the update.
         self._factors = torch.zeros(2, 3, dtype=torch.float32, device=flat.buffer.device)
 
     def _make_moments(self) -> None:
@@ -80,7 +80,7 @@ class AdamW8bit(AdamW):
         options = self.options
         for run in self._all:
             parameter, gradient = self.flat.buffer[run.place], self.flat.gradient[run.place]
-            factors = self._factors[int(run.spared)]
+            factors = self._factors[int(run.no_decay)]
             if run.moments.exp_avg_absmax is None:
                 _step_whole(parameter, gradient, run.moments, factors, options)
                 continue

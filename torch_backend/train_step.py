@@ -76,7 +76,7 @@ class WindowStep:
                 )
 
     def _factor(self, count: int) -> torch.Tensor:
-        """What a mean over `count` is differentiated times."""
+        """The factor of the gradients of a mean over `count`."""
         return torch.full((), self._optimizer.loss_scale / count, dtype=torch.float32, device=self._model.decoder.device)
 
     def _update(self, learning_rate: float, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, OnHost]:
@@ -111,7 +111,7 @@ class TrainStep(WindowStep):
         return StepResult(*self._update(learning_rate, total))
 
     def _noise(self, window: Window, micro: int, seed: int, step: int) -> torch.Tensor:
-        """What is added to the embeddings of this process' rows."""
+        """The noise on the embeddings of this process' rows."""
         device, mine = self._model.decoder.device, placement.share(window.input_ids.shape[1])
         rows, segments = to_device(window.rows[micro, mine], device), to_device(window.segments[micro, mine], device)
         key = torch.tensor(key_words(seed, step, EMBEDDING), device=device)

@@ -44,7 +44,7 @@ def make_program(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> Wr
 
 
 def runs_written(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bool:
-    """Whether the written pass trains the adapters of `spec`; implementations={"train_pass": …} asks for one by name.
+    """True where the written pass trains what `spec` says; implementations={"train_pass": …} asks for one by name.
 
     Raises:
         RefusedError: "written", or compute fp8, was asked for and can't train this model, or another name came.
@@ -139,7 +139,7 @@ class WrittenProgram:
 
     @property
     def captured(self) -> int:
-        """How many graphs are held."""
+        """The count of graphs that are held."""
         return len(self._graphs)
 
     @property
@@ -201,7 +201,7 @@ class WrittenProgram:
 
     @property
     def _keeps_weights(self) -> bool:
-        """Whether quantized weights are kept as products take them."""
+        """True where quantized weights are kept as products take them."""
         if self._device.type != "cuda":
             return False
         values = sum(linear.shape[0] * linear.shape[1] for linear in self._decoder.linears())

@@ -152,14 +152,17 @@ def test_what_the_fused_passes_cannot_do_goes_to_the_composed_ones_or_is_refused
     assert len(modes) == 1
 
 
-@pytest.mark.parametrize(("output", "whole"), [("loss", False), ("logits", True)])
-def test_dropout_and_whole_modules_take_the_written_pass(output, whole, fused_modes):
+@pytest.mark.parametrize(
+    ("output", "changes"),
+    [("loss", {}), ("logits", {"modules_to_save": ["embed_tokens", "lm_head"]}), ("logits", {"bias": "all"})],
+)
+def test_dropout_biases_and_whole_modules_take_the_written_pass(output, changes, fused_modes):
     """Its masks are those of the bodies' own forwards, and an evaluation between two steps drops nothing."""
     modes = next(fused_modes)
-    changes = {"lora_dropout": 0.3} | ({"modules_to_save": ["embed_tokens", "lm_head"]} if whole else {})
     found = []
     for train_pass in ("fused", "composed"):
-        of = model("torch", train_pass, **changes)
+        base = our_base("torch", options=OPTIONS[train_pass], attention_bias="bias" in changes)
+        of = adapted(base, target_modules=TARGETS, lora_dropout=0.3, **changes)
         values = []
         for place in range(2):
             torch.manual_seed(place)  # the masks' key is drawn from it

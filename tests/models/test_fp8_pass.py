@@ -96,7 +96,7 @@ def test_rounding_is_noise(nested):
 @pytest.mark.parametrize(
     ("options", "changes", "reason"),
     [
-        ({"dtype": "float32", "implementations": FUSED}, {}, "needs dtype bfloat16, and float32 came"),
+        ({"dtype": "float32", "implementations": FUSED}, {}, "needs dtype bfloat16; got float32"),
         ({"implementations": {"train_pass": "composed"}}, {}, "'autograd' was asked for"),
         ({}, {}, "needs an NVIDIA GPU"),
         ({"implementations": FUSED}, {"lora": {"dropout": 0.1}}, "draws no dropout masks; set compute: exact"),
