@@ -17,6 +17,7 @@ from jaxsloth.transforms import ALL_LINEAR, SAVEABLE, match_modules, saved_modul
 
 _LOAD_REFUSED: dict[str, tuple[Any, str]] = {
     "load_in_8bit": (False, "bases are stored in 16 or 32 bits or as NF4; use load_in_4bit=True"),
+    "quantization_config": (None, "give load_in_4bit=True, which is nested NF4, or False; compute's dtype is dtype="),
     "load_in_fp8": (False, "bases are stored in 16 or 32 bits or as NF4; use load_in_4bit=True"),
     "full_finetuning": (False, "the base is frozen on both backends; train adapters (get_peft_model)"),
     "auto_model": (None, "other heads than a language model's come with encoders and classification, which are not here yet"),
@@ -106,6 +107,7 @@ class FastLanguageModel:
             TypeError: an argument that it does not have, with the nearest one that it has.
             ValueError: the checkpoint can't be read or is not supported, or an argument is refused.
         """
+        dtype = others.pop("torch_dtype", None) if dtype is None else dtype  # its name in transformers 4
         given = {**others, "load_in_8bit": load_in_8bit, "full_finetuning": full_finetuning, "auto_model": auto_model}
         given |= {"resize_model_vocab": resize_model_vocab, "trust_remote_code": trust_remote_code}
         _check(FastLanguageModel.from_pretrained, given, _LOAD_REFUSED, _LOAD_UNUSED)
