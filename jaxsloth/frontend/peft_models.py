@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import peft
 
@@ -13,6 +13,7 @@ from jaxsloth.backend import CheckpointingName
 from jaxsloth.convert.peft_adapter import fitted_adapter
 from jaxsloth.frontend.adapters import base_of, take_back
 from jaxsloth.frontend.module.peft_adoption import active_parts
+from jaxsloth.frontend.module.placeholders import HollowWriteError
 from jaxsloth.models.spec import Lora
 from jaxsloth.training.initialize import initial_adapters
 
@@ -29,7 +30,7 @@ def wrap(
     drawn = Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules), modules_to_save=tuple(saved), bias=settings["bias"])
     shapes = replace(engine.spec, lora=drawn)
     take_back(model, initial_adapters(shapes, init, seed, engine.base_tensor))
-    return wrapped
+    return _refusing_merges(wrapped)
 
 
 def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
@@ -44,7 +45,20 @@ def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
         config.modules_to_save = [name.rpartition(".")[2] for name in spec.lora.modules_to_save]  # type: ignore[attr-defined]
     wrapped = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
     active_parts(model, model.engine.model.spec)
-    return wrapped.eval()
+    return _refusing_merges(wrapped.eval())
+
+
+def _refusing_merges(wrapped: Any) -> Any:
+    """PEFT would put what is trained whole in the base's place before a layer's weights refuse to be written."""
+    wrapped.base_model.merge_and_unload = _refuse_merge
+    return wrapped
+
+
+def _refuse_merge(*arguments: Any, **settings: Any) -> NoReturn:
+    raise HollowWriteError(
+        "merge_and_unload can't write the base, whose weights are not in torch; save_pretrained_merged writes the merged "
+        "model, from which it can be loaded again"
+    )
 
 
 def set_checkpointing(model: Any, name: CheckpointingName) -> None:

@@ -20,7 +20,8 @@ from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
 from jaxsloth.frontend.module.inputs import make_tokens, refuse_inputs, shift_labels, take_apart
 from jaxsloth.frontend.module.passes import Prepared, to_torch
 from jaxsloth.frontend.module.peft_adoption import Active, active_parts
-from jaxsloth.frontend.module.skeleton import Placeholders, fill, head, tie
+from jaxsloth.frontend.module.placeholders import Placeholders
+from jaxsloth.frontend.module.skeleton import fill, head, tie
 from jaxsloth.models.names import EMBEDDING, LM_HEAD
 from jaxsloth.transforms import SAVEABLE, saved_modules
 
@@ -115,7 +116,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         def base(name: str) -> torch.Tensor:
             return torch.tensor(model.base_tensor(name), dtype=torch.float32, device=device)
 
-        fill(self.model, model.spec, Placeholders(dtype, device, engine.bridge.fingerprint(), base))
+        fill(self.model, model.spec, Placeholders(dtype, device, base))
         self.lm_head = head(to_torch(engine.bridge.base_weight(LM_HEAD)))
         if model.spec.head.tied:
             tie(self.model.embed_tokens, self.lm_head)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from jaxsloth.frontend.module.skeleton import Hollow, HollowBias, HollowLinear
+from jaxsloth.frontend.module.placeholders import HollowBias, Placeholder
+from jaxsloth.frontend.module.skeleton import Hollow, HollowLinear
 from jaxsloth.models.names import FINAL_NORM, linears, norms
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.transforms import SAVEABLE
@@ -113,10 +114,10 @@ def _check_leaf(name: str, leaf: Any) -> None:
             continue
         if parameter.requires_grad:
             raise PeftFeatureError(f"{name}.{part} requires a gradient (full fine-tuning, an unfrozen base); {_ONLY}")
-        if not leaf.shared and any(parameter.stride()):  # a placeholder's elements are one
+        if not leaf.shared and not isinstance(parameter, Placeholder):
             raise PeftFeatureError(
-                f"{name}.{part} was written (a merge, a cast, an init that changes the base such as PiSSA), but the base "
-                "weights are not in torch; load the model again and leave that out"
+                f"{name}.{part} was replaced by another parameter, but the base weights are not in torch; load the model again "
+                "and leave that out"
             )
     _check_hooks(name, leaf)
 
@@ -137,6 +138,9 @@ def _saved(name: str, module: Any) -> nn.Parameter | None:
     """The weight that PEFT's modules_to_save has put in place of the base's, where it is active."""
     from peft.utils.other import ModulesToSaveWrapper
 
+    if type(module) in (nn.Embedding, nn.Linear):  # PEFT's unload() leaves there what was trained whole
+        _check_hooks(name, module)
+        return module._parameters["weight"]
     if type(module) is not ModulesToSaveWrapper:
         _check_leaf(name, module)
         return None

@@ -1,84 +1,17 @@
-"""Modules with Hugging Face names and no weights: what PEFT wraps and trainers count, while a backend computes.
-
-A placeholder weight has the shape, dtype and device of the real one, and one element of storage. It is NaN, so that whatever
-computes with it shows, and the NaN's payload comes of the base's fingerprint, so that who hashes a state_dict (TRL, to reuse
-reference log-probabilities) tells two bases apart. Writing into one raises, since its elements share their memory.
-"""
+"""Modules with Hugging Face names and no weights: what PEFT wraps and trainers count, while a backend computes."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from jaxsloth.frontend.module.placeholders import Placeholders, SharedWeight
 from jaxsloth.models.names import EMBEDDING, FINAL_NORM, linears, norms
 from jaxsloth.models.spec import ModelSpec
-
-# The bits of a quiet NaN of each dtype, and how many bits of payload it takes.
-_NAN = {
-    torch.float32: (torch.int32, 0x7FC00000, 22),
-    torch.bfloat16: (torch.int16, 0x7FC0, 6),
-    torch.float16: (torch.int16, 0x7E00, 9),
-}
-
-
-class HollowBias(nn.Parameter):
-    """A placeholder that becomes a plain parameter with the base's values, float32, once it is to be trained.
-
-    PEFT marks the biases that it trains (bias="all", "lora_only") by requires_grad and by nothing else, and who makes an
-    optimizer next must find them whole: so this is where it happens. base: makes the values.
-    """
-
-    base: Callable[[], torch.Tensor]
-
-    @classmethod
-    def over(cls, placeholder: torch.Tensor, base: Callable[[], torch.Tensor]) -> HollowBias:
-        made = cls(placeholder, requires_grad=False)
-        made.base = base
-        return made
-
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
-        return False
-
-    @requires_grad.setter
-    def requires_grad(self, trained: bool) -> None:
-        if trained:
-            self.data = self.base()
-            del self.base
-            self.__class__ = nn.Parameter  # type: ignore[assignment]  (as torch's own lazy parameters do)
-            self.requires_grad = True
-
-    def requires_grad_(self, requires_grad: bool = True) -> HollowBias:
-        self.requires_grad = requires_grad
-        return self
-
-    def __deepcopy__(self, memo: Any) -> HollowBias:
-        return HollowBias.over(self.data, self.base)
-
-
-class Placeholders:
-    """Makes the parameters of one model's skeleton. base: a tensor of the base by name, float32, in memory of its own."""
-
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, fingerprint: bytes, base: Callable[[str], torch.Tensor]
-    ) -> None:
-        self._dtype, self._device, self._fingerprint, self._base = dtype, device, fingerprint, base
-
-    def bias(self, name: str, width: int) -> HollowBias:
-        return HollowBias.over(self.parameter(name, width).data, partial(self._base, name))
-
-    def parameter(self, name: str, *shape: int) -> nn.Parameter:
-        integers, bits, width = _NAN[self._dtype]
-        digest = hashlib.sha256(self._fingerprint + name.encode()).digest()
-        payload = int.from_bytes(digest[:4], "little") & ((1 << width) - 1)
-        element = torch.tensor([bits | payload], dtype=integers).view(self._dtype).to(self._device)
-        return nn.Parameter(element.expand(shape), requires_grad=False)
 
 
 class Hollow(nn.Module):
@@ -154,7 +87,7 @@ def fill(backbone: nn.Module, spec: ModelSpec, hollow: Placeholders) -> None:
 
 def head(weight: torch.Tensor) -> HollowLinear:
     """The output layer over the backend's own memory: trainers that fuse the loss with the head read its weight."""
-    layer = HollowLinear(nn.Parameter(weight, requires_grad=False))
+    layer = HollowLinear(SharedWeight(weight, requires_grad=False))
     layer.shared = True
     return layer
 
