@@ -188,6 +188,11 @@ def test_an_adapters_values_are_finite_at_both_doors(theirs, tmp_path, value):
         ({"rank_pattern": {}}, r"down_proj\.lora_A\.weight must have the shape \(4, 128\), got \(2, 128\)"),
         ({"target_modules": ["nothing"]}, "target_modules must match a linear layer of the model, got nothing"),
         ({"use_dora": True}, "use_dora must be false, got true: it is not supported"),
+        ({"r": 4.5}, "r must be a positive integer below 2\\^31, got 4.5"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
+        ({"lora_alpha": float("inf")}, "lora_alpha must be .*got inf"),
+        ({"bias": "weird"}, "bias must be 'none', 'all' or 'lora_only', got 'weird'"),
+        ({"target_modules": "(", "layers_to_transform": None}, "must be a regular expression"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base"),
     ],
 )

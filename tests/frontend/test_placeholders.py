@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from jaxsloth.frontend.module.placeholders import HollowWriteError, Placeholder
+from jaxsloth.backend import BuildOptions
+from jaxsloth.frontend.module.placeholders import HollowWriteError, Placeholder, tell_of_casts
 from jaxsloth.frontend.peft_models import wrap
 from tests.support.modules import BACKENDS, adapted, batch, logits, our_base, pair, their_base
 
@@ -141,10 +142,9 @@ def test_unloading_keeps_what_is_trained_whole_as_peft_does(backend):
 
 @both
 def test_a_prepared_bfloat16_model_trains(backend):
-    from jaxsloth.backend import BuildOptions
-
     base = our_base(backend, options=BuildOptions(dtype="bfloat16"), nested=True)
     before = logits(base)
+    tell_of_casts.cache_clear()
     with pytest.warns(UserWarning, match="casting the base's weights"):
         prepared = peft.prepare_model_for_kbit_training(base)
     assert all(

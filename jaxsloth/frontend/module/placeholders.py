@@ -7,14 +7,13 @@ refused, since nothing would come of it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
-
-from jaxsloth.frontend.arguments import warn_once
 
 Base = Callable[[], torch.Tensor]
 # What is answered by the placeholder itself; all getters of attributes are, too, but those below.
@@ -38,10 +37,14 @@ def _refusal(name: str) -> HollowWriteError:
     )
 
 
-def _tell_of_casts() -> None:
-    warn_once(
+@cache
+def tell_of_casts() -> None:
+    """A UserWarning, once a process."""
+    warnings.warn(
         "casting the base's weights (as PEFT's prepare_model_for_kbit_training does) changes what they are shown as; the "
-        "backend computes in the dtype that the model was loaded with, its norms, softmax and loss in float32 anyway"
+        "backend computes in the dtype that the model was loaded with, its norms, softmax and loss in float32 anyway",
+        UserWarning,
+        stacklevel=3,
     )
 
 
@@ -97,7 +100,7 @@ class Placeholder(nn.Parameter):
         if not isinstance(value, Placeholder):
             return
         if value.dtype != self.dtype:
-            _tell_of_casts()
+            tell_of_casts()
         with torch._C.DisableTorchFunctionSubclass():
             torch.Tensor.data.__set__(self, torch.Tensor.data.__get__(value))  # type: ignore[attr-defined]
 
@@ -201,7 +204,7 @@ class SharedWeight(nn.Parameter):
         if value.shape != self.shape or not torch.equal(value.to(self.device, self.dtype), self.detach()):
             raise _refusal("the head's weight")
         if value.dtype != self.dtype:
-            _tell_of_casts()
+            tell_of_casts()
 
 
 class Placeholders:
