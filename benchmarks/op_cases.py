@@ -13,7 +13,7 @@ from jaxsloth.backend import BackendName, DtypeName
 from jaxsloth.kernels.nf4.contract import QUANTIZE
 from jaxsloth.kernels.registry import Facts, Op, resolve
 from jaxsloth.models.names import layer_linears
-from jaxsloth.parity.op_runners import ARGUMENTS, options_of, part, prepare
+from jaxsloth.parity.op_runners import ARGUMENTS, masks_of, options_of, part, prepare
 
 # By what a training step differentiates an op, where that is less than what it could be: the base's own weights are frozen.
 TRAINED = {
@@ -52,6 +52,10 @@ def real_cases(op: str, shape: str, batch: int, length: int) -> Iterator[Any]:
             yield case(n, (batch, length), linear.in_features, linear.out_features, rank=16, base="nf4_nested", scale=1.0)
         linear = linears["q_proj"]
         yield case("decode", (1, 1), linear.in_features, linear.out_features, rank=0, base="nf4_nested")
+    elif op == "lora_dropout":
+        case, rows = part(op, "cases").Case, tuple(range(batch))
+        for n, linear, members in zip(names, chosen, (3, 2, 1), strict=True):
+            yield case(n, rows, length, linear.in_features, (16,) * members, rate=0.05)
     elif op in ("rms_norm", "layer_norm"):
         yield part(op, "cases").Case("hidden", (batch, length), spec.hidden)
     elif op == "rope":
@@ -92,6 +96,9 @@ def bind(
         arrays["base"] = quantize(to_device(inputs["weight"].astype(np.float32)), nested=True)
     wrt = tuple(name for name in TRAINED.get(op.name, differentiable) if name in arrays)
     options = options_of(case)
+    if op.name == "lora_dropout":
+        words = np.int64 if backend == "torch" else np.uint32
+        options["masks"] = masks_of(case, inputs, lambda a: to_device(a.astype(words) if a.dtype == np.uint32 else a))
     return Bound(lambda arrays: function(**arrays, **options), arrays, wrt, to_device(inputs["dy"]))
 
 

@@ -213,6 +213,7 @@ OP_FOLDERS = (
     "attention",
     "linear_cross_entropy",
     "dropout",
+    "lora_dropout",
     "embedding_noise",
     "adamw_8bit",
     "fp8",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxsloth.backend import BackendName, DtypeName
+from jaxsloth.kernels.lora_dropout.contract import Masks
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.nf4.contract import NF4, Nested
 from jaxsloth.kernels.registry import Facts, Op, resolve
@@ -16,6 +17,7 @@ from jaxsloth.kernels.registry import Facts, Op, resolve
 # Each op's array arguments, and those that it is differentiated by.
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora_matmul": (("x", "lora_a", "lora_b", "bias"), ("x", "lora_a", "lora_b", "bias")),
+    "lora_dropout": (("x", "a"), ("x", "a")),
     "rms_norm": (("x", "weight"), ("x", "weight")),
     "layer_norm": (("x", "weight", "bias"), ("x", "weight", "bias")),
     "rope": (("x", "cos", "sin"), ("x",)),
@@ -24,7 +26,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear_cross_entropy": (("hidden", "weight", "targets"), ("hidden", "weight")),
 }
 # What stays float32 whatever the compute dtype: tables, adapters, and the gradient of a float32 loss.
-_FLOAT32 = {"cos", "sin", "lora_a", "lora_b"}
+_FLOAT32 = {"cos", "sin", "a", "lora_a", "lora_b"}
 
 Result = dict[str, np.ndarray]
 
@@ -95,6 +97,8 @@ def run_reference(op: str, case: Any, inputs: Mapping[str, Any]) -> Result:
             )
             options |= {"keep": torch.from_numpy(mask), "rate": case.dropout}
         output = part(op, "reference").lora_matmul(arrays.pop("x"), weight, **arrays, **options)
+    elif op == "lora_dropout":
+        output = part(op, "reference").lora_dropout(**arrays, **reference_masks(case, inputs))
     else:
         output = getattr(part(op, "reference"), op)(**arrays, **options)
     gradients = torch.autograd.grad(output, list(leaves.values()), torch.from_numpy(_wide(inputs["dy"])))
@@ -158,6 +162,8 @@ def _call(function: Any, op: str, case: Any, inputs: Mapping[str, Any], arrays: 
     options = options_of(case)
     if op == "linear_cross_entropy" and function.__module__.endswith("xla_ops"):
         options["train_weight"] = True
+    if op == "lora_dropout":
+        return function(**arrays, masks=masks_of(case, inputs, to_array))
     if op != "lora_matmul":
         return function(**arrays, **options)
     base = quantized_base(case, inputs)
@@ -166,6 +172,18 @@ def _call(function: Any, op: str, case: Any, inputs: Mapping[str, Any], arrays: 
     if case.dropout:
         dropout = Dropout(case.dropout, to_array(inputs["key"]), to_array(inputs["rows"]))
     return function(arrays["x"], weight, arrays["lora_a"], arrays["lora_b"], bias=arrays["bias"], dropout=dropout, **options)
+
+
+def masks_of(case: Any, inputs: Mapping[str, Any], to_array: Callable[[Any], Any]) -> Masks:
+    """The masks of a lora_dropout case, as the implementations take them."""
+    key, modules, rows = (to_array(inputs[name]) for name in ("key", "modules", "rows"))
+    return Masks(case.rate, key, modules, case.ranks, rows, case.length, case.first)
+
+
+def reference_masks(case: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, as the reference takes them."""
+    words = {name: tuple(inputs[name].tolist()) for name in ("key", "modules", "rows")}
+    return {**words, "ranks": case.ranks, "length": case.length, "rate": case.rate, "first": case.first}
 
 
 def _wide(value: np.ndarray) -> np.ndarray:

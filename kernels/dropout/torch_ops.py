@@ -1,39 +1,27 @@
-"""Dropout masks from Threefry-2x32 in plain torch: 32-bit integers that wrap."""
+"""Dropout masks from Philox-4x32 in plain torch: words held by 64-bit integers."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Bool, Int, Int64
 
-from jaxsloth.kernels.dropout.contract import PARITY, ROTATIONS, threshold
+from jaxsloth.kernels.dropout.contract import LEVELS, MULTIPLIERS, ROUNDS, WEYL, share_of, threshold
 
-SIGN = 2**31
-
-
-def _rotate_left(word: Int32[torch.Tensor, "..."], by: int) -> Int32[torch.Tensor, "..."]:
-    # The right shift of a signed integer copies its sign; the mask takes the copies away.
-    return (word << by) | ((word >> (32 - by)) & ((1 << by) - 1))
+MASK = 2**32 - 1
+Words = tuple[Int64[torch.Tensor, "..."], ...]
 
 
-def _as_int32(word: Int64[torch.Tensor, "..."]) -> Int32[torch.Tensor, "..."]:
-    """The same 32 bits as a signed integer."""
-    return (((word & 0xFFFFFFFF) ^ SIGN) - SIGN).to(torch.int32)
-
-
-def threefry_2x32(
-    key: Int[torch.Tensor, "2"], first: Int32[torch.Tensor, "..."], second: Int32[torch.Tensor, "..."]
-) -> tuple[Int32[torch.Tensor, "..."], Int32[torch.Tensor, "..."]]:
-    """The two words of a block cipher of 20 rounds (Salmon et al. 2011) on the counters (first, second), as int32 bits."""
-    low, high = _as_int32(key.long()).unbind()
-    schedule = (low, high, low ^ high ^ PARITY)
-    x, y = first + schedule[0], second + schedule[1]
-    for group in range(5):
-        for by in ROTATIONS[group % 2]:
-            x = x + y
-            y = _rotate_left(y, by) ^ x
-        x = x + schedule[(group + 1) % 3]
-        y = y + schedule[(group + 2) % 3] + (group + 1)
-    return x, y
+def philox_4x32(key: Int64[torch.Tensor, "2"], counter: Words) -> Words:
+    """The four words at counters of four words (Salmon et al. 2011); all of them in 0..2**32 - 1, of shapes that broadcast."""
+    k0, k1 = key.unbind()
+    a, b, c, d = counter
+    for _ in range(ROUNDS):
+        # A product beyond 2**63 comes out negative, with the right bits.
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a, b = ((second >> 32) & MASK) ^ b ^ k0, second & MASK
+        c, d = ((first >> 32) & MASK) ^ d ^ k1, first & MASK
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return a, b, c, d
 
 
 @torch.no_grad()
@@ -48,10 +36,22 @@ def keep_mask(
     Raises:
         ValueError: rate is not in [0, 1).
     """
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"a dropout rate must be in [0, 1), got {rate}")
-    counter = _as_int32(torch.arange(length * channels, device=rows.device)).view(1, length, channels)
-    first = rows.to(torch.int32)[:, None, None].expand(-1, length, channels)
-    word, _ = threefry_2x32(key.to(rows.device), first, counter.expand_as(first))
-    # Flipping the sign bit orders signed integers as unsigned ones.
-    return (word ^ -SIGN) >= threshold(rate) - SIGN
+    positions = torch.arange(length, device=rows.device).expand(rows.shape[0], length)
+    return keep_tokens(key, rows[:, None].expand_as(positions), positions, channels, rate=rate)
+
+
+def keep_tokens(
+    key: Int[torch.Tensor, "2"],
+    rows: Int[torch.Tensor, "*lead"],
+    positions: Int[torch.Tensor, "*lead"],
+    channels: int,
+    *,
+    rate: float,
+) -> Bool[torch.Tensor, "*lead channels"]:
+    """`keep_mask` of tokens that are given one by one."""
+    bar = threshold(rate)
+    places = torch.arange(share_of(channels), device=rows.device)
+    row, position = rows.long()[..., None] & MASK, positions.long()[..., None]
+    words = philox_4x32(key.long().to(rows.device), (places, position, row, torch.zeros_like(row)))
+    halves = [half >= bar for word in words for half in (word % LEVELS, word >> 16)]
+    return torch.cat(halves, dim=-1)[..., :channels]

@@ -5,7 +5,8 @@
     ``[batch]`` int32: each row's index in the global batch of its step; segments ``[batch, length]`` int32, which count the
     documents of a row from 1, 0 being padding. Position p and channel c of row b get ``alpha / sqrt(L·channels) · u``: L is the
     number of tokens of the document that p is of, and u in [-1, 1) is ``word / 2**23 - 1``, word being the upper 24 bits of the
-    first output word of Threefry-2x32 at the counter ``(rows[b], p·channels + c)``. Padding gets zeros.
+    first output word of Threefry-2x32 (Salmon et al. 2011, 20 rounds) at the counter ``(rows[b], p·channels + c)``. Padding
+    gets zeros.
 
 So neither padding, packing, accumulation nor the number of devices changes what a token gets. L counts real tokens, as the
 paper's own code does; transformers' hook counts the padding of the batch too, and says the same where there is none.
@@ -14,6 +15,9 @@ paper's own code does; transformers' hook counts the padding of the batch too, a
 from __future__ import annotations
 
 from jaxsloth.kernels.registry import Implementation, Op
+
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # Threefry's, of 20 rounds
+PARITY = 0x1BD11BDA
 
 EMBEDDING_NOISE = Op(
     "embedding_noise",

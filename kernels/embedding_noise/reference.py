@@ -6,7 +6,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxsloth.kernels.dropout.reference import threefry_2x32
+from jaxsloth.kernels.embedding_noise.contract import PARITY, ROTATIONS
+
+WORD = 2**32
+
+
+def threefry_2x32(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
+    """The cipher of Salmon et al. 2011 with 20 rounds, in arithmetic modulo 2**32."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ PARITY)
+    x, y = (counter[0] + schedule[0]) % WORD, (counter[1] + schedule[1]) % WORD
+    for round_ in range(20):
+        by = ROTATIONS[round_ // 4 % 2][round_ % 4]
+        x = (x + y) % WORD
+        y = ((y * 2**by) % WORD + y // 2 ** (32 - by)) ^ x
+        if round_ % 4 == 3:
+            injection = round_ // 4 + 1
+            x = (x + schedule[injection % 3]) % WORD
+            y = (y + schedule[(injection + 1) % 3] + injection) % WORD
+    return x, y
 
 
 def embedding_noise(

@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Float32, Int, Int32, Int64
 
-from jaxsloth.kernels.dropout.torch_ops import threefry_2x32
+from jaxsloth.kernels.embedding_noise.contract import PARITY, ROTATIONS
+
+SIGN = 2**31
+
+
+def _rotate_left(word: Int32[torch.Tensor, "..."], by: int) -> Int32[torch.Tensor, "..."]:
+    # The right shift of a signed integer copies its sign; the mask takes the copies away.
+    return (word << by) | ((word >> (32 - by)) & ((1 << by) - 1))
+
+
+def _as_int32(word: Int64[torch.Tensor, "..."]) -> Int32[torch.Tensor, "..."]:
+    """The same 32 bits as a signed integer."""
+    return (((word & 0xFFFFFFFF) ^ SIGN) - SIGN).to(torch.int32)
+
+
+def threefry_2x32(
+    key: Int[torch.Tensor, "2"], first: Int32[torch.Tensor, "..."], second: Int32[torch.Tensor, "..."]
+) -> tuple[Int32[torch.Tensor, "..."], Int32[torch.Tensor, "..."]]:
+    """The two words of a block cipher of 20 rounds (Salmon et al. 2011) on the counters (first, second), as int32 bits."""
+    low, high = _as_int32(key.long()).unbind()
+    schedule = (low, high, low ^ high ^ PARITY)
+    x, y = first + schedule[0], second + schedule[1]
+    for group in range(5):
+        for by in ROTATIONS[group % 2]:
+            x = x + y
+            y = _rotate_left(y, by) ^ x
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + (group + 1)
+    return x, y
 
 
 @torch.no_grad()

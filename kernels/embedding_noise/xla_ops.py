@@ -6,7 +6,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, UInt32
 
-from jaxsloth.kernels.dropout.xla_ops import threefry_2x32
+from jaxsloth.kernels.embedding_noise.contract import PARITY, ROTATIONS
+
+
+def threefry_2x32(
+    key: UInt32[Array, "2"], first: UInt32[Array, "..."], second: UInt32[Array, "..."]
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """The two words of a block cipher of 20 rounds (Salmon et al. 2011) on the counters (first, second)."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(PARITY))
+    x, y = first + schedule[0], second + schedule[1]
+    for group in range(5):
+        for by in ROTATIONS[group % 2]:
+            x = x + y
+            y = ((y << jnp.uint32(by)) | (y >> jnp.uint32(32 - by))) ^ x
+        x = x + schedule[(group + 1) % 3]
+        y = y + schedule[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x, y
 
 
 def embedding_noise(

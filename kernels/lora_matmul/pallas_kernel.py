@@ -10,6 +10,9 @@ written behind the rows in place by a kernel (`append_product`), and no product'
 costs a few more columns of the product instead of reading and writing y once more. y and dx have no room: 64
 columns more would cost their products even tiles. The kernels form `ROOM` columns a program, so that a wider room takes more
 programs, not more shared memory.
+
+Behind a dropout (`Masks`) the layers' products with A have inputs of their own (kernels/lora_dropout): ``x·Aᵀ`` is projected
+through the masks, dx is ``dy·W`` alone with the rest added by a kernel, and so is dA.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxsloth.kernels.jax_platform import dot_float32, precision_of
+from jaxsloth.kernels.lora_dropout import pallas_kernel as dropout_kernels
+from jaxsloth.kernels.lora_dropout import xla_ops as dropout_ops
+from jaxsloth.kernels.lora_dropout.contract import Masks
 from jaxsloth.kernels.lora_matmul.contract import ROOM
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
@@ -186,14 +192,23 @@ def margins(group: Group, adapters: Any, dtype: Any) -> Margins:
 
 
 def forward(
-    group: Group, x: Any, bases: Any, around: Margins, bias: Any = None, layer: Any = None, low: Any = None
+    group: Group,
+    x: Any,
+    bases: Any,
+    around: Margins,
+    bias: Any = None,
+    layer: Any = None,
+    low: Any = None,
+    masks: Masks | None = None,
 ) -> tuple[Any, Any, Any]:
     """(y ``[tokens, out]``; ``x·Aᵀ [tokens, room]``, None where there is no room; x with that behind its rows) from x
     ``[tokens, in + room]``, wide.
 
     bases: dense ``[out, in]`` or NF4 each, stacked where `layer` is given. bias: ``[out]`` or None. low: ``x·Aᵀ`` where it is
-    known.
+    known. masks: of the adapted layers' dropout, here and below.
     """
+    if masks is not None and low is None:
+        low = _dropout(group).project(x, around.low_a, masks)
     if group.room and low is None:
         x = append_product(x, around.low_a, interpret=group.interpret)
         low = x[:, group.in_features :]
@@ -205,21 +220,31 @@ def forward(
     return y if bias is None else y + bias.astype(y.dtype), low, x
 
 
-def backward(group: Group, dy: Any, bases: Any, around: Margins, layer: Any = None) -> tuple[Any, Any]:
+def backward(
+    group: Group, dy: Any, bases: Any, around: Margins, layer: Any = None, masks: Masks | None = None
+) -> tuple[Any, Any]:
     """(dx ``[tokens, in]``, dy with ``dy·sB`` behind its rows) from dy ``[tokens, out + room]``, wide."""
     if group.room:
         dy = append_product(dy, around.high_b.T, interpret=group.interpret)
-    return _product(dy, _stacked(group, bases, layer, dy.dtype, around.low_a, below=True), (1, 0)), dy
+    # With zeros in A's place the product has the same operands, and W alone is multiplied.
+    below = around.low_a if masks is None else jnp.zeros_like(around.low_a)
+    dx = _product(dy, _stacked(group, bases, layer, dy.dtype, below, below=True), (1, 0))
+    if masks is not None:
+        dx = _dropout(group).input_gradient(dx, dy[:, group.out_features :], around.low_a, masks)
+    return dx, dy
 
 
-def gradients(group: Group, x: Any, low: Any, dy: Any) -> tuple[Any, ...]:
+def gradients(group: Group, x: Any, low: Any, dy: Any, masks: Masks | None = None) -> tuple[Any, ...]:
     """(dA, dB) or None of each layer, float32.
 
     x ``[tokens, in or more]``, low and dy as `forward` and `backward` returned them.
     """
     if group.rank == 0:
         return (None,) * len(group.outs)
-    da = low_rank_gradient(x, dy, group.room, interpret=group.interpret)[: group.in_features].T
+    if masks is not None:
+        da = _dropout(group).gradient_a(dy[:, group.out_features :], x, masks, group.in_features)
+    else:
+        da = low_rank_gradient(x, dy, group.room, interpret=group.interpret)[: group.in_features].T
     db = low_rank_gradient(dy, low, group.room, interpret=group.interpret)
     found, row, column = [], 0, 0
     for rows, rank, scale in zip(group.outs, group.ranks, group.scales, strict=True):
@@ -227,6 +252,11 @@ def gradients(group: Group, x: Any, low: Any, dy: Any) -> tuple[Any, ...]:
         found.append((da[column : column + rank], scale * own) if rank else None)
         row, column = row + rows, column + rank
     return tuple(found)
+
+
+def _dropout(group: Group) -> Any:
+    """The module with the products behind a dropout."""
+    return dropout_ops if group.interpret else dropout_kernels
 
 
 def _stacked(group: Group, bases: Any, layer: Any, dtype: Any, margin: Any, below: bool) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float64
 
+from jaxsloth.kernels.dropout.contract import kept_scale
+
 
 def lora_matmul(
     x: Float64[torch.Tensor, "*lead in"],
@@ -23,5 +25,5 @@ def lora_matmul(
         y = y + bias
     if lora_a is None or lora_b is None:
         return y
-    dropped = x if keep is None else x * keep / (1.0 - rate)
+    dropped = x if keep is None else x * keep * kept_scale(rate)
     return y + scale * torch.einsum("...i,ri,or->...o", dropped, lora_a, lora_b)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch.autograd.function import once_differentiable
 
+from jaxsloth.kernels.dropout.contract import kept_scale
 from jaxsloth.kernels.dropout.torch_ops import keep_mask
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4
@@ -29,7 +30,7 @@ def _drop(x: torch.Tensor, dropout: Dropout | None, like: torch.Tensor) -> torch
         return x
     _, length, channels = like.shape
     keep = keep_mask(dropout.key, dropout.rows, length, channels, rate=dropout.rate)
-    return torch.where(keep.view(-1, channels), x * (1.0 / (1.0 - dropout.rate)), 0.0)
+    return torch.where(keep.view(-1, channels), x * kept_scale(dropout.rate), 0.0)
 
 
 class _LoraMatmul(torch.autograd.Function):

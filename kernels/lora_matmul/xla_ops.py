@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxsloth.kernels.dropout.contract import kept_scale
 from jaxsloth.kernels.dropout.xla_ops import keep_mask
 from jaxsloth.kernels.jax_platform import facts_of, precision_of
 from jaxsloth.kernels.lora_matmul.contract import Dropout
@@ -41,7 +42,7 @@ def _drop(x: Array, dropout: Dropout | None, shape: tuple[int, ...]) -> Array:
         return x
     _, length, channels = shape
     keep = keep_mask(dropout.key, dropout.rows, length, channels, rate=dropout.rate)
-    kept = (x * (1.0 / (1.0 - dropout.rate))).astype(x.dtype)
+    kept = (x * kept_scale(dropout.rate)).astype(x.dtype)
     return jnp.where(keep.reshape(-1, channels), kept, jnp.zeros((), x.dtype))
 
 

@@ -15,10 +15,12 @@ from triton.runtime import interpreter
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.attention import flash_triton, library_ops
 from jaxsloth.kernels.fp8 import triton_kernel as fp8_triton
+from jaxsloth.kernels.lora_dropout import triton_kernel as lora_dropout_triton
 from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
 from tests.kernels.adamw_8bit_checks import check_case, check_each_step_against_bitsandbytes, torch_step
 from tests.kernels.fp8_checks import NF4_CASES, check_margins, check_nf4, check_values_before_the_cast
+from tests.kernels.lora_dropout_checks import check_products
 from tests.kernels.torch_checks import (
     DTYPES,
     check_cached_attention,
@@ -138,6 +140,15 @@ def test_the_fused_passs_way_to_flash(packed):
         results.append((out, *library_ops.backward(dout, q, k, v, out, stats, settings, layout)))
     for got, expected in zip(*results, strict=True):
         assert got.shape == expected.shape and relative_error(got, expected) <= 5e-6
+
+
+@pytest.mark.parametrize("case", part("lora_dropout", "cases").CASES, ids=lambda case: case.name)
+def test_lora_dropout(case, monkeypatch):
+    """Small tiles, so that few tokens take several of them."""
+    for product in ("PROJECT", "INPUT", "GRADIENT"):
+        tiles = getattr(lora_dropout_triton, product)
+        monkeypatch.setattr(lora_dropout_triton, product, tiles._replace(tokens=32, ranks=64, programs=12))
+    check_products(lora_dropout_triton, case, "float16" if case.name == "group" else "float32", "cpu")
 
 
 @pytest.mark.parametrize("case", part("adamw_8bit", "cases").CASES, ids=lambda case: case.name)

@@ -11,6 +11,9 @@ from jaxsloth.kernels.attention.cases import CACHED_CASES, CachedCase
 from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask
+from jaxsloth.kernels.lora_dropout import triton_kernel as lora_dropout_triton
+from jaxsloth.kernels.lora_dropout.cases import CASES as LORA_DROPOUT_CASES
+from jaxsloth.kernels.lora_dropout.cases import Case as LoraDropoutCase
 from jaxsloth.kernels.nf4 import torch_ops as nf4_torch
 from jaxsloth.kernels.nf4.cases import CASES as NF4_CASES
 from jaxsloth.kernels.nf4.cases import MATVEC_CASES, MatvecCase
@@ -18,7 +21,9 @@ from jaxsloth.kernels.nf4.cases import make_inputs as make_nf4_inputs
 from jaxsloth.kernels.nf4.contract import BLOCK, DEQUANTIZE, MATVEC, NESTED_BLOCK, NF4, Nested, dynamic_code
 from jaxsloth.kernels.registry import Facts, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
+from jaxsloth.parity.op_runners import masks_of
 from tests.kernels.adamw_8bit_checks import STATE, check_case, check_each_step_against_bitsandbytes, torch_step
+from tests.kernels.lora_dropout_checks import check_products
 from tests.kernels.torch_checks import (
     DTYPES,
     OPS,
@@ -29,6 +34,7 @@ from tests.kernels.torch_checks import (
     check_op,
     every_case,
     part,
+    prepare,
     relative_error,
     to_torch,
 )
@@ -106,6 +112,29 @@ def test_dropout_masks_are_those_of_the_cpu(case):
         inputs = to_torch(make_dropout_inputs(case, 0), device)
         masks.append(keep_mask(inputs["key"], inputs["rows"], case.length, case.channels, rate=case.rate).cpu())
     assert torch.equal(*masks)
+
+
+LARGE_DROPOUT = LoraDropoutCase("large", (3, 1), 1000, 3072, (16, 16, 16), rate=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*LORA_DROPOUT_CASES, LARGE_DROPOUT], ids=lambda case: case.name)
+def test_lora_dropout_products(case, dtype):
+    """The large case against plain torch, whose masks are those of the CPU."""
+    if case is not LARGE_DROPOUT:
+        check_products(lora_dropout_triton, case, dtype, "cuda")
+        return
+    inputs = prepare("lora_dropout", case, dtype, "cuda")
+    masks = masks_of(case, inputs, lambda value: value)
+    a, found = inputs["a"].to(inputs["x"].dtype), []
+    for module in (lora_dropout_triton, part("lora_dropout", "torch_ops")):
+        total = torch.zeros_like(inputs["a"])
+        xa = module.project(inputs["x"], a, masks)
+        dx = module.input_gradient(torch.zeros_like(inputs["x"]), inputs["dy"], a, masks)
+        module.gradient_a(inputs["dy"], inputs["x"], masks, total.split(list(case.ranks)))
+        found.append((xa, dx, total))
+    tolerance = part("lora_dropout", "contract").TOLERANCES[dtype].output
+    assert all(relative_error(got, expected) <= tolerance for got, expected in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

@@ -13,7 +13,8 @@ from jaxsloth.kernels.attention.xla_ops import attention
 from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask as torch_keep_mask
-from jaxsloth.kernels.dropout.xla_ops import keep_mask, threefry_2x32
+from jaxsloth.kernels.dropout.xla_ops import keep_mask
+from jaxsloth.kernels.embedding_noise.xla_ops import threefry_2x32
 from jaxsloth.kernels.layer_norm import pallas_kernel as layer_norm_pallas
 from jaxsloth.kernels.linear_cross_entropy.xla_ops import linear_cross_entropy
 from jaxsloth.kernels.lora_matmul.contract import Dropout

@@ -23,6 +23,8 @@ from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
 from jaxsloth.kernels.layer_norm import triton_kernel as layer_norm_triton
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
+from jaxsloth.kernels.lora_dropout import triton_kernel as lora_dropout_triton
+from jaxsloth.kernels.lora_dropout import triton_parts as lora_dropout_parts
 from jaxsloth.kernels.lora_matmul import triton_kernel as margins_triton
 from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
@@ -197,6 +199,27 @@ def test_placement_compiles(dtype):
     arguments = {"table": "*i64", "scales": "*fp32", "like": TYPES[dtype]}
     constants = {"TABLE_FIELDS": margins_triton.FIELDS, "HEIGHT": margins_triton.ROWS, "WIDTH": margins_triton.COLUMNS}
     compile_ptx(margins_triton.place_kernel, arguments, constants, margins_triton.LAUNCH)
+
+
+DROPOUT_ARGUMENTS = {"key": "*i64", "modules": "*i64", "rows": "*i32"}
+DROPOUT_ARGUMENTS |= numbers("tokens", "length", "first", "channels", "share", "ranks")
+DROPOUT_CONSTANTS = {"BAR": 3277, "PTX": True, "BLOCKS": 1}
+
+
+@pytest.mark.parametrize(("dtype", "ranks"), [("bfloat16", 16), ("float16", 64), ("float32", 32)])
+def test_lora_dropout_compiles(dtype, ranks):
+    kernels = (
+        ("project_kernel", lora_dropout_triton.PROJECT, ("x", "a"), ("columns", "x_stride", "a_stride", "steps"), ("parts",)),
+        ("input_kernel", lora_dropout_triton.INPUT, ("dx", "g", "a"), ("dx_stride", "g_stride", "a_stride", "count"), ()),
+        ("gradient_kernel", lora_dropout_triton.GRADIENT, ("g", "x"), ("columns", "g_stride", "x_stride", "steps"), ("parts",)),
+    )
+    for name, tiles, matrices, integers, sums in kernels:
+        kernel = getattr(lora_dropout_parts, name)
+        arguments = DROPOUT_ARGUMENTS | pointers(dtype, *matrices) | numbers(*integers) | dict.fromkeys(sums, "*fp32")
+        arguments |= {} if name == "project_kernel" else {"scale": "fp32"}
+        constants = DROPOUT_CONSTANTS | {"TOKENS": tiles.tokens, "COUNTERS": tiles.counters}
+        constants |= {"RANKS": min(ranks, tiles.ranks)}
+        compile_ptx(kernel, arguments, constants, {"num_warps": tiles.warps, "num_stages": tiles.stages})
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -15,9 +15,10 @@ from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.nf4 import torch_ops as nf4_torch
 from jaxsloth.kernels.nf4.reference import dequantize as reference_dequantize
 from jaxsloth.kernels.tolerance import Tolerance
+from jaxsloth.parity.op_runners import masks_of, reference_masks
 
 DTYPES = ("float32", "bfloat16", "float16")
-OPS = ("lora_matmul", "rms_norm", "layer_norm", "rope", "gated_activation", "attention", "linear_cross_entropy")
+OPS = ("lora_matmul", "lora_dropout", "rms_norm", "layer_norm", "rope", "gated_activation", "attention", "linear_cross_entropy")
 # Tensors by name; an optional one that a case leaves out is None.
 Arrays = Mapping[str, Any]
 
@@ -104,7 +105,7 @@ def check(
 def prepare(op: str, case: Any, dtype: str, device: str, seed: int = 0) -> dict[str, Any]:
     """The case's inputs as tensors; all but tables, adapters and the loss's gradient in `dtype`."""
     inputs = to_torch(part(op, "cases").make_inputs(case, seed), device)
-    wide = {"cos", "sin", "inverse_frequencies", "lora_a", "lora_b", "offset"}
+    wide = {"cos", "sin", "inverse_frequencies", "a", "lora_a", "lora_b", "offset"}
     if op == "linear_cross_entropy":
         wide.add("dy")
     to = getattr(torch, dtype)
@@ -118,6 +119,16 @@ def check_op(op: str, function: Callable[..., torch.Tensor], case: Any, dtype: s
     reference = getattr(part(op, "reference"), op)
     if op == "lora_matmul":
         check_lora_matmul(function, reference, case, inputs, tolerance)
+        return
+    if op == "lora_dropout":
+        masks, words = masks_of(case, inputs, lambda value: value), reference_masks(case, inputs)
+        check(
+            lambda arrays: function(arrays["x"], arrays["a"], masks),
+            lambda arrays: reference(arrays["x"], arrays["a"], **words),
+            inputs,
+            ("x", "a"),
+            tolerance,
+        )
         return
     arguments, wrt = {
         "rms_norm": (("x", "weight"), ("x", "weight")),
