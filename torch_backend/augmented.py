@@ -29,8 +29,9 @@ class ExactWeight:
         if xa is not None and not beside:
             y.addmm_(xa, self.b.T)
 
-    def backward(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
-        torch.mm(dy[:, : self._out + self.layout.pad], self._matrix[:, : self._in], out=dx)
+    def backward(self, dy: torch.Tensor, dx: torch.Tensor, adapters: bool = True) -> None:
+        height = self._out + self.layout.pad if adapters else self._out
+        torch.mm(dy[:, :height], self._matrix[:height, : self._in], out=dx)
 
 
 class ExactWeights:

@@ -16,7 +16,7 @@ import torch
 
 from jaxsloth.kernels.attention import torch_ops as attention_ops
 from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.linear import FewRows
+from jaxsloth.torch_backend.few_rows import FewRows
 from jaxsloth.torch_backend.run import StepRun
 
 logger = logging.getLogger("jaxsloth.torch_backend")

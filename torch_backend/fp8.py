@@ -81,9 +81,11 @@ class Fp8Weight:
     def forward(self, x: torch.Tensor, xa: torch.Tensor | None, y: torch.Tensor) -> None:
         self._weights.multiply(self._forward, x[:, : self._forward.extent], xa, self.layout.bias, y)
 
-    def backward(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
+    def backward(self, dy: torch.Tensor, dx: torch.Tensor, adapters: bool = True) -> None:
         side = self._backward
         behind = dy[:, side.extent : side.width] if side.width > side.extent else None
+        if behind is not None and not adapters:
+            behind = torch.zeros_like(behind, memory_format=torch.contiguous_format)
         self._weights.multiply(side, dy[:, : side.extent], behind, None, dx)
 
 

@@ -1,12 +1,12 @@
 """Linear layers: their frozen weight, dense or NF4, the adapter, and groups that share an input as one augmented product.
 
 A group's weights and adapters are one matrix ``[[W, sB], [A, 0]]`` (kernels/lora_matmul/extended.py): LoRA's arithmetic, the
-gradients of adapters and biases, and the product of few rows have their one place here.
+gradients of adapters and biases have their one place here; the product of few rows: few_rows.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from jaxsloth.kernels.dropout.contract import module_word
+from jaxsloth.kernels.lora_dropout.contract import Masks
 from jaxsloth.kernels.lora_matmul.contract import Dropout, room_for
 from jaxsloth.kernels.lora_matmul.extended import Piece
 from jaxsloth.kernels.nf4.contract import MATVEC, NF4
-from jaxsloth.kernels.registry import Facts, Op, select
+from jaxsloth.kernels.registry import Op
 from jaxsloth.kernels.torch_matmul import add_matmul_float32
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend.ops import Ops
@@ -26,7 +27,6 @@ from jaxsloth.torch_backend.run import Run
 from jaxsloth.torch_backend.weights import GetWeight, dense
 
 Adapter = tuple[nn.Parameter | None, nn.Parameter | None, float, float]  # A, B, the scaling, the dropout rate
-WEIGHTS = 3  # that one nf4_matvec takes
 
 
 class Weight(Protocol):
@@ -138,7 +138,7 @@ class Linear(nn.Module):
     def __init__(self, linear: specs.Linear, get_weight: GetWeight, ops: Ops) -> None:
         super().__init__()
         self.name = linear.name
-        self._ops = ops
+        self.ops = ops
         value = get_weight(f"{linear.name}.weight")
         if isinstance(value, NF4):
             self.base = Nf4Weight(value)
@@ -165,6 +165,11 @@ class Linear(nn.Module):
         return self.base.shape
 
     @property
+    def word(self) -> int:
+        """The layer's part of the key of its dropout masks."""
+        return self._word
+
+    @property
     def scale(self) -> float:
         """alpha / r of the adapter."""
         return self._scale
@@ -187,13 +192,13 @@ class Linear(nn.Module):
         if self.dropout and run.dropout is not None:
             first, second = run.dropout.words.unbind()
             dropout = Dropout(self._rate, torch.stack([first ^ self._word, second]), run.dropout.rows)
-        return self._ops.lora_matmul(
+        return self.ops.lora_matmul(
             x, self.base.gather().operand, self.lora_A, self.lora_B, scale=self._scale, bias=self.bias, dropout=dropout
         )
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """``x·Wᵀ`` without bias and adapter."""
-        return self._ops.lora_matmul(x, self.base.gather().operand)
+        return self.ops.lora_matmul(x, self.base.gather().operand)
 
 
 def make_linears(names: Sequence[specs.Linear], get_weight: GetWeight, ops: Ops) -> dict[str, Linear]:
@@ -209,6 +214,9 @@ class GroupLayout:
         ranks = [0 if linear.lora_A is None else linear.lora_A.shape[0] for linear in group.linears]
         self.ranks, self.places = tuple(ranks), tuple(sum(ranks[:place]) for place in range(len(ranks)))
         self.rank, self.pad = sum(ranks), room_for(sum(ranks))
+        # Of the dropout masks of the layers that have an adapter.
+        words = [linear.word for linear in group.linears if linear.lora_A is not None]
+        self.words = torch.tensor(words, dtype=torch.int64, device=group.linears[0].weight.device)
         self.bias, self._parts = None, []
         if any(linear.bias is not None for linear in group.linears):
             self.bias = torch.zeros(group.out_features, dtype=dtype, device=group.linears[0].weight.device)
@@ -235,24 +243,45 @@ class LinearGroup:
         self.quantized = any(linear.base.quantized for linear in linears)
 
     def written_refusal(self) -> str | None:
-        """Why the written product can't serve the adapters as they are now, or None."""
-        return "LoRA dropout" if any(linear.dropout for linear in self.linears) else None
+        """Why the written product can't serve the adapters as they are now: it serves all."""
+        return None
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, run: Run) -> torch.Tensor | None:
+    def forward(self, x: torch.Tensor, y: torch.Tensor, run: Run, first: int = 0) -> torch.Tensor | None:
         """``y = x·Wᵀ + bias`` and the adapters; returns ``x·Aᵀ [tokens, pad]``, or None where nothing is adapted.
 
         x ``[tokens, in]``, or ``[tokens, in + pad or more]`` whose columns past `in` are free to write. y ``[tokens, out]`` of
-        any row stride.
+        any row stride. first: the token of the batch that x begins with, here and below.
         """
         weight, in_, xa = run.weight(self), self.in_features, None
         pad = weight.layout.pad
         if pad > 0:
             xa = x[:, in_ : in_ + pad] if x.shape[1] > in_ else x.new_empty(x.shape[0], pad)
-            torch.mm(x[:, :in_], weight.a.T, out=xa)
+            self._project(x, xa, run, first)
         weight.forward(x, xa, y)
         return xa
 
-    def backward_input(self, dy: torch.Tensor, dx: torch.Tensor | None, run: Run) -> None:
+    def _project(self, x: torch.Tensor, xa: torch.Tensor, run: Run, first: int) -> torch.Tensor:
+        """Writes ``x·Aᵀ`` to xa, behind the dropout where there is one."""
+        weight = run.weight(self)
+        masks = self._masks(weight.layout, run, first)
+        if masks is None:
+            return torch.mm(x[:, : self.in_features], weight.a.T, out=xa)
+        return self._dropout.project(x, weight.a, masks, out=xa)
+
+    @property
+    def _dropout(self) -> ModuleType:
+        return self.linears[0].ops.kernels.dropout
+
+    def _masks(self, layout: GroupLayout, run: Run, first: int) -> Masks | None:
+        """The masks of the adapted layers' input; None where nothing is dropped."""
+        rate = max(linear.dropout for linear in self.linears)  # of all that have an adapter
+        if run.dropout is None or rate == 0.0:
+            return None
+        ranks = tuple(rank for rank in layout.ranks if rank)
+        length = run.segments.shape[1]
+        return Masks(rate, run.dropout.words, layout.words, ranks, run.dropout.rows, length, first)
+
+    def backward_input(self, dy: torch.Tensor, dx: torch.Tensor | None, run: Run, first: int = 0) -> None:
         """Forms ``dy·sB`` behind dy's rows and writes dx where it is given.
 
         dy ``[tokens, out + pad or more]``, its columns past `out` free to write; dx ``[tokens, in]``.
@@ -261,10 +290,14 @@ class LinearGroup:
         pad = weight.layout.pad
         if pad > 0:
             torch.mm(dy[:, :out], weight.b, out=dy[:, out : out + pad])
-        if dx is not None:
-            weight.backward(dy, dx)
+        if dx is None:
+            return
+        masks = self._masks(weight.layout, run, first)
+        weight.backward(dy, dx, adapters=masks is None)
+        if masks is not None:
+            self._dropout.input_gradient(dx, dy[:, out : out + pad], weight.a, masks)
 
-    def backward_adapters(self, dy: torch.Tensor, x: torch.Tensor, xa: torch.Tensor | None, run: Run) -> None:
+    def backward_adapters(self, dy: torch.Tensor, x: torch.Tensor, xa: torch.Tensor | None, run: Run, first: int = 0) -> None:
         """Adds the gradients of adapters and biases to theirs, after `backward_input`.
 
         x ``[tokens, in or more]``; xa is what `forward` returned, or None to form it again.
@@ -278,17 +311,29 @@ class LinearGroup:
             return
         x, g = x[:, :in_], dy[:, out : out + layout.pad]
         if xa is None:
-            xa = x @ weight.a.T
+            xa = self._project(x, x.new_empty(x.shape[0], layout.pad), run, first)
         for place, linear in self.adapted():
             part = dy[:, self.starts[place] : self.starts[place] + self.outs[place]]
             own = xa[:, layout.places[place] : layout.places[place] + layout.ranks[place]]
             add_matmul_float32(gradient_of(linear.lora_B), part.T, own, scale=linear.scale)
-        self._add_gradients_of_a(g, x, layout)
+        masks = self._masks(layout, run, first)
+        if masks is None:
+            self._add_gradients_of_a(g, x, layout)
+        else:
+            self._dropout.gradient_a(g, x, masks, [gradient_of(linear.lora_A) for _, linear in self.adapted()])
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor, xa: torch.Tensor | None, dx: torch.Tensor | None, run: Run) -> None:
+    def backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        xa: torch.Tensor | None,
+        dx: torch.Tensor | None,
+        run: Run,
+        first: int = 0,
+    ) -> None:
         """`backward_input` and `backward_adapters`."""
-        self.backward_input(dy, dx, run)
-        self.backward_adapters(dy, x, xa, run)
+        self.backward_input(dy, dx, run, first)
+        self.backward_adapters(dy, x, xa, run, first)
 
     def pieces(self, matrix: torch.Tensor, layout: GroupLayout) -> list[Piece]:
         """The adapters' blocks of the augmented `matrix`: A below the weights, the scaled B beside them."""
@@ -330,55 +375,3 @@ class LinearGroup:
 def gradient_of(parameter: nn.Parameter | None) -> torch.Tensor:
     assert parameter is not None and parameter.grad is not None
     return parameter.grad
-
-
-class FewRows:
-    """A group's product for few rows, with copies of its adapters in the compute dtype."""
-
-    def __init__(self, group: LinearGroup, rows: int, dtype: torch.dtype, requested: str | None) -> None:
-        self._group, self._dtype = group, dtype
-        self._weights = [linear.base.gather() for linear in group.linears]
-        self._matvec = self._choose(rows, requested)
-        self._rank = sum(0 if linear.lora_A is None else linear.lora_A.shape[0] for linear in group.linears)
-        device = group.linears[0].weight.device
-        self._a = torch.zeros(self._rank, group.in_features, dtype=dtype, device=device)
-        self._b = torch.zeros(self._rank, group.out_features, dtype=dtype, device=device)
-        biased = any(linear.bias is not None for linear in group.linears)
-        self._bias = torch.zeros(group.out_features, dtype=dtype, device=device) if biased else None
-
-    def _choose(self, rows: int, requested: str | None) -> Callable[..., torch.Tensor] | None:
-        """The matvec that takes these weights together, or None."""
-        op = self._weights[0].matvec
-        if op is None or len({weight.kind for weight in self._weights}) > 1 or len(self._weights) > WEIGHTS:
-            return None
-        values = max(weight.shape[0] * weight.shape[1] for weight in self._weights)
-        sizes = {"rows": rows, "in": self._group.in_features, "values": values}
-        platform, dtype = self._group.linears[0].weight.device.type, str(self._dtype).removeprefix("torch.")
-        chosen = select(op, "torch", Facts(platform, dtype, sizes), requested).implementation  # type: ignore[arg-type]
-        # Where the kernel refuses on a GPU, dequantizing there and a product are the faster way.
-        return None if chosen.name == "torch" and platform == "cuda" and requested is None else chosen.load()
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Takes over the present values of adapters and biases."""
-        column = 0
-        for start, linear in zip(self._group.starts, self._group.linears, strict=True):
-            end = start + linear.shape[0]
-            if linear.lora_A is not None and linear.lora_B is not None:
-                rank = linear.lora_A.shape[0]
-                self._a[column : column + rank] = linear.lora_A
-                self._b[column : column + rank, start:end] = (linear.scale * linear.lora_B).T
-                column += rank
-            if linear.bias is not None and self._bias is not None:
-                self._bias[start:end] = linear.bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """``[rows, in] -> [rows, sum of out]``."""
-        if self._matvec is not None:
-            y = self._matvec(x, [weight.operand for weight in self._weights], self._bias)
-        else:
-            parts = [linear.multiply(x) for linear in self._group.linears]
-            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            if self._bias is not None:
-                y = y.add_(self._bias)
-        return y if self._rank == 0 else y.addmm_(x @ self._a.T, self._b)

@@ -74,7 +74,7 @@ class Mlp(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         kept: dict[str, Any] = {}
         for rows in self._tiles(x.shape[0], mode == "none"):
-            gate_up, xa = self._forward_rows(x[rows], out[rows], run)
+            gate_up, xa = self._forward_rows(x[rows], out[rows], run, rows.start)
             if mode == "none":
                 # xa lies behind rows that are not kept.
                 kept = {"gate_up": gate_up, "xa": None if xa is None else xa.clone()}
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
         dx = x.new_empty(x.shape[0], self.gate_up.in_features) if needs_dx else None
         gate_up, xa = kept.pop("gate_up", None), kept.pop("xa", None)
         for rows in self._tiles(dy.shape[0], gate_up is not None):
-            self._backward_rows(dy[rows], x[rows], gate_up, xa, None if dx is None else dx[rows], run)
+            self._backward_rows(dy[rows], x[rows], gate_up, xa, None if dx is None else dx[rows], run, rows.start)
         return dx
 
     def step(self, x: torch.Tensor, cache: Any, run: StepRun) -> torch.Tensor:
@@ -108,20 +108,22 @@ class Mlp(nn.Module):
         size = -(-tokens // count)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def _gate_up(self, x: torch.Tensor, run: Run) -> torch.Tensor:
-        """Gate and up, with pad columns behind."""
+    def _gate_up(self, x: torch.Tensor, run: Run, first: int) -> torch.Tensor:
+        """Gate and up, with pad columns behind. first: the token that x begins with, here and below."""
         gate_up = padded_rows(x.shape[0], self.gate_up.out_features, run.pad(self.gate_up), x)
-        self.gate_up.forward(x, gate_up[:, : self.gate_up.out_features], run)
+        self.gate_up.forward(x, gate_up[:, : self.gate_up.out_features], run, first)
         return gate_up
 
-    def _forward_rows(self, x: torch.Tensor, out: torch.Tensor, run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _forward_rows(
+        self, x: torch.Tensor, out: torch.Tensor, run: Run, first: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Writes the output; (gate and up with pad columns behind, h·Aᵀ of the last product)."""
-        gate_up, width = self._gate_up(x, run), self._spec.width
+        gate_up, width = self._gate_up(x, run, first), self._spec.width
         h = padded_rows(x.shape[0], width, run.pad(self.down), x)
         self._ops.kernels.activation.activate(
             gate_up[:, :width], gate_up[:, width : 2 * width], h[:, :width], kind=self._spec.activation
         )
-        return gate_up, self.down.forward(h, out, run)
+        return gate_up, self.down.forward(h, out, run, first)
 
     def _backward_rows(
         self,
@@ -131,15 +133,16 @@ class Mlp(nn.Module):
         xa: torch.Tensor | None,
         dx: torch.Tensor | None,
         run: Run,
+        first: int,
     ) -> None:
         width = self._spec.width
-        gate_up = self._gate_up(x, run) if gate_up is None else gate_up
+        gate_up = self._gate_up(x, run, first) if gate_up is None else gate_up
         gate, up = gate_up[:, :width], gate_up[:, width : 2 * width]
         dh = dy.new_empty(dy.shape[0], width)
-        self.down.backward_input(dy, dh, run)
+        self.down.backward_input(dy, dh, run, first)
         # gate and up give way to their gradients, and dh to h, which dA of down_proj needs.
         self._ops.kernels.activation.activate_backward(gate, up, dh, gate, up, dh, kind=self._spec.activation)
-        self.down.backward_adapters(dy, dh, xa, run)
+        self.down.backward_adapters(dy, dh, xa, run, first)
         del dh
         # x·Aᵀ stands behind the rows of x by now, kept or formed again with gate and up.
-        self.gate_up.backward(gate_up, x, x[:, self.gate_up.in_features :], dx, run)
+        self.gate_up.backward(gate_up, x, x[:, self.gate_up.in_features :], dx, run, first)

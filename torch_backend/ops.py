@@ -12,6 +12,7 @@ from jaxsloth.kernels.attention.contract import ATTENTION
 from jaxsloth.kernels.attention.contract import sizes_of as attention_sizes
 from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
+from jaxsloth.kernels.lora_dropout.contract import LORA_DROPOUT
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.registry import Facts, Implementation, Op, select
@@ -19,7 +20,7 @@ from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
 
-OPS = (ATTENTION, GATED_ACTIVATION, LINEAR_CROSS_ENTROPY, LORA_MATMUL, RMS_NORM, ROPE)
+OPS = (ATTENTION, GATED_ACTIVATION, LINEAR_CROSS_ENTROPY, LORA_DROPOUT, LORA_MATMUL, RMS_NORM, ROPE)
 
 
 class Ops:
@@ -33,6 +34,7 @@ class Ops:
         self.chosen: dict[str, Implementation] = {}  # by the op's name
         self.gated_activation = choose(GATED_ACTIVATION)
         self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)
+        choose(LORA_DROPOUT)  # whose module written products take
         self.lora_matmul = choose(LORA_MATMUL)
         self.nf4_dequantize = choose(DEQUANTIZE)
         self.rms_norm = choose(RMS_NORM)
@@ -58,6 +60,7 @@ class Kernels:
     activation: ModuleType
     weights: ModuleType  # `Placement` and `dequantize_into`
     loss: ModuleType  # `softmax`
+    dropout: ModuleType  # `project`, `input_gradient`, `gradient_a`
 
     @staticmethod
     def of(ops: Ops) -> Kernels:
@@ -67,4 +70,5 @@ class Kernels:
             from jaxsloth.kernels.lora_matmul import extended as weights
         names = ("rms_norm", "rope", "gated_activation")
         norm, rope, activation = (ops.chosen[name].module() for name in names)
-        return Kernels(norm, rope, activation, weights, ops.chosen["linear_cross_entropy"].module())
+        loss, dropout = (ops.chosen[name].module() for name in ("linear_cross_entropy", "lora_dropout"))
+        return Kernels(norm, rope, activation, weights, loss, dropout)

@@ -52,8 +52,8 @@ class AugmentedWeight(Protocol):
         the rows of x if those are longer than `in`."""
         ...
 
-    def backward(self, dy: torch.Tensor, dx: torch.Tensor) -> None:
-        """``dx = dy·W + (dy·sB)·A``. dy ``[tokens, out + pad or more]`` with ``dy·sB`` behind its rows."""
+    def backward(self, dy: torch.Tensor, dx: torch.Tensor, adapters: bool = True) -> None:
+        """``dx = dy·W + (dy·sB)·A``, or ``dy·W`` alone. dy ``[tokens, out + pad or more]`` with ``dy·sB`` behind its rows."""
         ...
 
 
@@ -110,8 +110,8 @@ class Run:
 class StepRun:
     """The settings of one token a row in a recorded program.
 
-    tables: (cos, sin) ``[rows, half]`` a rotary setting. few_rows: the `linear.FewRows` of every group. first int32 ``[rows]``:
-    the first slot that a row sees; slot int64 ``[1]``: the one that is written. attention: the module with `append` and
+    tables: (cos, sin) ``[rows, half]`` a rotary setting. few_rows: each group's `few_rows.FewRows`. first int32 ``[rows]``: the
+    first slot that a row sees; slot int64 ``[1]``: the one that is written. attention: the module with `append` and
     `attend`.
     """
 

@@ -70,7 +70,7 @@ def make_pairs(decoder: Decoder) -> dict[Any, Any]:
 
 
 def describe(decoder: Decoder) -> list[str]:
-    """A line a kind of block on how it is trained, for logs: "4 blocks: self_attn: written; mlp: local vjp (LoRA dropout)"."""
+    """A line a kind of block on how it is trained, for logs: "4 blocks: self_attn: written; mlp: local vjp (a reason)"."""
 
     def ways(block: blocks.Block) -> str:
         passes = block.passes().items()

@@ -51,8 +51,7 @@ def runs_written(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bo
     """
     reason = None if trainable_shapes(spec) else "has nothing to train"
     if options.compute == "fp8":
-        drops = spec.lora is not None and spec.lora.dropout > 0
-        reason = reason or ("draws no dropout masks" if drops else fp8.layer_refusal(decoder.linears()))
+        reason = reason or fp8.layer_refusal(decoder.linears())
         if reason is not None:
             raise RefusedError(f"compute fp8 can't train this model: it {reason}; set compute: exact")
     requested = (options.implementations or {}).get("train_pass")

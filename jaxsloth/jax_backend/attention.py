@@ -136,7 +136,7 @@ class Attention(nnx.Module):
         groups, pair = self.groups(run.stream_pad), self._pair(run)
         xa_qkv, xa_out = kept["xa"]
         dattended, dy = groups["out"].backward_input(dy, run)
-        gradients = groups["out"].backward_adapters(pair.rows_of(kept["attention"]), xa_out, dy)
+        gradients = groups["out"].backward_adapters(pair.rows_of(kept["attention"]), xa_out, dy, run)
         x = kept["x"] if "x" in kept else form_x()
         if "qkv" not in kept:
             qkv = groups["qkv"].forward(x, run, xa_qkv)[0]
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
         q, k, v = kept["qkv"] if qkv is None else pair.split(qkv)
         dq, dk, dv = pair.attend_backward(q, k, v, kept["attention"], dattended.reshape(q.shape))
         dx, dqkv = groups["qkv"].backward_input(pair.merge(dq, dk, dv, qkv, groups["qkv"].pad), run)
-        return dx, dy, groups["qkv"].backward_adapters(x, xa_qkv, dqkv) | gradients
+        return dx, dy, groups["qkv"].backward_adapters(x, xa_qkv, dqkv, run) | gradients
 
     def _pair(self, run: Run) -> _Between:
         spec, dtype = self.spec, jnp.dtype(self._ops.dtype)

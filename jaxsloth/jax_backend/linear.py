@@ -15,6 +15,7 @@ from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.run import Run
 from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.jax_platform import platform, precision_of
+from jaxsloth.kernels.lora_dropout.contract import Masks
 from jaxsloth.kernels.lora_matmul import pallas_kernel as augmented
 from jaxsloth.kernels.lora_matmul.contract import Dropout, room_for
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, Nested
@@ -228,10 +229,14 @@ class Linear(nnx.Module):
         y = self._ops.lora_matmul(x, self.base().gather(), bias=bias, layer=run.layer, **adapter)
         return checkpoint_name(y, PRODUCT)
 
+    def word(self, layer: Any) -> Any:
+        """The part of the key of the dropout masks that is this layer's own."""
+        return jnp.array(self._words, jnp.uint32)[layer]
+
     def _dropout(self, run: Run) -> Dropout | None:
         if not self.dropout or run.dropout is None:
             return None
-        word = jnp.array(self._words, jnp.uint32)[run.layer]
+        word = self.word(run.layer)
         key = jnp.stack([run.dropout.words[0] ^ word, run.dropout.words[1]])
         return Dropout(self.dropout, key, run.dropout.rows)
 
@@ -286,8 +291,6 @@ class LinearGroup:
 
     def written_refusal(self) -> str | None:
         """Why the products below can't stand for `Linear.forward`, or None."""
-        if any(linear.dropout for linear in self.linears.values()):
-            return "LoRA dropout"
         asked = self._ops.asked_otherwise("lora_matmul", "nf4_dequantize")
         return asked or augmented.refuses(self.in_features, self.rank)
 
@@ -307,21 +310,31 @@ class LinearGroup:
         parts = [one.bias_at(run.layer) if one.biased else jnp.zeros(one.shape[0], dtype) for one in linears]
         return jnp.concatenate([part.astype(dtype) for part in parts])
 
-    def forward(self, x: Any, run: Run, xa: Any = None) -> tuple[Any, Any, Any]:
+    def _masks(self, run: Run, first: int) -> Masks | None:
+        """The masks of the adapted layers' input, which begins at token `first` of the batch; None where nothing is dropped."""
+        adapted = [one for one in self.linears.values() if one.adapted]
+        if run.dropout is None or not adapted or not adapted[0].dropout:
+            return None
+        words = jnp.stack([one.word(run.layer) for one in adapted])
+        ranks, length = tuple(one.rank for one in adapted), run.segments.shape[1]
+        return Masks(adapted[0].dropout, run.dropout.words, words, ranks, run.dropout.rows, length, first)
+
+    def forward(self, x: Any, run: Run, xa: Any = None, first: int = 0) -> tuple[Any, Any, Any]:
         """(y ``[tokens, out]``; ``x·Aᵀ [tokens, pad]``, None without a pad; x with that behind its rows) from x, padded.
 
-        xa: ``x·Aᵀ`` where it is known.
+        xa: ``x·Aᵀ`` where it is known. first: the token of the batch that x begins with, here and below.
         """
-        bias = self._bias(run, x.dtype)
-        return augmented.forward(self._layout, x, self._bases(), self._around(x.dtype), bias, run.layer, xa)
+        bias, masks = self._bias(run, x.dtype), self._masks(run, first)
+        return augmented.forward(self._layout, x, self._bases(), self._around(x.dtype), bias, run.layer, xa, masks)
 
-    def backward_input(self, dy: Any, run: Run) -> tuple[Any, Any]:
+    def backward_input(self, dy: Any, run: Run, first: int = 0) -> tuple[Any, Any]:
         """(dx ``[tokens, in]``, dy with ``dy·sB`` behind its rows) from dy, padded."""
-        return augmented.backward(self._layout, dy, self._bases(), self._around(dy.dtype), run.layer)
+        masks = self._masks(run, first)
+        return augmented.backward(self._layout, dy, self._bases(), self._around(dy.dtype), run.layer, masks)
 
-    def backward_adapters(self, x: Any, xa: Any, dy: Any) -> dict[str, Any]:
+    def backward_adapters(self, x: Any, xa: Any, dy: Any, run: Run, first: int = 0) -> dict[str, Any]:
         """The gradients of what is trained, float32, by name; xa and dy as `forward` and `backward_input` returned them."""
-        pairs, found, column = augmented.gradients(self._layout, x, xa, dy), {}, 0
+        pairs, found, column = augmented.gradients(self._layout, x, xa, dy, self._masks(run, first)), {}, 0
         for (name, linear), pair in zip(self.linears.items(), pairs, strict=True):
             if linear.adapted:
                 found |= {f"{name}.lora_A": pair[0], f"{name}.lora_B": pair[1]}

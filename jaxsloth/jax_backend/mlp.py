@@ -77,10 +77,10 @@ class Mlp(nnx.Module):
         """
         groups, parts = self.groups(run.stream_pad), []
         for tile in self._tiles(x.shape[0], mode):
-            merged, xa_gate_up, part = groups["gate_up"].forward(_rows(x, tile, parts), run)
+            merged, xa_gate_up, part = groups["gate_up"].forward(_rows(x, tile, parts), run, first=tile.start)
             pad, interpret = groups["down"].pad, platform() != "cuda"
             h = activate_merged(merged, self.spec.width, self.spec.activation, pad, interpret=interpret)
-            y, xa_down, _ = groups["down"].forward(h, run)
+            y, xa_down, _ = groups["down"].forward(h, run, first=tile.start)
             parts.append((y, xa_gate_up, xa_down, merged, part))
         y, xa_gate_up, xa_down, merged, x = _join(parts)
         kept = {"xa": (xa_gate_up, xa_down)}
@@ -95,12 +95,13 @@ class Mlp(nnx.Module):
         for tile in self._tiles(dy.shape[0], "none" if whole else "full"):
             x_tile, xa = _rows(x, tile, parts), _rows(xa_gate_up, tile)
             merged = kept["merged"] if whole else gate_up.forward(x_tile, run, xa)[0]
-            dh, dy_tile = down.backward_input(_rows(dy, tile), run)
+            dh, dy_tile = down.backward_input(_rows(dy, tile), run, tile.start)
             activation, interpret = self.spec.activation, platform() != "cuda"
             dmerged, h = activate_merged_backward(merged, dh, activation, gate_up.pad, interpret=interpret)
-            of_down = down.backward_adapters(h, _rows(xa_down, tile), dy_tile)
-            dx, dmerged = gate_up.backward_input(dmerged, run)
-            parts.append((dx, dy_tile, of_down | gate_up.backward_adapters(x_tile, xa, dmerged)))
+            of_down = down.backward_adapters(h, _rows(xa_down, tile), dy_tile, run, tile.start)
+            dx, dmerged = gate_up.backward_input(dmerged, run, tile.start)
+            of_gate_up = gate_up.backward_adapters(x_tile, xa, dmerged, run, tile.start)
+            parts.append((dx, dy_tile, of_down | of_gate_up))
         if len(parts) == 1:
             dx, dy, gradients = parts[0]
         else:

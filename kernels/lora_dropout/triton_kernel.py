@@ -36,6 +36,8 @@ class Tiles(NamedTuple):
 
 PROJECT, INPUT, GRADIENT = Tiles(64, 32, 128), Tiles(64, 16, 64), Tiles(64, 32, 32)
 
+ADD = {"num_warps": 4}
+
 
 class Run(NamedTuple):
     """Neighbouring modules of one rank, and the columns that are theirs."""
@@ -197,7 +199,7 @@ def _add_parts(
         while place < len(totals) and totals[place].data_ptr() == first.data_ptr() + 4 * size:
             size, place = size + totals[place].numel(), place + 1
         kernels.add_parts_kernel[(triton.cdiv(size, 1024),)](
-            parts[:, column:], first, size, parts.stride(0), PARTS=parts.shape[0], SIZE=1024, num_warps=4
+            parts[:, column:], first, size, parts.stride(0), PARTS=parts.shape[0], SIZE=1024, **ADD
         )
 
 

@@ -13,7 +13,6 @@ import torch
 from jaxsloth.backend import BuildOptions
 from jaxsloth.jax_backend import bridge as jax_bridge
 from jaxsloth.jax_backend import written_pass as jax_written
-from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.torch_backend import written_program
 from jaxsloth.torch_backend.written_pass import WrittenPass
@@ -142,26 +141,23 @@ def test_what_the_fused_passes_cannot_do_goes_to_the_composed_ones_or_is_refused
         judge.backward()
         assert_close(gradients(ours), gradients(theirs))
     assert not modes
-    if backend == "torch":
-        return
-    dropping = model(backend, "fused", lora_dropout=0.1).train()
-    with pytest.raises(RefusedError, match="draws no dropout masks"):
-        dropping(**batch())
-    with torch.no_grad():
-        assert dropping.eval()(**batch()).loss > 0
-    assert len(modes) == 1
 
 
 @pytest.mark.parametrize(
-    ("output", "changes"),
-    [("loss", {}), ("logits", {"modules_to_save": ["embed_tokens", "lm_head"]}), ("logits", {"bias": "all"})],
+    ("backend", "output", "changes"),
+    [
+        ("torch", "loss", {}),
+        ("torch", "logits", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("torch", "logits", {"bias": "all"}),
+        ("jax", "loss", {}),
+    ],
 )
-def test_dropout_biases_and_whole_modules_take_the_written_pass(output, changes, fused_modes):
+def test_dropout_biases_and_whole_modules_take_the_written_pass(backend, output, changes, fused_modes):
     """Its masks are those of the bodies' own forwards, and an evaluation between two steps drops nothing."""
     modes = next(fused_modes)
     found = []
     for train_pass in ("fused", "composed"):
-        base = our_base("torch", options=OPTIONS[train_pass], attention_bias="bias" in changes)
+        base = our_base(backend, options=OPTIONS[train_pass], attention_bias="bias" in changes)
         of = adapted(base, target_modules=TARGETS, lora_dropout=0.3, **changes)
         values = []
         for place in range(2):
@@ -174,7 +170,8 @@ def test_dropout_biases_and_whole_modules_take_the_written_pass(output, changes,
                 values += [value.detach(), of.eval()(**given).loss]
         found.append((torch.stack(values), gradients(of)))
     (ours, grads), (theirs, judged) = found
-    assert modes.count(None) == 2 and len(modes) >= 4 and len(set(theirs.tolist())) == 3
+    assert len(modes) >= (4 if backend == "torch" else 2) and len(set(theirs.tolist())) == 3
+    assert backend == "jax" or modes.count(None) == 2
     torch.testing.assert_close(ours, theirs, rtol=BAR, atol=BAR)
     assert_close(grads, judged)
 

@@ -99,7 +99,6 @@ def test_rounding_is_noise(nested):
         ({"dtype": "float32", "implementations": FUSED}, {}, "needs dtype bfloat16; got float32"),
         ({"implementations": {"train_pass": "composed"}}, {}, "'autograd' was asked for"),
         ({}, {}, "needs an NVIDIA GPU"),
-        ({"implementations": FUSED}, {"lora": {"dropout": 0.1}}, "draws no dropout masks; set compute: exact"),
         ({"implementations": FUSED}, {"changes": {"intermediate_size": 72}}, "multiples of 16"),
         ({"implementations": FUSED}, {"changes": {"intermediate_size": 96}, "nested": True}, "whole blocks of 64"),
     ],

@@ -145,7 +145,7 @@ def written(model, index: int = 0) -> dict[str, str | None]:
 
 # What is asked of it, and why attention and MLP then take a local vjp (None: they stay written).
 BODIES = {
-    "dropout": ({"lora": {"dropout": 0.1}}, "LoRA dropout", "LoRA dropout"),
+    "dropout": ({"lora": {"dropout": 0.1}}, None, None),
     "rank": ({"lora": {"r": 257}}, "ranks of 768 in all, and .* have 771", None),
     "erf": ({"changes": {"hidden_act": "gelu"}}, None, "erf"),
     "biases": ({"changes": {"attention_bias": True, "mlp_bias": True}, "lora": {"bias": "all"}}, None, None),
@@ -156,8 +156,8 @@ BODIES = {
     "no_rope": ({"revise": VARIANTS["no_rope"]}, None, None),
     "gemma": (
         {"revise": lambda spec: VARIANTS["sandwich"](VARIANTS["qk_norm"](spec)), "lora": {"dropout": 0.1}},
-        "drop",
-        "drop",
+        None,
+        None,
     ),
 }
 

@@ -46,6 +46,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("kernels/*/triton_kernel.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
     ("kernels/*/flash_triton.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
     ("kernels/*/flash_kernels.py", {"triton"}, (), set()),
+    ("kernels/*/triton_parts.py", {"triton"}, ("kernels",), set()),
     ("kernels/*/ptx.py", NUMBERS, ("kernels",), set()),
     ("kernels/*/matvec_triton.py", NUMBERS | TORCH | {"jaxtyping"}, ("kernels",), set()),
     ("kernels/*/xla_ops.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
