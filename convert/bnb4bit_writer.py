@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from jaxsloth.backend import DtypeName, TensorSource
-from jaxsloth.convert.merge import SHARD_BYTES, write_merged
+from jaxsloth.convert.merge import write_merged
+from jaxsloth.convert.safetensors_writer import SHARD_BYTES
 from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4
 from jaxsloth.models.names import linears
 from jaxsloth.models.spec import ModelSpec
+
+PARTS = 6  # tensors that a quantized weight is stored as
 
 
 def write_bnb4bit(
@@ -40,24 +43,27 @@ def write_bnb4bit(
     quantized = {f"{linear.name}.weight" for linear in linears(spec)}
 
     def store(name: str, tensor: np.ndarray) -> dict[str, np.ndarray] | None:
-        return _parts(name, quantize(np.ascontiguousarray(tensor, np.float32)), dtype) if name in quantized else None
+        return bnb4bit_parts(name, quantize(np.ascontiguousarray(tensor, np.float32)), dtype) if name in quantized else None
 
-    described = dict(config) | {
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": ["lm_head"],
-        }
-    }
+    described = dict(config) | {"quantization_config": bnb4bit_config(dtype)}
     write_merged(folder, source, spec, values, described, dtype, overwrite=overwrite, shard_bytes=shard_bytes, store=store)
 
 
-def _parts(name: str, nf4: NF4, dtype: DtypeName) -> dict[str, np.ndarray]:
+def bnb4bit_config(dtype: DtypeName) -> dict[str, Any]:
+    """config.json's quantization_config of such a checkpoint, which computes in `dtype`."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+def bnb4bit_parts(name: str, nf4: NF4, dtype: DtypeName) -> dict[str, np.ndarray]:
     """bitsandbytes' tensors of one weight: codes, maxima, code books, and the scalars as JSON in a uint8 tensor."""
     assert nf4.nested is not None
     state = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class ExistsError(FileExistsError, ValueError):
@@ -47,6 +49,26 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def write_whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """`whole_folder` of one file: a temporary file's path, which becomes `target` when the block ends well.
+
+    Raises:
+        ExistsError: target exists and overwrite is False; nothing is written.
+    """
+    if target.exists() and not overwrite:
+        raise ExistsError(f"{target} exists already; choose another file or ask for it to be overwritten")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(target)
+        flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Deletes a folder so that a crash in between leaves no half of it under its own name."""
     if folder.exists():
@@ -74,3 +96,22 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def present_size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a number, or of a text such as "5GB" or "512MiB".
+
+    Raises:
+        ValueError: it is neither, or not positive.
+    """
+    if isinstance(size, int) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", size.upper()) if isinstance(size, str) else None
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"a size must look like '5GB'; got {size!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])

@@ -13,8 +13,8 @@ from pydantic import Field
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.foreign import Count, Schema, Size, shown, validated
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -75,6 +75,14 @@ class GgufSource:
         projection = name.split(".")[-2]
         return unpermute(value, self._heads[projection]) if projection in self._heads else value
 
+    def block_type(self, name: str) -> str:
+        """The ggml type of a tensor's blocks."""
+        return str(self._tensors[name].tensor_type.name)
+
+    def tokenizer_fields(self) -> dict[str, Any]:
+        """The file's own tokenizer metadata, for another GGUF file of the same model."""
+        return {name: field.contents() for name, field in self._reader.fields.items() if name.startswith("tokenizer.")}
+
     def file_of(self, name: str) -> Path:
         del name
         return self.path
@@ -95,12 +103,12 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 def hf_name(name: str, path: Path) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
     module, _, kind = name.rpartition(".")
-    if module in _TOP:
-        return f"{_TOP[module]}.{kind}"
+    if module in TOP_NAMES:
+        return f"{TOP_NAMES[module]}.{kind}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
-    if match is None or match[2] not in _BLOCK:
+    if match is None or match[2] not in BLOCK_NAMES:
         raise CheckpointError(f"{path}: tensor {name} belongs to no known part of a llama model")
-    return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{kind}"
+    return f"model.layers.{match[1]}.{BLOCK_NAMES[match[2]]}.{kind}"
 
 
 def gguf_config(path: Path) -> dict[str, Any]:

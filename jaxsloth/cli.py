@@ -1,4 +1,4 @@
-"""The commands: train, generate, evaluate, parity, info, schema."""
+"""The commands: train, generate, evaluate, convert, inspect, parity, info, schema."""
 
 from __future__ import annotations
 
@@ -151,6 +151,45 @@ def evaluate(
         json_file=json_file,
     )
     console().print(run.table(run.evaluate(settings)))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder, a .gguf file, package:NAME/file, or a Hugging Face name.")],
+    destination: Annotated[Path, typer.Argument(help="A folder that is not there yet; for gguf a file.")],
+    to: Annotated[str, typer.Option(help="hf (safetensors), bnb-4bit, or gguf.")],
+    merge: Annotated[Path | None, typer.Option(help="The folder of a PEFT adapter to add to the weights first.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")] = None,
+    outtype: Annotated[str, typer.Option(help="Of gguf: f32, f16, bf16, q8_0, q4_0 to q5_1, q3_k_m to q6_k.")] = "f16",
+    shard_size: Annotated[str, typer.Option(help="The most that a file may hold, e.g. 4GB.")] = "4GiB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the destination.")] = False,
+) -> None:
+    """Write a checkpoint in another format, tensor by tensor."""
+    from jaxsloth.convert.files import parse_size
+    from jaxsloth.convert.report import converted, show_plan
+    from jaxsloth.convert.run import Options, plan
+
+    options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite)  # type: ignore[arg-type]
+    found, console = plan(source, destination, to, options), Console()  # type: ignore[arg-type]
+    show_plan(found, console, whole=dry_run)
+    if not dry_run:
+        converted(found, console)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="What convert takes, or the folder of a PEFT adapter.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint or an adapter holds: kind, shape, tensors, dtypes, sizes."""
+    from jaxsloth.convert.report import describe, show_description
+
+    found = describe(path)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show_description(found, Console())
 
 
 @app.command()

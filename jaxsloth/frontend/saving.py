@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import torch
 
 from jaxsloth.backend import DtypeName, Model, TensorSource
 from jaxsloth.convert.bnb4bit_writer import write_bnb4bit
-from jaxsloth.convert.files import ExistsError, remove_folder
+from jaxsloth.convert.files import ExistsError, parse_size, remove_folder
 from jaxsloth.convert.generation_config import FILE
-from jaxsloth.convert.merge import SHARD_BYTES, write_merged
+from jaxsloth.convert.merge import write_merged
 from jaxsloth.convert.peft_adapter import write_adapter
+from jaxsloth.convert.safetensors_writer import SHARD_BYTES
 from jaxsloth.frontend.adapters import folded_adapter, native_adapter
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
 from jaxsloth.frontend.decoding import end_ids
@@ -27,7 +27,6 @@ from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.kernels.nf4.torch_ops import quantize
 
 METHODS = ("merged_16bit", "merged_4bit", "merged_4bit_forced", "lora")
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _REFUSED: dict[str, tuple[Any, str]] = {
     "safe_serialization": (True, "only safetensors are written"),
     "state_dict": (None, "the model's own weights are saved"),
@@ -88,7 +87,7 @@ def save_merged(
         write = write_merged if save_method == "merged_16bit" else partial(write_bnb4bit, quantize=_quantize)
         checkpoint, (spec, values) = model.loaded.checkpoint, folded_adapter(model)
         source = _Plain(checkpoint.source, model.engine.model) if checkpoint.kind == "bnb-4bit" else checkpoint.source
-        size = _shard_bytes(max_shard_size)
+        size = parse_size(max_shard_size)
         write(folder, source, spec, values, checkpoint.config, _dtype(model), overwrite=overwrite, shard_bytes=size)
         _write_generation_config(folder, model, tokenizer or model.tokenizer)
     (tokenizer or model.tokenizer).save_pretrained(str(folder))
@@ -173,12 +172,3 @@ def _dtype(model: Any) -> DtypeName:
         if name in get_args(DtypeName) and name != "float32":
             return cast(DtypeName, name)
     return "bfloat16"
-
-
-def _shard_bytes(size: str | int) -> int:
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", size.upper())
-    if match is None:
-        raise ValueError(f"max_shard_size must look like '5GB', and {size!r} came")
-    return int(float(match[1]) * _UNITS[match[2] or ""])

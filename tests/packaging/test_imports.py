@@ -57,6 +57,13 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("kernels/*/pallas_matvec.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     ("kernels/*/pallas_kernel.py", NUMBERS | {"jax", "jaxtyping"}, ("kernels",), set()),
     (
+        "convert/run.py",
+        NUMBERS,
+        ("convert", "models", "backend", "kernels.nf4", "data.tokenizer"),
+        FRAMEWORKS,
+    ),
+    ("convert/report.py", NUMBERS | {"rich"}, ("convert", "foreign"), set()),
+    (
         "convert/*.py",
         NUMBERS | {"safetensors", "pydantic"},
         ("convert", "foreign", "models", "transforms", "backend", "kernels.nf4.contract"),

@@ -1,0 +1,124 @@
+"""Which ggml type each tensor of a GGUF file is stored as, and the blocks themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+
+# Of the rows of a K-quant, what must divide them; of the older blocks.
+SUPER_BLOCK, BLOCK = 256, 32
+# Parts whose type may differ from the rest.
+_PARTS = ("attn_v", "attn_output", "ffn_down", "output", "token_embd", "ffn_up")
+_NATIVE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+# What a row that no super-block divides is stored as instead: llama.cpp's rule.
+_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+@dataclass(frozen=True)
+class OutType:
+    """A kind of file: its name, llama.cpp's number for it (general.file_type), and each tensor's type.
+
+    tensor_type: (part, layer, layers) -> a ggml type's name; part: "attn_v", "ffn_down", "output", "token_embd", …
+    """
+
+    name: str
+    file_type: int
+    tensor_type: Callable[[str, int, int], str]
+
+    @property
+    def needs_libgguf(self) -> bool:
+        kinds = {self.tensor_type(part, layer, 32) for part in _PARTS for layer in range(32)}
+        return not kinds <= set(_NATIVE)
+
+
+def _all(kind: str) -> Callable[[str, int, int], str]:
+    return lambda part, layer, layers: kind
+
+
+def _mixed(kind: str, head: str = "Q6_K") -> Callable[[str, int, int], str]:
+    """One kind throughout but for the head, which every token reads."""
+    return lambda part, layer, layers: head if part == "output" else kind
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """llama.cpp's `use_more_bits`: the first and last eighth of the layers, and every third between."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def _medium(kind: str) -> Callable[[str, int, int], str]:
+    """Q4_K_M and Q5_K_M: values and down projections of some layers, and the head, in 6 bits."""
+
+    def tensor_type(part: str, layer: int, layers: int) -> str:
+        if part == "output" or (part in ("attn_v", "ffn_down") and more_bits(layer, layers)):
+            return "Q6_K"
+        return kind
+
+    return tensor_type
+
+
+def _q4_k_s(part: str, layer: int, layers: int) -> str:
+    if part == "output":
+        return "Q6_K"
+    wide = (part == "attn_v" and layer < 4) or (part == "ffn_down" and layer < layers // 8)
+    return "Q5_K" if wide else "Q4_K"
+
+
+def _q3_k_m(part: str, layer: int, layers: int) -> str:
+    if part == "output":
+        return "Q6_K"
+    if part == "attn_v":
+        return "Q5_K" if layer < 2 else "Q4_K"
+    if part == "ffn_down":
+        return "Q5_K" if layer < layers // 16 else "Q4_K"
+    return "Q4_K" if part == "attn_output" else "Q3_K"
+
+
+OUT_TYPES = {
+    kind.name: kind
+    for kind in (
+        OutType("f32", 0, _all("F32")),
+        OutType("f16", 1, _all("F16")),
+        OutType("bf16", 32, _all("BF16")),
+        OutType("q8_0", 7, _all("Q8_0")),
+        OutType("q4_0", 2, _all("Q4_0")),
+        OutType("q4_1", 3, _all("Q4_1")),
+        OutType("q5_0", 8, _all("Q5_0")),
+        OutType("q5_1", 9, _all("Q5_1")),
+        OutType("q3_k_m", 12, _q3_k_m),
+        OutType("q4_k_s", 14, _q4_k_s),
+        OutType("q4_k_m", 15, _medium("Q4_K")),
+        OutType("q5_k_s", 16, _mixed("Q5_K")),
+        OutType("q5_k_m", 17, _medium("Q5_K")),
+        OutType("q6_k", 18, _mixed("Q6_K")),
+    )
+}
+
+
+def fitting_type(kind: str, row: int) -> str:
+    """`kind`, or what rows of this many values are stored as instead."""
+    if kind in _FALLBACK and row % SUPER_BLOCK:
+        kind = _FALLBACK[kind]
+    return "F16" if kind not in ("F32", "F16", "BF16") and row % BLOCK else kind
+
+
+def check_available(kind: OutType) -> None:
+    """ValueError where the package that forms a kind's blocks is not installed."""
+    if kind.needs_libgguf and find_spec("libgguf") is None:
+        raise ValueError(f"{kind.name} needs the package libgguf; run: pip install 'jaxsloth[gguf]'")
+
+
+def encode(value: np.ndarray, kind: str) -> np.ndarray:
+    """float32 ``[rows, columns]`` as ggml's bytes, uint8 ``[rows, bytes]`` (F32 and F16 as themselves)."""
+    from gguf import GGMLQuantizationType
+
+    number = GGMLQuantizationType[kind]
+    if find_spec("libgguf") is not None and kind not in ("F32", "F16", "BF16"):
+        import libgguf
+
+        return libgguf.quantize_rows(np.ascontiguousarray(value, np.float32), number)
+    from gguf.quants import quantize
+
+    return quantize(np.ascontiguousarray(value, np.float32), number)

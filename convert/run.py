@@ -1,0 +1,257 @@
+"""Converting checkpoints from one format to another, tensor by tensor: what ``jaxsloth convert`` calls."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import ml_dtypes
+import numpy as np
+
+from jaxsloth.backend import DtypeName
+from jaxsloth.convert.bnb4bit_source import dequantized
+from jaxsloth.convert.bnb4bit_writer import PARTS, bnb4bit_config, bnb4bit_parts
+from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
+from jaxsloth.convert.files import ExistsError, whole_folder, write_whole
+from jaxsloth.convert.fitting import check_cast
+from jaxsloth.convert.gguf_source import GgufSource
+from jaxsloth.convert.gguf_tokenizer import tokenizer_fields
+from jaxsloth.convert.gguf_types import OUT_TYPES, check_available
+from jaxsloth.convert.gguf_writer import model_fields, plan_tensors, rope_factors, write_gguf
+from jaxsloth.convert.merge import merged
+from jaxsloth.convert.peft_adapter import check_values, read_adapter
+from jaxsloth.convert.safetensors_writer import SHARD_BYTES, SafetensorsWriter
+from jaxsloth.kernels.nf4.contract import NF4
+from jaxsloth.models.names import linears, tensor_shapes, trainable_shapes
+from jaxsloth.models.spec import ModelSpec
+
+Format = Literal["hf", "bnb-4bit", "gguf"]
+_DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_STORED: dict[str, DtypeName] = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
+# What a model folder holds beside config.json and weights, and conversions keep as it is.
+KEPT_FILES = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"),
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor as it will be written: Hugging Face name, shape, how it is stored, and its bytes there."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored_as: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write, known before its first byte. notes: what a user should know of it."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    adapter: dict[str, np.ndarray]
+    destination: Path
+    to: Format
+    dtype: DtypeName
+    tensors: tuple[Planned, ...]
+    notes: tuple[str, ...]
+    options: Options
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Options:
+    """merge: the folder of a PEFT adapter that is added to the weights first. dtype: of what is stored in 16 or 32 bits; None
+    keeps the checkpoint's. outtype: of GGUF files, a name of `gguf_types.OUT_TYPES`."""
+
+    merge: Path | None = None
+    dtype: DtypeName | None = None
+    outtype: str = "f16"
+    shard_bytes: int = SHARD_BYTES
+    overwrite: bool = False
+
+
+def plan(source: str, destination: Path, to: Format, options: Options = Options()) -> Plan:
+    """Reads headers and settings, and says what `convert` would write.
+
+    Args:
+        source: a folder, a .gguf file, package:NAME/file, or a Hugging Face name.
+        destination: a folder that is not there yet; of "gguf" a file.
+
+    Raises:
+        ValueError: the format, the dtype or the outtype is unknown, or a package for it is missing.
+        CheckpointError: the source can't be read, or holds tensors that the model has not.
+        ExistsError: the destination is there and overwriting was not asked for.
+    """
+    if to not in get_args(Format):
+        raise ValueError(f"the format must be one of {', '.join(get_args(Format))}; got {to!r}")
+    if options.dtype not in (None, *get_args(DtypeName)):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(DtypeName))}; got {options.dtype!r}")
+    if options.outtype not in OUT_TYPES:
+        raise ValueError(f"outtype must be one of {', '.join(OUT_TYPES)}; got {options.outtype!r}")
+    if to == "gguf":
+        check_available(OUT_TYPES[options.outtype])
+    if destination.exists() and not options.overwrite:
+        raise ExistsError(f"{destination} exists already; choose another place, or ask for it to be overwritten (--overwrite)")
+    checkpoint = find_checkpoint(source)
+    spec, notes, adapter = checkpoint.spec(), [], {}
+    dtype = options.dtype or _stored_dtype(checkpoint)
+    if options.merge is not None:
+        config, adapter = read_adapter(options.merge)
+        spec = config.apply(spec)
+        check_values(adapter, trainable_shapes(spec), f"{options.merge}: the adapter")
+        if spec.quantization is not None or checkpoint.kind == "gguf":
+            notes.append(
+                "the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source"
+            )
+    tensors = tuple(_planned(spec, checkpoint, to, dtype, options, notes))
+    return Plan(checkpoint, spec, adapter, destination, to, dtype, tensors, tuple(notes), options)
+
+
+def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) -> Path:
+    """Carries a plan out; the destination appears whole or not at all. on_written is told the bytes of each tensor.
+
+    Raises:
+        OSError: there is too little room on the disk, told before the first byte.
+        CheckpointError: a tensor is damaged, or a value is too large for the dtype.
+    """
+    check_room(plan.destination, plan.nbytes)
+    if plan.to == "gguf":
+        with write_whole(plan.destination, overwrite=plan.options.overwrite) as temporary:
+            for count in _write_gguf(plan, temporary):
+                on_written(count)
+        return plan.destination
+    with whole_folder(plan.destination, overwrite=plan.options.overwrite) as temporary:
+        names = [tensor.name for tensor in plan.tensors]
+        with SafetensorsWriter(temporary, names, plan.options.shard_bytes, PARTS if plan.to == "bnb-4bit" else 1) as writer:
+            for tensor, value in zip(plan.tensors, _values(plan), strict=True):
+                writer.add(*_stored(plan, tensor, value))
+                on_written(tensor.nbytes)
+        config = {
+            key: value for key, value in plan.checkpoint.config.items() if key not in ("quantization_config", "torch_dtype")
+        }
+        if plan.to == "bnb-4bit":
+            config["quantization_config"] = bnb4bit_config(plan.dtype)
+        _write_json(temporary / "config.json", config | {"dtype": plan.dtype})
+        _keep_files(plan.checkpoint, temporary)
+    return plan.destination
+
+
+def check_room(destination: Path, nbytes: int) -> None:
+    """OSError where the disk has no room for so many bytes."""
+    place = destination.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes + (16 << 20):
+        raise OSError(f"{destination} needs {nbytes / 2**30:.2f} GiB, and the disk has {free / 2**30:.2f} GiB left")
+
+
+def _planned(
+    spec: ModelSpec, checkpoint: Checkpoint, to: Format, dtype: DtypeName, options: Options, notes: list[str]
+) -> Iterator[Planned]:
+    if to == "gguf":
+        kind, fallbacks = OUT_TYPES[options.outtype], []
+        for tensor in plan_tensors(spec, kind):
+            yield Planned(tensor.hf_name, tensor.shape, tensor.kind, tensor.nbytes)
+            if tensor.kind != "F32" and tensor.kind != kind.tensor_type("", 0, 1) and tensor.shape[-1] % 256:
+                fallbacks.append(tensor.name)
+        if fallbacks and kind.needs_libgguf:
+            notes.append(
+                f"{len(fallbacks)} tensors have rows that 256 does not divide and are stored in other blocks, as llama.cpp does"
+            )
+        return
+    quantized = {f"{linear.name}.weight" for linear in linears(spec)} if to == "bnb-4bit" else set()
+    for name, shape in tensor_shapes(spec).items():
+        count = int(np.prod(shape))
+        if name in quantized:
+            blocks = -(-count // 64)
+            yield Planned(name, shape, "NF4", count // 2 + blocks + 4 * -(-blocks // 256) + 4 * 16 + 4 * 256 + 256)
+        else:
+            yield Planned(name, shape, dtype, count * np.dtype(_DTYPES[dtype]).itemsize)
+
+
+def _values(plan: Plan) -> Iterator[np.ndarray | NF4]:
+    """Each tensor's value, merged; NF4 where it stays as the checkpoint has it."""
+    source = plan.checkpoint.source
+    for tensor in plan.tensors:
+        value = source.read(tensor.name)
+        if isinstance(value, NF4) and (tensor.stored_as != "NF4" or plan.adapter):
+            value = dequantized(value)
+        if plan.adapter and not isinstance(value, NF4):
+            value = merged(tensor.name, value, plan.spec, plan.adapter)
+        yield value
+
+
+def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4) -> list[tuple[str, np.ndarray]]:
+    if tensor.stored_as == "NF4":
+        nf4 = value if isinstance(value, NF4) else _quantize(np.ascontiguousarray(value, np.float32))
+        return list(bnb4bit_parts(tensor.name, nf4, plan.dtype).items())
+    assert isinstance(value, np.ndarray)
+    return [(tensor.name, check_cast(tensor.name, value, _DTYPES[tensor.stored_as]))]
+
+
+def _quantize(weight: np.ndarray) -> NF4:
+    """Nested NF4, by whichever framework is here: both give bitsandbytes' codes."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is not None:
+        import torch
+
+        from jaxsloth.kernels.nf4.torch_ops import quantize
+
+        return quantize(torch.from_numpy(np.array(weight)), nested=True)
+    from jaxsloth.kernels.nf4.xla_ops import quantize
+
+    return quantize(weight, nested=True)
+
+
+def _write_gguf(plan: Plan, file: Path) -> Iterator[int]:
+    spec, checkpoint, kind = plan.spec, plan.checkpoint, OUT_TYPES[plan.options.outtype]
+    fields = model_fields(spec, Path(checkpoint.name).stem, kind)
+    if isinstance(checkpoint.source, GgufSource):
+        fields |= checkpoint.source.tokenizer_fields()
+    else:
+        ids = {"bos": spec.bos_id, "eos": next(iter(spec.eos_ids), None), "padding": spec.pad_id}
+        fields |= tokenizer_fields(checkpoint.path, spec.embedding.vocab, ids)
+    attention = spec.layers[0].attention
+    values = ((tensor.name, np.asarray(value)) for tensor, value in zip(plan.tensors, _values(plan), strict=True))
+    heads = (attention.heads, attention.kv_heads)
+    return write_gguf(file, plan_tensors(spec, kind), fields, values, heads, rope_factors(spec))
+
+
+def _keep_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tokenizer, chat template and generation settings: copied, or what transformers makes of a GGUF file's."""
+    if checkpoint.kind == "gguf":
+        from jaxsloth.data.tokenizer import load_tokenizer
+
+        load_tokenizer(checkpoint.path).save_pretrained(str(folder))
+        return
+    for name in KEPT_FILES:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, folder / name)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> DtypeName:
+    """The dtype that most of a checkpoint's plain values are stored in; of GGUF and of quantized ones, what config.json says,
+    else bfloat16."""
+    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if checkpoint.kind != "safetensors":
+        return said if said in _DTYPES else "bfloat16"
+    source, counts = checkpoint.source, dict.fromkeys(_STORED, 0)
+    for name in source.names():
+        counts[source.stored_as(name)] += int(np.prod(source.shape(name)))
+    return _STORED[max(counts, key=lambda stored: counts[stored])]
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,232 @@
+"""``jaxsloth convert``: each format judged by its own ecosystem's reader, and round trips to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jaxsloth import cli
+from jaxsloth.convert import gguf_types
+from jaxsloth.convert.checkpoint import open_checkpoint
+from jaxsloth.convert.files import ExistsError, parse_size
+from jaxsloth.convert.peft_adapter import write_adapter
+from jaxsloth.convert.report import describe
+from jaxsloth.convert.run import Options, convert, plan
+from jaxsloth.convert.safetensors_source import CheckpointError
+from jaxsloth.models.names import trainable_shapes
+from jaxsloth.parity.subjects import SMOLLM2
+from jaxsloth.transforms import add_lora
+from tests.support.tiny import write_checkpoint
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def run(source, destination, to, **options):
+    return convert(plan(str(source), destination, to, Options(**options)))
+
+
+def tensors(folder):
+    source = open_checkpoint(folder).source
+    return {name: np.asarray(source.read(name)) for name in source.names()}
+
+
+def checkpoint(folder, **changes):
+    """A tiny model whose tokenizer has a merge; transformers reads no GGUF tokenizer without any."""
+    write_checkpoint(folder, **changes)
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["model"] |= {"vocab": document["model"]["vocab"] | {"he": 258}, "merges": [["h", "e"]]}
+    file.write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"rope_parameters": LLAMA3}], ids=["", "tied", "llama3"]
+)
+def test_gguf_and_back_to_the_bit(changes, tmp_path):
+    """llama.cpp's order of q and k rows and its names are undone; Llama 3's scaling comes back as the same frequencies."""
+    folder = checkpoint(tmp_path / "model", **changes)
+    file = run(folder, tmp_path / "model.gguf", "gguf", outtype="f32")
+    back = run(file, tmp_path / "back", "hf", dtype="float32")
+    before, after = tensors(folder), tensors(back)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert np.array_equal(value, after[name]), name
+    ids = torch.arange(40)[None] % 260
+    with torch.no_grad():
+        want, got = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (folder, back))
+    assert (want - got).abs().max() < 2e-6 * want.abs().max()
+    text = "Hello  world 1234 ümlaut 漢字 😀"
+    assert AutoTokenizer.from_pretrained(back)(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q5_1", "bf16", "q4_k_m"])
+def test_gguf_blocks_are_ggmls(kind, tmp_path):
+    """Judged by gguf's own dequantization, and the kinds of tensors by llama.cpp's rules: rows of 128 take Q5_0 for Q4_K."""
+    folder = checkpoint(tmp_path / "model", hidden_size=256, head_dim=64, intermediate_size=128)
+    file = run(folder, tmp_path / "model.gguf", "gguf", outtype=kind)
+    before, found = tensors(folder), {tensor.name: tensor for tensor in GGUFReader(file).tensors}
+    kinds = {name: GGMLQuantizationType(tensor.tensor_type).name for name, tensor in found.items()}
+    if kind == "q4_k_m":
+        assert kinds["blk.1.attn_q.weight"] == "Q4_K" and kinds["output.weight"] == "Q6_K"
+        assert [kinds[f"blk.{layer}.attn_v.weight"] for layer in range(4)] == ["Q4_K", "Q4_K", "Q6_K", "Q6_K"]
+        assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in range(4)] == ["Q5_0", "Q5_0", "Q8_0", "Q8_0"]
+    else:
+        assert kinds["blk.0.ffn_up.weight"] == kind.upper()
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    for hf, ggml in (("mlp.up_proj", "ffn_up"), ("self_attn.v_proj", "attn_v"), ("mlp.down_proj", "ffn_down")):
+        want, tensor = before[f"model.layers.0.{hf}.weight"], found[f"blk.0.{ggml}.weight"]
+        error = np.abs(dequantize(tensor.data, tensor.tensor_type).reshape(want.shape) - want).max() / np.abs(want).max()
+        assert error < {"q8_0": 0.006, "bf16": 0.004, "q4_0": 0.14, "q5_1": 0.06, "q4_k_m": 0.1}[kind]
+
+
+def test_bnb_4bit_is_bitsandbytes_own(folder, tmp_path):
+    """Codes and maxima are those that bitsandbytes makes; transformers loads the folder; a second pass changes no bit."""
+    written = run(folder, tmp_path / "bnb", "bnb-4bit")
+    name = "model.layers.1.mlp.up_proj.weight"
+    codes, state = bnb.quantize_4bit(
+        torch.from_numpy(np.array(tensors(folder)[name])), compress_statistics=True, quant_type="nf4"
+    )
+    stored = load_file(written / "model.safetensors")
+    assert np.array_equal(stored[name], codes.numpy())
+    assert np.array_equal(stored[f"{name}.absmax"], state.absmax.numpy())
+    model = AutoModelForCausalLM.from_pretrained(written, device_map="cpu")
+    plain = run(written, tmp_path / "plain", "hf", dtype="float32")
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        want, got = model(ids).logits.float(), AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(ids).logits
+    assert (want - got).abs().max() < 2e-5 * want.abs().max()
+    again = run(written, tmp_path / "again", "bnb-4bit")
+    for key, value in load_file(again / "model.safetensors").items():
+        assert np.array_equal(value, stored[key]), key
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_merging_moves_the_weights_as_peft_does(to, folder, tmp_path):
+    spec = add_lora(open_checkpoint(folder).spec(), r=4, alpha=8.0, targets=["q_proj", "k_proj", "down_proj"])
+    generator = np.random.Generator(np.random.Philox(3))
+    values = {name: generator.normal(0, 0.1, shape).astype(np.float32) for name, shape in trainable_shapes(spec).items()}
+    write_adapter(tmp_path / "adapter", spec, values, str(folder))
+    name = {"hf": "merged", "gguf": "merged.gguf"}[to]
+    found = run(folder, tmp_path / name, to, merge=tmp_path / "adapter", dtype="float32", outtype="f32")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    judge = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    own = tensors(folder)
+    for key, value in tensors(found).items():
+        assert np.abs(value - judge[key].numpy()).max() <= 1e-6
+        assert np.array_equal(value, own[key]) == (key.split(".")[-2] not in ("q_proj", "k_proj", "down_proj"))
+
+
+def test_shards_hold_what_they_may_and_all_is_there(folder, tmp_path):
+    written = run(folder, tmp_path / "out", "hf", shard_bytes=100_000)
+    files = sorted(written.glob("*.safetensors"))
+    assert len(files) > 3 and all(file.stat().st_size < 100_000 + 10_000 for file in files)
+    index = json.loads((written / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    model = AutoModelForCausalLM.from_pretrained(written)
+    for name, value in tensors(folder).items():
+        assert np.array_equal(model.state_dict()[name].numpy(), value)
+    assert (written / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_a_conversion_that_is_stopped_leaves_the_destination_as_it_was(folder, tmp_path):
+    for to, destination in (("hf", tmp_path / "there"), ("gguf", tmp_path / "there.gguf")):
+        if to == "hf":
+            destination.mkdir()
+            (destination / "mine").write_text("kept")
+        else:
+            destination.write_text("kept")
+        with pytest.raises(ExistsError, match="--overwrite"):
+            run(folder, destination, to)
+
+        def stop(count):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(plan(str(folder), destination, to, Options(overwrite=True)), stop)
+        assert (destination / "mine" if to == "hf" else destination).read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "there.gguf"]
+
+
+def test_what_cannot_be_written_is_refused_before_the_first_byte(folder, tmp_path, monkeypatch):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    settings = json.loads((damaged / "tokenizer.json").read_text(encoding="utf-8"))
+    settings["model"]["type"] = "Unigram"
+    (damaged / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: model.type must be BPE"):
+        run(damaged, tmp_path / "x.gguf", "gguf")
+    with pytest.raises(ValueError, match="outtype must be one of"):
+        run(folder, tmp_path / "x.gguf", "gguf", outtype="q9")
+    monkeypatch.setattr(gguf_types, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"jaxsloth\[gguf\]"):
+        run(folder, tmp_path / "x.gguf", "gguf", outtype="q4_k_m")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match="GiB left"):
+        run(folder, tmp_path / "out", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_the_commands(folder, tmp_path, capsys):
+    for arguments in (
+        ["convert", str(folder), str(tmp_path / "m.gguf"), "--to", "gguf", "--dry-run"],
+        ["convert", str(folder), str(tmp_path / "m.gguf"), "--to", "gguf", "--outtype", "q8_0"],
+        ["inspect", str(tmp_path / "m.gguf")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "39 tensors (30 in F16, 9 in F32)" in said and "wrote" in said
+    found = describe(str(tmp_path / "m.gguf"))
+    assert found["tensors"]["model.layers.0.mlp.up_proj.weight"] == {"shape": [128, 64], "dtype": "Q8_0"}
+    assert describe(str(folder))["values"] == sum(value.size for value in tensors(folder).values())
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 KiB", 1536), (7, 7)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+    for wrong in ("", "5XB", 0, None, "-1GB"):
+        with pytest.raises(ValueError, match="5GB"):
+            parse_size(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_as_transformers_does(tmp_path):
+    """SmolLM2 in 16 bits: the same greedy tokens on five prompts."""
+    import xllamacpp
+
+    folder = run(SMOLLM2, tmp_path / "hf", "hf", dtype="float32")
+    file = run(folder, tmp_path / "m.gguf", "gguf", outtype="f16")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.warmup = str(file), 256, False
+    settings.cpuparams.n_threads = 1
+    server = xllamacpp.Server(settings)
+    for prompt in ("The capital of France is", "def add(a, b):", "Once upon a time", "1, 2, 3, 4,", "Water boils at"):
+        found = server.handle_completions({"prompt": prompt, "n_predict": 12, "temperature": 0.0})
+        ids = tokenizer(prompt, return_tensors="pt")
+        answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert found["choices"][0]["text"] == tokenizer.decode(answer), prompt
