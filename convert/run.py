@@ -210,9 +210,11 @@ def _quantize(weight: np.ndarray) -> NF4:
         from jaxsloth.kernels.nf4.torch_ops import quantize
 
         return quantize(torch.from_numpy(np.array(weight)), nested=True)
+    import jax.numpy as jnp
+
     from jaxsloth.kernels.nf4.xla_ops import quantize
 
-    return quantize(weight, nested=True)
+    return quantize(jnp.asarray(weight), nested=True)
 
 
 def _write_gguf(plan: Plan, file: Path) -> Iterator[int]:
