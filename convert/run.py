@@ -23,10 +23,10 @@ from jaxsloth.convert.gguf_tokenizer import tokenizer_fields
 from jaxsloth.convert.gguf_types import OUT_TYPES, check_available
 from jaxsloth.convert.gguf_writer import model_fields, plan_tensors, rope_factors, write_gguf
 from jaxsloth.convert.merge import merged
-from jaxsloth.convert.peft_adapter import check_values, read_adapter
+from jaxsloth.convert.peft_adapter import fitted_adapter
 from jaxsloth.convert.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from jaxsloth.kernels.nf4.contract import NF4
-from jaxsloth.models.names import linears, tensor_shapes, trainable_shapes
+from jaxsloth.models.names import linears, tensor_shapes
 from jaxsloth.models.spec import ModelSpec
 
 Format = Literal["hf", "bnb-4bit", "gguf"]
@@ -106,9 +106,7 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
     spec, notes, adapter = checkpoint.spec(), [], {}
     dtype = options.dtype or _stored_dtype(checkpoint)
     if options.merge is not None:
-        config, adapter = read_adapter(options.merge)
-        spec = config.apply(spec)
-        check_values(adapter, trainable_shapes(spec), f"{options.merge}: the adapter")
+        spec, adapter = fitted_adapter(options.merge, spec)
         if spec.quantization is not None or checkpoint.kind == "gguf":
             notes.append(
                 "the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source"

@@ -171,10 +171,10 @@ def convert(
     from jaxsloth.convert.run import Options, plan
 
     options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite)  # type: ignore[arg-type]
-    found, console = plan(source, destination, to, options), Console()  # type: ignore[arg-type]
-    show_plan(found, console, whole=dry_run)
+    found, screen = plan(source, destination, to, options), console()  # type: ignore[arg-type]
+    show_plan(found, screen, whole=dry_run)
     if not dry_run:
-        converted(found, console)
+        converted(found, screen)
 
 
 @app.command()
@@ -189,7 +189,7 @@ def inspect(
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        show_description(found, Console())
+        show_description(found, console())
 
 
 @app.command()
