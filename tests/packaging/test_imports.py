@@ -67,7 +67,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
         "convert/*.py",
         NUMBERS | {"safetensors", "pydantic"},
         ("convert", "foreign", "models", "transforms", "backend", "kernels.nf4.contract"),
-        FRAMEWORKS | {"gguf", "huggingface_hub"},
+        FRAMEWORKS | {"gguf", "libgguf", "huggingface_hub"},
     ),
     (
         "jaxsloth/data/*.py",
