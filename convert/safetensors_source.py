@@ -71,6 +71,14 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
+    def layout(self) -> list[tuple[tuple[str, str, tuple[int, ...]], int, int]]:
+        """((name, dtype, shape), its first byte in the file, bytes) of every tensor."""
+        return [
+            ((name, entry["dtype"], tuple(entry["shape"])), self._data_start + entry["data_offsets"][0], end - begin)
+            for name, entry in self._entries.items()
+            for begin, end in [entry["data_offsets"]]
+        ]
+
     def stored_as(self, name: str) -> str:
         """The dtype in safetensors' words."""
         return str(self._entries[name]["dtype"])

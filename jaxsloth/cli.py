@@ -14,7 +14,7 @@ import typer
 from jaxsloth.terminal import console
 
 app = typer.Typer(help="LoRA and QLoRA fine-tuning on PyTorch and on JAX, with the same numbers.", no_args_is_help=True)
-_USER_ERROR = 2
+_USER_ERROR, _OWN_ERROR = 2, 1
 
 
 @app.callback()
@@ -31,6 +31,10 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. optimizer.learning_rate=1e-3")] = None,
     backend: Annotated[str | None, typer.Option(help="torch or jax; overrides the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    resume_anyway: Annotated[
+        list[str] | None,
+        typer.Option(help="What may have changed since: data, base, template or recipe; may be given again."),
+    ] = None,
     stop_after: Annotated[int | None, typer.Option(help="Stop at this step; the schedule stays the whole run's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,
 ) -> None:
@@ -41,7 +45,8 @@ def train(
     if quiet:
         logging.getLogger("jaxsloth").setLevel(logging.WARNING)
     chosen = [*(overrides or []), *([f"backend={backend}"] if backend is not None else [])]
-    run.train(load_recipe(recipe, chosen), resume=resume, stop_after=stop_after, quiet=quiet)
+    anyway = resume_anyway or ()
+    run.train(load_recipe(recipe, chosen), resume=resume, resume_anyway=anyway, stop_after=stop_after, quiet=quiet)
 
 
 @app.command()
@@ -68,6 +73,7 @@ def generate(
     """Answer a prompt, as it is written."""
     from jaxsloth.convert.checkpoint import resolve_path
     from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter
+    from jaxsloth.data.templates import ChatTemplate
     from jaxsloth.frontend.loading import load
     from jaxsloth.generation import GenerationSettings, answer_texts, answering
 
@@ -80,8 +86,7 @@ def generate(
         loaded.model.add_adapters(*fitted_adapter(folder, loaded.model.spec))
     text = prompt
     if not raw and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = ChatTemplate(tokenizer).render([{"role": "user", "content": prompt}], answer_follows=True)
     given: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
     if temperature is not None:
         given |= {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
@@ -225,7 +230,8 @@ def schema() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. A user's mistake is one message on stderr and exit code 2; anything else keeps its traceback."""
+    """Runs a command. A user's mistake is one message on stderr and exit code 2; anything else is one too, with the file that
+    was read last, and exit code 1. With --debug both keep their traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal can't show
@@ -234,10 +240,20 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments)
     except Exception as error:
-        if _state["debug"] or not _is_users(error):
+        if _state["debug"]:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(_USER_ERROR)
+        users = _is_users(error)
+        print(f"error: {error if users and str(error) else _foreseen_by_nobody(error)}", file=sys.stderr)
+        sys.exit(_USER_ERROR if users else _OWN_ERROR)
+
+
+def _foreseen_by_nobody(error: Exception) -> str:
+    from jaxsloth.foreign import last_read
+
+    text = " ".join(str(error).split())
+    file = last_read()
+    at = f" (the file read last: {file})" if file else ""
+    return f"{type(error).__name__}: {text}{at}; run jaxsloth --debug … for the traceback"
 
 
 def _is_users(error: Exception) -> bool:

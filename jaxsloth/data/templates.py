@@ -15,6 +15,8 @@ import numpy as np
 from jaxsloth.data.catalogue import TEMPLATES, template_name, template_source
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation, Message, content_text
+from jaxsloth.data.limited import TemplateLimitError, check_size, check_template, limited
+from jaxsloth.foreign import shown
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -38,10 +40,13 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._written: set[str] = set()  # roles that the template was seen to write
         self._takes_parts: bool | None = None  # whether it reads content that is a list of parts; None: not looked at yet
+        self.where = (
+            "data.template" if template is not None else f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        )
         if template is None:
             try:
                 self.source: str = tokenizer.get_chat_template()
-            except ValueError as error:
+            except (ValueError, TypeError, AttributeError) as error:
                 raise DataError(
                     "the tokenizer has no chat template, and conversations need one: set data.template to a name such as "
                     "'chatml' or to a Jinja template, or use format 'text'"
@@ -58,6 +63,9 @@ class ChatTemplate:
                     stacklevel=2,
                 )
             self.source = template_source(name, tokenizer)
+        if not isinstance(self.source, str):
+            raise DataError(f"{self.where} must be text, got {shown(self.source)}")
+        self._refusing(check_template, self.source)
         self.marks_answers = _GENERATION_TAG.search(self.source) is not None
 
     def render(
@@ -80,21 +88,31 @@ class ChatTemplate:
             return list(messages)
         if self._takes_parts is None:
             probe = [{"role": "user", "content": [{"type": "text", "text": _PROBE.format(0, "user")}]}]
+            apply = self.tokenizer.apply_chat_template
             try:
-                text = self.tokenizer.apply_chat_template(probe, chat_template=self.source, tokenize=False)
-            except (jinja2.TemplateError, TypeError, AttributeError):
+                text = self._refusing(apply, probe, chat_template=self.source, tokenize=False)
+            except DataError:
                 text = ""
             self._takes_parts = _PROBE.format(0, "user") in text and "'type'" not in text
         if self._takes_parts:
             return list(messages)
         return [message | {"content": content_text(message)} for message in messages]
 
-    @staticmethod
-    def _refusing(render: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    def _refusing(self, render: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+        """What a template does is not ours: whatever it raises is an error of the data, and it may not run for ever."""
         try:
-            return render(*arguments, **settings)
+            with limited():
+                return check_size(render(*arguments, **settings))
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"{self.where} is no Jinja template: line {error.lineno}: {error}") from error
         except jinja2.TemplateError as error:
-            raise DataError(f"the chat template refuses the conversation: {error}") from error
+            raise DataError(f"{self.where} refuses the conversation: {error}") from error
+        except TemplateLimitError as error:
+            raise DataError(f"{self.where} can't be run: {error}") from error
+        except RecursionError as error:
+            raise DataError(f"{self.where} calls itself without end, or is nested too deeply") from error
+        except Exception as error:
+            raise DataError(f"{self.where} fails: {type(error).__name__}: {error}") from error
 
     def encode(self, conversation: Conversation, response_only: bool = True) -> Encoded:
         """Tokens (int32 ``[length]``) and which of them are learnt (bool ``[length]``).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,13 @@ from jaxsloth.frontend.trainer_run import (
     Step,
     TrainerRun,
     checkpoint_to_resume,
+    deciding,
     in_order,
     learning_rates,
     optimizer_options,
     visiting_order,
 )
+from jaxsloth.training.fingerprints import check_kinds, fingerprints
 from jaxsloth.training.lock import lock
 
 Rows = Iterable[Mapping[str, Any]]
@@ -171,18 +173,23 @@ class BaseTrainer:
     def remove_callback(self, callback: Any) -> None:
         self.callback_handler.remove_callback(callback)
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainOutput:
+    def train(self, resume_from_checkpoint: bool | str | None = None, resume_anyway: Collection[str] = ()) -> TrainOutput:
         """Trains up to args.max_steps, or for args.num_train_epochs.
+
+        Args:
+            resume_anyway: of "data", "base", "template" and "recipe" (the arguments), what may have changed since the
+                checkpoint that is gone on from.
 
         Raises:
             ValueError: the model has no adapter, no checkpoint to resume from, or another run saves to output_dir.
             NonFiniteLossError: a step's loss is NaN or infinite; the checkpoints before it stay.
         """
+        anyway = check_kinds(resume_anyway, "resume_anyway")
         saves = self.args.save_strategy != "no" and self.state.is_world_process_zero
         with lock(Path(self.args.output_dir)) if saves else nullcontext():
-            return self._train(checkpoint_to_resume(self.args, resume_from_checkpoint))
+            return self._train(checkpoint_to_resume(self.args, resume_from_checkpoint), anyway)
 
-    def _train(self, resume: Path | None) -> TrainOutput:
+    def _train(self, resume: Path | None, anyway: Collection[str]) -> TrainOutput:
         self.model.train()
         give_backend(self.base)
         self.base.behind = partial(_write_back, self.base)
@@ -201,6 +208,10 @@ class BaseTrainer:
             self.base.behind,
             self.processing_class,
             self.base.config.name_or_path or "",
+            fingerprints(
+                self.base.loaded.checkpoint, self.processing_class, None, self.examples, self.held_out, deciding(self.args)
+            ),
+            anyway,
         )
         try:
             return TrainOutput(*self._run.train(resume))

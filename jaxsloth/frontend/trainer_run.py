@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.numpy import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState, get_scheduler
@@ -20,11 +20,23 @@ from transformers.trainer_callback import CallbackHandler
 from jaxsloth.backend import Backend, Model, OptimizerOptions
 from jaxsloth.batch import Window
 from jaxsloth.convert.files import whole_folder
-from jaxsloth.convert.peft_adapter import read_adapter, write_adapter_files
-from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
+from jaxsloth.convert.peft_adapter import check_values, read_adapter, write_adapter_files
+from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.windows import WindowStream
+from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.frontend.arguments import warn_once
-from jaxsloth.training.checkpoint import STATE, TRAINER_STATE, prune, steps_saved
+from jaxsloth.models.names import trainable_shapes
+from jaxsloth.training.checkpoint import (
+    STATE,
+    TRAINER_STATE,
+    check_lora,
+    check_saved,
+    prune,
+    read_optimizer,
+    refuse_links,
+    steps_saved,
+)
+from jaxsloth.training.fingerprints import Fingerprints, check_fingerprints
 from jaxsloth.training.loop import NonFiniteLossError
 
 _OPTIMIZERS = {
@@ -117,6 +129,32 @@ def means(metrics: Sequence[Metrics]) -> dict[str, float]:
     return {name: float(np.mean([found[name] for found in metrics if name in found])) for name in names}
 
 
+class SavedState(Schema):
+    """What a run that goes on takes from transformers' trainer_state.json."""
+
+    global_step: Count
+    epoch: float | None = None
+    log_history: list[dict[str, Any]] = Field(default_factory=list)
+    best_metric: float | None = None
+    best_global_step: Count | None = None
+    num_input_tokens_seen: Count = 0
+
+
+# Arguments that decide a run's numbers; how many steps it has may change, as scripts go on with more of them.
+_DECIDING = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "seed", "data_seed", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "packing", "beta", "loss_type"),
+)
+
+
+def deciding(args: Any) -> dict[str, Any]:
+    """The arguments that decide a run's numbers, as plain values."""
+    values = {name: getattr(args, name, None) for name in _DECIDING}
+    plain = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
+    return plain | {"optim": _OPTIMIZERS.get(str(plain.get("optim")), plain.get("optim"))}
+
+
 @dataclass
 class TrainerRun:
     """One `train()`. make_step: the step that is trained by; measure: what else is logged of a step, a dict a micro-batch;
@@ -135,6 +173,8 @@ class TrainerRun:
     sync: Callable[[], None]
     tokenizer: Any
     base_model: str
+    fingerprints: Fingerprints
+    resume_anyway: Collection[str] = ()
     _pending: list[Result] = field(default_factory=list)
     _losses: list[float] = field(default_factory=list)
     _measured: list[Metrics] = field(default_factory=list)
@@ -267,6 +307,7 @@ class TrainerRun:
                 write_adapter_files(folder, self.model.spec, self.model.trainable(), self.base_model)
                 if optimizer:
                     save_file({name: np.asarray(value) for name, value in optimizer.items()}, folder / STATE)
+                self.fingerprints.write(folder)
                 state.save_to_json(str(folder / TRAINER_STATE))
                 self.tokenizer.save_pretrained(str(folder))
             if self.args.save_total_limit:
@@ -276,12 +317,17 @@ class TrainerRun:
     def _resume(self, folder: Path, step_function: Step) -> None:
         if not (folder / STATE).is_file():
             raise CheckpointError(f"{folder} holds no {STATE} (save_only_model?), so the run can't go on from it")
-        file = SafetensorsFile(folder / STATE)
-        self.model.load_trainable(read_adapter(folder)[1])
-        step_function.load_state({name: np.array(file.read(name)) for name in file.names()})
-        saved = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        for name in ("global_step", "epoch", "log_history", "best_metric", "best_global_step", "num_input_tokens_seen"):
-            setattr(self.state, name, saved[name])
+        refuse_links(folder.parent)
+        (config, adapter), optimizer, file = read_adapter(folder), read_optimizer(folder), folder / TRAINER_STATE
+        saved = validated(SavedState, read_object(file, CheckpointError), file, CheckpointError)
+        check_saved(folder, saved.global_step, config, adapter, optimizer)
+        check_lora(folder, config, self.model.spec)
+        check_values(adapter, trainable_shapes(self.model.spec), str(folder))
+        check_fingerprints(folder, self.fingerprints, self.resume_anyway, "train(…, resume_anyway=[{kind!r}])")
+        self.model.load_trainable(adapter)
+        step_function.load_state(optimizer)
+        for name in SavedState.model_fields:
+            setattr(self.state, name, getattr(saved, name))
 
     def log(self, logs: dict[str, float]) -> None:
         if self.state.epoch is not None:

@@ -14,16 +14,24 @@ from jaxsloth.backend import Backend, DeviceInfo, DtypeName, Model
 from jaxsloth.batch import Batch
 from jaxsloth.convert.files import write_text
 from jaxsloth.convert.peft_adapter import write_adapter
+from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.windows import WindowStream
+from jaxsloth.foreign import local_path
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import Recipe
 from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import SavedRun, TrainerState
+from jaxsloth.training.fingerprints import Fingerprints
 from jaxsloth.training.log import Entry, RunLog
 from jaxsloth.training.loop import Progress
 from jaxsloth.training.plot import plot_losses
 
 ADAPTER, LOG, PLOT, RECIPE = "adapter", "log.jsonl", "loss.png", "recipe.yaml"
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """Where a run writes, ``~`` expanded."""
+    return local_path(recipe.checkpoints.output, "checkpoints.output", CheckpointError)
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,11 @@ class Plan:
     held_out: list[Batch]
     total_steps: int
     resume: SavedRun | None
+    fingerprints: Fingerprints | None = None
 
     @property
     def output(self) -> Path:
-        return Path(self.recipe.checkpoints.output)
+        return output_folder(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,16 @@ class Bookkeeping:
                 devices=plan.devices.count,
             )
             adapter = self._model.trainable()
-            checkpoints.save(plan.output, state, plan.spec, adapter, optimizer, plan.base_model, **self._stages)
+            checkpoints.save(
+                plan.output,
+                state,
+                plan.spec,
+                adapter,
+                optimizer,
+                plan.base_model,
+                **self._stages,
+                fingerprints=plan.fingerprints,
+            )
             self._prune(progress.best_step)
         self._plan.backend.barrier()
 

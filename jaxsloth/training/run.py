@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,24 +29,26 @@ from jaxsloth.data.prepare import prepare
 from jaxsloth.data.tokenizer import load_tokenizer
 from jaxsloth.data.windows import WindowStream, eval_batches
 from jaxsloth.extras import missing_packages
+from jaxsloth.foreign import ForeignError, check_writable_folder
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.recipe import Recipe, load_recipe
+from jaxsloth.recipe import Recipe, load_recipe, make_recipe
 from jaxsloth.terminal import console
 from jaxsloth.training import checkpoint as checkpoints
-from jaxsloth.training.checkpoint import SavedRun
+from jaxsloth.training.checkpoint import SavedRun, check_lora
+from jaxsloth.training.fingerprints import check_fingerprints, check_kinds, fingerprints
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.training.lock import LOCK, check_free, lock
 from jaxsloth.training.log import Entry
 from jaxsloth.training.loop import Callback, Fit, FitOptions, Progress
 from jaxsloth.training.progress import ProgressBar
-from jaxsloth.training.records import RECIPE, Bookkeeping, Plan, RunResult, result_of
+from jaxsloth.training.records import RECIPE, Bookkeeping, Plan, RunResult, output_folder, result_of
 from jaxsloth.training.schedule import learning_rate
 
 logger = logging.getLogger("jaxsloth.training")
 
 
-class RunError(ValueError):
+class RunError(ForeignError):
     """A run that can't begin or go on as asked; nothing was written."""
 
 
@@ -72,6 +74,7 @@ def train(
     recipe: Recipe,
     *,
     resume: bool = False,
+    resume_anyway: Collection[str] = (),
     stop_after: int | None = None,
     quiet: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -81,6 +84,7 @@ def train(
 
     Args:
         resume: go on from the output folder's newest whole checkpoint.
+        resume_anyway: of "data", "base", "template" and "recipe", what may have changed since that checkpoint.
         stop_after: stop at this step (from 1; saved and evaluated), with the schedule of the whole run.
         on_stage: told where each save stands; see `checkpoints.save`.
 
@@ -88,20 +92,27 @@ def train(
         ValueError: (RunError, RecipeError, CheckpointError, DataError …) a user's mistake, found before anything is written.
     """
     if stop_after is not None and stop_after < 1:
-        raise RunError(f"stop_after must be at least 1, and {stop_after} came")
+        raise RunError(f"stop_after must be at least 1, got {stop_after}")
     opened = find_checkpoint(recipe.model)
-    plan = make_plan(recipe, opened, resume=resume)
+    plan = make_plan(recipe, opened, resume=resume, resume_anyway=resume_anyway)
     model = build_model(plan, opened)
     return execute(plan, model, stop_after=stop_after, quiet=quiet, callbacks=callbacks, on_stage=on_stage)
 
 
-def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False) -> Plan:
+def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False, resume_anyway: Collection[str] = ()) -> Plan:
     """Checks a recipe against its checkpoint, data and output folder; reads no weights and writes nothing."""
-    saved = check_output(recipe, resume)
+    anyway = check_kinds(resume_anyway, "--resume-anyway")
+    if anyway and not resume:
+        raise RunError("--resume-anyway says what may have changed since a run that is resumed; give --resume too")
+    saved = check_output(recipe, resume, anyway)
     spec = recipe.apply(opened.spec())
     tokenizer = load_tokenizer(opened.path)
     train_examples, held_out = prepare(recipe.data, tokenizer, recipe.seed, spec.embedding.vocab)
-    return plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved)
+    now = fingerprints(opened, tokenizer, recipe.data.template, train_examples, held_out)
+    if saved is not None:
+        check_lora(saved.folder, saved.config, spec)
+        check_fingerprints(saved.folder, now, anyway)
+    return replace(plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved), fingerprints=now)
 
 
 def plan_from_examples(
@@ -140,11 +151,10 @@ def plan_from_examples(
     return Plan(recipe, backend, devices, dtype, spec, base_model, windows, batches, total, saved)
 
 
-def check_output(recipe: Recipe, resume: bool) -> SavedRun | None:
+def check_output(recipe: Recipe, resume: bool, anyway: Collection[str] = ()) -> SavedRun | None:
     """That the output folder is free, or holds this run to be resumed; the checkpoint to go on from."""
-    output = Path(recipe.checkpoints.output)
-    if output.is_file():
-        raise RunError(f"checkpoints.output: {output} is a file; name a folder")
+    output = output_folder(recipe)
+    check_writable_folder(output, "checkpoints.output", RunError)
     check_free(output)
     if not resume:
         _check_unused(output)
@@ -154,13 +164,10 @@ def check_output(recipe: Recipe, resume: bool) -> SavedRun | None:
     file = output / RECIPE
     if not file.is_file():
         raise RunError(f"{output} is not a run's folder: it has no {RECIPE}")
-    before = load_recipe(file)
-    changed = before.differences(recipe)
-    if changed:
-        raise RunError(
-            "the recipe has changed since the run began, and its curve would not be one run's:\n  " + "\n  ".join(changed)
-        )
+    _check_recipe(load_recipe(file), recipe, anyway)
     saved = checkpoints.latest(output)
+    if saved is not None:
+        _check_recipe(make_recipe(saved.state.recipe, f"{saved.folder / checkpoints.TRAINER_STATE}: recipe"), recipe, anyway)
     if saved is None:
         logger.warning("%s holds no whole checkpoint; the run starts from its beginning", output)
     return saved
@@ -173,6 +180,16 @@ def _used(output: Path) -> bool:
 def _check_unused(output: Path) -> None:
     if _used(output):
         raise RunError(f"{output} holds another run; go on with --resume, or choose another checkpoints.output")
+
+
+def _check_recipe(before: Recipe, recipe: Recipe, anyway: Collection[str]) -> None:
+    changed = before.differences(recipe)
+    if changed and "recipe" not in anyway:
+        raise RunError(
+            "the recipe has changed since the run began, and its curve would not be one run's:\n  "
+            + "\n  ".join(changed)
+            + "\nto go on all the same: --resume-anyway recipe"
+        )
 
 
 def build_model(plan: Plan, opened: Checkpoint) -> Model:

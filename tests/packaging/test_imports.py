@@ -90,7 +90,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ),
     (
         "jaxsloth/training/*.py",
-        NUMBERS | {"rich", "safetensors"},
+        NUMBERS | {"rich", "safetensors", "pydantic"},
         ("training", "data", "convert", "models", "recipe", "batch", "backend", "foreign", "extras", "terminal"),
         {"matplotlib"},
     ),
@@ -116,7 +116,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/metrics.py", NUMBERS | {"torch", "transformers"}, ("*",), set()),
     ("jaxsloth/frontend/trainer_config.py", {"transformers"}, ("*",), set()),
     ("jaxsloth/frontend/dpo_trainer.py", NUMBERS | {"torch"}, ("*",), set()),
-    ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors"}, ("*",), set()),
+    ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors", "pydantic"}, ("*",), set()),
     ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
     ("jaxsloth/frontend/module/cached_rows.py", NUMBERS | {"torch"}, ("frontend.module", "backend", "batch"), set()),

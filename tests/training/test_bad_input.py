@@ -123,7 +123,7 @@ def test_no_checkpoint_there(tiny, tmp_path):
 
 @pytest.mark.parametrize(("backend", "package"), [("jax", "flax"), ("torch", "torch")])
 def test_a_backend_that_is_not_installed(tiny, tmp_path, monkeypatch, backend, package):
-    from jaxsloth import backend as module
+    from jaxsloth import extras as module
 
     there = module.find_spec
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else there(name))
@@ -142,7 +142,7 @@ def test_nothing_to_resume(tiny, tmp_path):
 
 
 def test_stopping_before_the_first_step(tiny, tmp_path):
-    refuse(tiny.recipe(tmp_path / "run"), tmp_path / "run", RunError, "at least 1, and 0 came", stop_after=0)
+    refuse(tiny.recipe(tmp_path / "run"), tmp_path / "run", RunError, "at least 1, got 0", stop_after=0)
 
 
 @pytest.fixture

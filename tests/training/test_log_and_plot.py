@@ -6,6 +6,7 @@ import io
 import re
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -26,6 +27,24 @@ def test_a_log_goes_on_from_the_checkpoint_s_step(tmp_path):
     again.write({"step": 4, "loss": 0.1})
     assert [(entry["step"], entry["loss"]) for entry in read_log(file)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.1)]
     assert RunLog(file, 0).entries == []
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"\0" * 4096,
+        b'{"step": 4}\n\xff\xfe\n',
+        b'[1]\n{"step": 5}\n',
+        b'{"loss": 1.0}\n',
+        b'{"step": "4"}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+)
+def test_a_log_s_garbage_costs_its_tail(tmp_path, rest):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n' + rest)
+    assert [entry["step"] for entry in RunLog(file, 9).entries] == [1, 2, 3] + [4] * rest.startswith(b'{"step": 4}')
+    assert b"\0" not in file.read_bytes() and b"\xff" not in file.read_bytes()
 
 
 def test_losses_keep_every_digit(tmp_path):

@@ -1,0 +1,57 @@
+"""What a checkpoint's weights are, in a few characters: cheap to form, and others where the weights are others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxsloth.convert.checkpoint import Checkpoint
+from jaxsloth.convert.safetensors_source import SafetensorsFile
+
+_PAGE = 4096
+_PAGES_OF_A_TENSOR = 16
+_PAGES_OF_A_FILE = 8192
+# Fields of config.json that say who wrote it, not what it computes.
+_INCIDENTAL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+
+
+def base_digest(opened: Checkpoint) -> str:
+    """A digest of the config, of every tensor's name, dtype and shape, and of samples of its bytes: up to 16 pages of 4 KiB,
+    evenly spaced, so that a tensor of up to 64 KiB counts whole. Neither the files' names nor their times count.
+
+    16 GB in 300 tensors are 20 MB of reading. A change of single weights of a large tensor may stay unseen.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = {key: value for key, value in opened.config.items() if key not in _INCIDENTAL}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    if opened.kind == "gguf":
+        size = opened.path.stat().st_size
+        parts: dict[Any, list[tuple[Path, int, int, int]]] = {size: [(opened.path, 0, size, _PAGES_OF_A_FILE)]}
+    else:
+        parts = {}
+        for file in sorted({opened.source.file_of(name) for name in opened.source.names()}):
+            for label, begin, size in SafetensorsFile(file).layout():
+                parts[label] = [(file, begin, size, _PAGES_OF_A_TENSOR)]
+    for label in sorted(parts):
+        digest.update(repr(label).encode())
+        for file, begin, size, pages in parts[label]:
+            for sample in _samples(file, begin, size, pages):
+                digest.update(sample)
+    return digest.hexdigest()
+
+
+def _samples(file: Path, begin: int, size: int, pages: int) -> Iterator[bytes]:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        if size <= pages * _PAGE:
+            yield os.pread(descriptor, size, begin)
+            return
+        step = (size - _PAGE) / (pages - 1)
+        for page in range(pages):
+            yield os.pread(descriptor, _PAGE, begin + int(page * step))
+    finally:
+        os.close(descriptor)
