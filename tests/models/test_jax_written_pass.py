@@ -17,15 +17,17 @@ from flax import nnx
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
-from jaxsloth.jax_backend import mlp, placement, written_pass
+from jaxsloth.jax_backend import attention, linear, mlp, norm, placement, written_pass
 from jaxsloth.jax_backend.linear import TRAINED
-from jaxsloth.jax_backend.plan import Checkpointing, make_plan
+from jaxsloth.jax_backend.ops import Ops
+from jaxsloth.jax_backend.plan import Checkpointing, Plan, make_plan
 from jaxsloth.jax_backend.train_step import summed_loss
 from jaxsloth.kernels.dropout.contract import step_words
-from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.kernels.registry import Facts, RefusedError
 from jaxsloth.models.memory import FILLED
 from jaxsloth.parity.measure import relative_frobenius
 from tests.support.decoding import VARIANTS
+from tests.support.lowering import lowered_for_cuda
 from tests.support.small_models import LLAMA3, VOCAB, build, check_gradients
 from tests.support.sources import examples, first_batch, stream
 
@@ -312,3 +314,37 @@ def test_a_request_that_nothing_would_follow_is_refused():
     with pytest.raises(RefusedError, match="needs an NVIDIA GPU"):
         build("jax", options=BuildOptions(implementations={"layer_norm": "pallas"}))
     assert build("jax", options=BuildOptions(implementations={"nf4_dequantize": "xla"}))
+
+
+@pytest.mark.parametrize(
+    ("variant", "lora", "kernels"),
+    [
+        ("nested", {}, ("add_rms_norm_backward", "lora_append", "gated_activation_backward", "rope_split")),
+        ("sandwich", {}, ("add_rms_norm_backward", "lora_append", "gated_activation_backward", "rope_split")),
+        ("qk_norm", {"dropout": 0.1}, ("add_rms_norm_backward",)),
+        ("unnormed", {"r": 257}, ("add_rms_norm_backward", "gated_activation_backward")),
+    ],
+)
+def test_the_pass_lowers_for_cuda(monkeypatch, variant, lora, kernels):
+    """The interpreter accepts what a GPU refuses. In float32 attention is the op's: cuDNN can't be asked without a GPU."""
+    options = BuildOptions(implementations=FUSED)
+    model, spec, _, values = build("jax", WIDTHS, revise=VARIANTS[variant], lora=lora, options=options)
+    model._ops = Ops(Facts("cuda", "float32", {"hidden": spec.hidden}), {})
+    for module in (attention, linear, mlp, norm, written_pass):
+        monkeypatch.setattr(module, "platform", lambda: "cuda")
+    model.add_adapters(spec, values)
+    batch = first_batch(stream(examples(4, VOCAB)))
+    frequencies, ropes = model.frequencies(64)
+    plan = Plan(Checkpointing(True, "selective"), 64, plain=True)
+    arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
+
+    def gradients(trained, frozen):
+        def loss(trained):
+            words = jnp.array(step_words(3, 5), jnp.uint32)
+            return summed_loss(model.structure, trained, frozen, (ropes, frequencies), arrays, words, plan)
+
+        return jax.grad(loss)(trained)
+
+    text = lowered_for_cuda(gradients, model.trained, model.frozen)
+    for kernel in kernels:
+        assert kernel in text, kernel
