@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from jaxsloth.jax_backend.linear import TRAINED, DenseWeight, Nf4Weight, Trained
 from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.plan import Checkpointing
 from jaxsloth.jax_backend.weights import load_weights
+from jaxsloth.jax_backend.written_pass import describe
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.xla_ops import NF4
 from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_named, choose_written
@@ -31,6 +33,8 @@ from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainab
 from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.models.spec import ModelSpec, Rope
 from jaxsloth.options import CheckpointingName
+
+logger = logging.getLogger("jaxsloth.jax_backend")
 
 # Fetching from the host overlaps little in XLA's schedule: recomputing is faster (docs/performance.md).
 AUTO_ORDER = ("none", "selective", "full", "offload")
@@ -183,7 +187,11 @@ class ModelState:
         """
         spec, wanted, known = self.spec, self.options.gradient_checkpointing, self._kept
         if known is None or known[0] is not spec or known[1] != wanted or (learns and known[2] < tokens):
-            kept = self.resolve(spec, self.decoder().model.layers, wanted, tokens)
+            blocks = self.decoder().model.layers
+            kept = self.resolve(spec, blocks, wanted, tokens)
+            if kept.written and (known is None or known[0] is not spec):
+                for kind in describe(blocks, len(spec.layers) // len(blocks)):
+                    logger.info("training pass, %s", kind)
             known = self._kept = spec, wanted, tokens if learns else 0, kept
         return known[3]
 

@@ -13,6 +13,8 @@ In every mode the products with A are kept too. A body that has no written pair 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +49,16 @@ class StackConfig:
 
     def blocks(self, own: Any, frozen: Any) -> list[Block]:
         return list(nnx.merge(self.structure, own, frozen))
+
+
+def describe(layers: Sequence[Block], count: int) -> list[str]:
+    """A line a kind of block on how it is trained, for logs: "4 blocks: self_attn: written; mlp: local vjp (a reason)"."""
+
+    def ways(block: Block) -> str:
+        passes = block.passes().items()
+        return "; ".join(f"{name}: {'written' if reason is None else f'local vjp ({reason})'}" for name, reason in passes)
+
+    return [f"{stacks * count} blocks: {kind}" for kind, stacks in Counter(map(ways, layers)).items()]
 
 
 def stream(layers: Any, x: Any, run: Run, count: int, mode: str, unrolled: bool, trains_below: bool) -> Any:

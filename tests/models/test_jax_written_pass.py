@@ -196,6 +196,14 @@ def test_every_body_trains(name, mode):
     assert compare(first_batch(stream(examples(4, VOCAB))), mode, changes, **how) <= BAR
 
 
+def test_a_run_says_how_each_kind_of_block_is_trained(caplog):
+    model, *_ = build("jax", WIDTHS | {"hidden_act": "gelu"}, options=BuildOptions(implementations=FUSED))
+    with caplog.at_level("INFO", "jaxsloth.jax_backend"):
+        model.checkpointing(64)
+        model.checkpointing(128)
+    assert caplog.messages == ["training pass, 2 blocks: self_attn: written; mlp: local vjp (no kernel has erf)"]
+
+
 @pytest.mark.parametrize(
     ("asked", "attention", "mlp"),
     [
