@@ -139,6 +139,8 @@ def rope_of(fields: DecoderFields, head_dim: int, where: str | Path, default_the
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(f"{place}.{nested[0]} must be a value, got {shown(given[nested[0]])}: this family has one rope")
+    if given and not set(given) & set(RopeFields.model_fields):
+        raise ConfigError(f"{place} must hold settings such as rope_type and rope_theta, got {shown(given)}")
     rope = validated(RopeFields, given, place, ConfigError)
     theta = rope.rope_theta or fields.rope_theta or default_theta
     dim = int(head_dim * (rope.partial_rotary_factor or fields.partial_rotary_factor or 1.0))

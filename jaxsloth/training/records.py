@@ -49,6 +49,7 @@ class Plan:
     total_steps: int
     resume: SavedRun | None
     fingerprints: Fingerprints | None = None
+    goes_on: bool = False  # a run of the folder's, though perhaps one that was killed before its first checkpoint
 
     @property
     def output(self) -> Path:

@@ -112,7 +112,9 @@ def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False, resum
     if saved is not None:
         check_lora(saved.folder, saved.config, spec)
         check_fingerprints(saved.folder, now, anyway)
-    return replace(plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved), fingerprints=now)
+    return replace(
+        plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved), fingerprints=now, goes_on=resume
+    )
 
 
 def plan_from_examples(
@@ -220,7 +222,7 @@ def execute(
     if not main:
         return _execute(plan, model, console(quiet=True), stop_after, callbacks, on_stage)
     with lock(plan.output):
-        if plan.resume is None:  # a run may have begun and ended since the plan was made
+        if not plan.goes_on:  # a run may have begun and ended since the plan was made
             _check_unused(plan.output)
         return _execute(plan, model, console(quiet=quiet), stop_after, callbacks, on_stage)
 
