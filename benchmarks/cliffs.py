@@ -111,7 +111,7 @@ def _part(name: str) -> str:
 
 def work(contender: str, size: str, names: list[str], folder: Path, result: Path, warmup: int, steps: int) -> None:
     """Runs the rows one after the other in this process and writes {row: what was measured} after each."""
-    api = _Unsloth() if contender == "unsloth" else _Own(contender)
+    api = api_of(contender)
     found: dict[str, Any] = {}
     for name in names:
         started = time.perf_counter()
@@ -187,6 +187,11 @@ def _one(api: Any, cliff: Cliff, size: str, folder: Path, warmup: int, steps: in
     }
 
 
+def api_of(contender: str) -> Any:
+    """The calls of a contender's library, which is imported here."""
+    return _Unsloth() if contender == "unsloth" else _Own(contender)
+
+
 class _Own:
     def __init__(self, backend: str) -> None:
         import jaxsloth
@@ -201,6 +206,9 @@ class _Own:
 
     def adapt(self, model: Any, given: dict[str, Any]) -> Any:
         return self._jaxsloth.FastLanguageModel.get_peft_model(model, **given)
+
+    def for_inference(self, model: Any) -> None:
+        self._jaxsloth.FastLanguageModel.for_inference(model)
 
     def trainer(self, kind: str, model: Any, tokenizer: Any, rows: Any, settings: dict[str, Any]) -> Any:
         if kind == "own":
@@ -241,6 +249,9 @@ class _Unsloth:
 
     def adapt(self, model: Any, given: dict[str, Any]) -> Any:
         return self._model.get_peft_model(model, **given)
+
+    def for_inference(self, model: Any) -> None:
+        self._model.for_inference(model)
 
     def trainer(self, kind: str, model: Any, tokenizer: Any, rows: Any, settings: dict[str, Any]) -> Any:
         del kind

@@ -60,6 +60,11 @@ class GenerationSettings:
         if any(not text for text in self.stop):
             raise ValueError("stop must hold strings that are not empty")
 
+    @property
+    def likeliest(self) -> bool:
+        """Whether each token is the likeliest of its logits as they are: then the device chooses."""
+        return not self.do_sample and self.repetition_penalty == 1.0
+
 
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Logits ``[vocab]`` with those of tokens already seen divided (where positive) or multiplied by the penalty."""
@@ -178,10 +183,10 @@ def generate(
         padded[place, -len(ids) :] = check_ids(ids, model.spec.embedding.vocab, f"prompt {place}")
     check_length(padded.shape[1] + settings.max_new_tokens, model.spec.max_positions)
     state, logits = model.start_decode(padded, lengths, padded.shape[1] + settings.max_new_tokens)
-    if settings.do_sample or settings.repetition_penalty != 1.0:
+    if not settings.likeliest:
         chosen = _chosen_here(state, logits, rows, settings)
     else:
-        chosen = _likeliest(state, logits, settings.max_new_tokens)
+        chosen = likeliest(state, logits, settings.max_new_tokens)
     for tokens in chosen:
         for place, row in enumerate(rows):
             if not row.done:
@@ -211,7 +216,7 @@ def _chosen_here(
             logits = state.step(chosen)
 
 
-def _likeliest(state: DecodeState, logits: np.ndarray, count: int) -> Iterator[np.ndarray]:
+def likeliest(state: DecodeState, logits: np.ndarray, count: int) -> Iterator[np.ndarray]:
     """A token a row at a time, chosen on the device."""
     chosen = logits.argmax(axis=1).astype(np.int32)
     yield chosen

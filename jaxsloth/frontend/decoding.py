@@ -19,7 +19,7 @@ from jaxsloth.convert.generation_config import FILE
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.frontend.arguments import refuse_unknown
 from jaxsloth.frontend.module.cached_rows import follows_on
-from jaxsloth.generation import GenerationSettings, choose
+from jaxsloth.generation import GenerationSettings, choose, likeliest
 
 # Fields of a GenerationConfig that the cached decoder reads.
 _READ = {
@@ -223,23 +223,32 @@ def decode(model: Model, call: Prepared) -> torch.Tensor:
         check_ids(rows, model.spec.embedding.vocab), call.mask.sum(1).astype(np.int32), rows.shape[1] + settings.max_new_tokens
     )
     running, first = np.ones(len(rows), bool), (call.mask == 0).sum(1)  # padding counts as no repetition
+    # A user's own criteria may look at the logits, which stay on the device where tokens are chosen there.
+    own = any(not isinstance(stop, StopStringCriteria | MaxTimeCriteria) for stop in call.stops)
+    on_device = likeliest(state, logits, settings.max_new_tokens) if settings.likeliest and not own else None
     for position in range(settings.max_new_tokens):
-        chosen = np.array(
-            [
-                choose(logits[row], rows[row, first[row] :], settings, row, position) if running[row] or not ends else call.pad
-                for row in range(len(rows))
-            ],
-            np.int64,
-        )
+        goes_on = running if ends else np.ones(len(rows), bool)
+        if on_device is not None:  # rows that have ended go on there too, and nobody sees them
+            chosen = np.where(goes_on, next(on_device), call.pad).astype(np.int64)
+        else:
+            chosen = np.array(
+                [
+                    choose(logits[row], rows[row, first[row] :], settings, row, position) if goes_on[row] else call.pad
+                    for row in range(len(rows))
+                ],
+                np.int64,
+            )
         rows = np.concatenate([rows, chosen[:, None]], axis=1)
         if streamer is not None:
             streamer.put(torch.from_numpy(chosen))
         running &= ~np.isin(chosen, call.eos)
         if call.stops:
-            running &= ~call.stops(torch.from_numpy(rows).to(device), torch.tensor(logits, device=device)).cpu().numpy()  # type: ignore[arg-type]
+            scores = None if on_device is not None else torch.tensor(logits, device=device)
+            running &= ~call.stops(torch.from_numpy(rows).to(device), scores).cpu().numpy()  # type: ignore[arg-type]
         if not running.any() or position + 1 == settings.max_new_tokens:
             break
-        logits = state.step(chosen.astype(np.int32))
+        if on_device is None:
+            logits = state.step(chosen.astype(np.int32))
     if streamer is not None:
         streamer.end()
     return torch.from_numpy(rows).to(device)

@@ -208,7 +208,7 @@ def test_characters_of_several_tokens_are_streamed_whole(models, backend, monkey
     script = tokenizer(text, add_special_tokens=False)["input_ids"]
     said = iter(())
     monkeypatch.setattr("jaxsloth.frontend.decoding.choose", lambda *_: next(said))
-    settings: dict[str, Any] = {"max_new_tokens": len(script) + 1}
+    settings: dict[str, Any] = {"max_new_tokens": len(script) + 1, "do_sample": True}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
     said = iter([*script, 1])
     thread = Thread(target=model.generate, kwargs={**ONE, **settings, "streamer": streamer})
