@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, Protocol
@@ -176,6 +176,11 @@ class TrainStep(Protocol):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
 
+    def freeze(self, names: Collection[str]) -> None:
+        """From now on exactly these trained tensors (PEFT names) stay as they are: their gradients count as 0, also in the norm
+        that is clipped, and they don't decay."""
+        ...
+
 
 class PreferenceStep(Protocol):
     """One optimizer step over a window whose rows 2i and 2i + 1 of every micro-batch are the chosen and the rejected answer of
@@ -196,6 +201,10 @@ class PreferenceStep(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
+
+    def freeze(self, names: Collection[str]) -> None:
+        """As `TrainStep.freeze`."""
+        ...
 
 
 class EvalStep(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,6 +93,13 @@ class AdamW:
         self.count = 0
         self.loss_scale = LOSS_SCALE_START if options.loss_scaling else 1.0
         self.good_steps = 0
+        self._frozen: torch.Tensor | None = None  # where the buffer holds what stays as it is
+
+    def freeze(self, names: Collection[str]) -> None:
+        """See `jaxsloth.backend.TrainStep.freeze`."""
+        self._frozen = torch.zeros_like(self.flat.buffer, dtype=torch.bool) if names else None
+        for name in names:
+            self.flat.view(self._frozen, name).fill_(True)  # type: ignore[arg-type]
 
     def _make_moments(self) -> None:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.flat.buffer), torch.zeros_like(self.flat.buffer)
@@ -101,6 +108,8 @@ class AdamW:
     def step(self, learning_rate: float, loss: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Sums the gradients (and `loss`) over processes, clips and updates: (gradient norm before clipping, skipped)."""
         gradient, options = self.flat.gradient, self.options
+        if self._frozen is not None:
+            gradient.masked_fill_(self._frozen, 0.0)
         sum_over_processes(gradient)
         sum_over_processes(loss)
         if options.loss_scaling:
@@ -111,7 +120,12 @@ class AdamW:
             return norm, True
         if options.max_grad_norm is not None:
             gradient.mul_((options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        self._update(learning_rate)
+        if self._frozen is None:
+            self._update(learning_rate)
+        else:
+            before = self.flat.buffer.clone()
+            self._update(learning_rate)
+            self.flat.buffer.copy_(torch.where(self._frozen, before, self.flat.buffer))
         return norm, False
 
     def _adapt_scale(self, finite: bool) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -89,6 +89,9 @@ class WindowStep:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self._optimizer.load_state(state)
+
+    def freeze(self, names: Collection[str]) -> None:
+        self._optimizer.freeze(names)
 
 
 class TrainStep(WindowStep):

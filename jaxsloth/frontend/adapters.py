@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from jaxsloth.backend import Model
 from jaxsloth.convert.adapter_rules import at_rank
@@ -26,9 +27,9 @@ def base_of(model: Any) -> Any:
 
 def show_backend(base: Any) -> None:
     """Gives the backend what is active in `base` now, for decoding. Disabled adapters are zeros there, and biases that nobody
-    trained the base's."""
-    if base.behind is not None:
-        base.behind()
+    trained the base's. While a native trainer runs it gets back what it trains before it goes on."""
+    if base.shared is not None and base.shared.show():
+        return
     model: Model = base.engine.model
     active = active_parts(base, model.spec)
     adapters = active.adapters
@@ -38,31 +39,14 @@ def show_backend(base: Any) -> None:
     held = model.spec.lora
     fits = held is not None and set(adapters) <= set(held.modules) and shapes <= {(held.r, held.scale)}
     if held is not None and fits and set(active.whole) <= {own_name(name) for name in trainable_shapes(model.spec)}:
+        if base.shared is not None:
+            base.shared.lend(rebuilds=False)
         model.load_trainable(_values(base, model.spec, active))
         return
-    model.add_adapters(*_folded(base, active, held.modules if held is not None else ()))
-
-
-def give_backend(base: Any) -> ModelSpec:
-    """Gives the backend exactly what is active in `base`, to be trained; the spec that it has then.
-
-    Raises:
-        ValueError: as `native_adapter`; a bias has values of its own and is frozen.
-    """
-    model: Model = base.engine.model
-    spec, values = native_adapter(base)
-    whole = active_parts(base, spec).whole
-    frozen = next((name for name in whole if name.endswith(".bias") and not whole[name].requires_grad), None)
-    if frozen is not None:
-        raise ValueError(
-            f"{frozen} was trained before and is frozen now, and the biases of a model with its own are trained together with "
-            "the adapters here; make them require gradients (PEFT's bias setting), or train with TRL's trainer"
-        )
-    if spec == model.spec:
-        model.load_trainable(values)
-    else:
-        model.add_adapters(spec, values)
-    return spec
+    spec, values = _folded(base, active, held.modules if held is not None else ())
+    if base.shared is not None:
+        base.shared.lend(rebuilds=True)
+    model.add_adapters(spec, values)
 
 
 def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
@@ -114,14 +98,20 @@ def _folded(base: Any, active: Active, more: Sequence[str]) -> tuple[ModelSpec, 
 
 
 def take_back(base: Any, values: Mapping[str, np.ndarray]) -> None:
-    """Writes trained values into PEFT's parameters."""
-    active, whole = active_parts(base, base.engine.model.spec), {own_name(name): value for name, value in values.items()}
+    """Writes values into PEFT's parameters."""
     with torch.no_grad():
-        for module, adapter in active.adapters.items():
-            for name, parameter in zip(lora_names(module), (adapter.a, adapter.b), strict=True):
-                parameter.copy_(torch.from_numpy(np.array(values[name])))
-        for tensor, parameter in active.whole.items():
-            parameter.copy_(torch.from_numpy(np.array(whole[tensor])))
+        for name, parameter in parts_by_name(active_parts(base, base.engine.model.spec), values).items():
+            parameter.copy_(torch.from_numpy(np.array(values[name])))
+
+
+def parts_by_name(active: Active, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """PEFT's parameters of what is active by their names among `names`; what `names` lacks comes under a name that is not
+    PEFT's."""
+    peft_names = {own_name(name): name for name in names}
+    found: dict[str, nn.Parameter] = {}
+    for module, adapter in active.adapters.items():
+        found |= dict(zip(lora_names(module), (adapter.a, adapter.b), strict=True))
+    return found | {peft_names.get(tensor, tensor): parameter for tensor, parameter in active.whole.items()}
 
 
 def _ordered(spec: ModelSpec, modules: set[str]) -> tuple[str, ...]:

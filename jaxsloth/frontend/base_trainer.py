@@ -6,30 +6,37 @@ import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from transformers import DefaultFlowCallback, PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+from transformers import (
+    DefaultFlowCallback,
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.batch import Batch, check_length
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import FILLER_ROW, WindowStream, eval_batches
-from jaxsloth.frontend.adapters import base_of, give_backend, show_backend, take_back
+from jaxsloth.frontend.adapters import base_of, show_backend
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
 from jaxsloth.frontend.language_model import FastModelForCausalLM
 from jaxsloth.frontend.metrics import predictions
+from jaxsloth.frontend.module.peft_adoption import check_wrappers
 from jaxsloth.frontend.peft_models import set_checkpointing
 from jaxsloth.frontend.rows import check_rows, rows_needed
+from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights, Step
 from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
 from jaxsloth.frontend.trainer_run import (
     Metrics,
-    Step,
     TrainerRun,
     checkpoint_to_resume,
     deciding,
@@ -38,6 +45,7 @@ from jaxsloth.frontend.trainer_run import (
     optimizer_options,
     visiting_order,
 )
+from jaxsloth.frontend.trainer_surface import ABSENT, Batches, TrainerSurface, refuse_overrides
 from jaxsloth.training.fingerprints import check_kinds, fingerprints
 from jaxsloth.training.lock import lock
 
@@ -52,7 +60,7 @@ REFUSED: Reasons = {
 }
 
 
-class BaseTrainer:
+class BaseTrainer(TrainerSurface):
     """A trainer of a model's adapters. What it learns: `examples`, and `held_out` to evaluate on; train_dataset and
     eval_dataset show them as dicts.
 
@@ -70,10 +78,11 @@ class BaseTrainer:
     examples: list[Example]
     held_out: list[Example] | None
     compute_metrics: Callable[[Any], dict[str, float]] | None
-    _preprocess: Callable[[Any, Any], Any] | None
+    preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
 
     def __init__(self, model: Any, args: Any, processing_class: Any, peft_config: Any, others: Mapping[str, Any]) -> None:
         """Looks at all that came, but the data (`_begin`)."""
+        refuse_overrides(self)
         self._check(others)
         self.base = ours(model, type(self).__name__)
         self.args = self.rules.accept(args, self.config)
@@ -93,6 +102,7 @@ class BaseTrainer:
         self.processing_class = processing_class or self.base.tokenizer
         self.max_length = self.args.max_length or self.base.max_seq_length
         self._devices = self.base.loaded.backend.devices()
+        self._kept: Kept | None = None
 
     def _begin(self, train_dataset: Rows | None, eval_dataset: Rows | None, callbacks: Sequence[Any] | None) -> None:
         """Reads the data, and tells the callbacks that the trainer is made."""
@@ -115,7 +125,7 @@ class BaseTrainer:
         own = [DefaultFlowCallback, *get_reporting_integration_callbacks(self.args.report_to), *(callbacks or ())]
         if self._devices.rank == 0:
             own.append(progress)
-        self.callback_handler = CallbackHandler(own, self.model, self.processing_class, None, None)
+        self.callback_handler: Any = LookingHandler(own, self.model, self.processing_class, None, None)
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
 
     @classmethod
@@ -136,7 +146,7 @@ class BaseTrainer:
     def _make_step(self, options: OptimizerOptions) -> Step:
         raise NotImplementedError
 
-    def _measure(self, result: Any) -> Sequence[Metrics]:
+    def measure(self, result: Any) -> Sequence[Metrics]:
         """What is logged of a step's result beside its loss: a dict a micro-batch."""
         del result
         return ()
@@ -152,72 +162,92 @@ class BaseTrainer:
         """Trains and evaluates on these from now on."""
         self.examples, self.held_out = examples, held_out
 
+    def _take_collator(self, collator: Any) -> None:
+        """That a collator is one that this trainer can do with; ValueError where not."""
+        raise NotImplementedError
+
+    @property
+    def data_collator(self) -> Any:
+        """As it was given: None where the trainer makes batches by itself."""
+        return self._given_collator
+
+    @data_collator.setter
+    def data_collator(self, collator: Any) -> None:
+        self._take_collator(collator)
+        self._given_collator = collator
+
     @property
     def train_dataset(self) -> list[dict[str, Any]]:
         return self._shown(self.examples)
+
+    @train_dataset.setter
+    def train_dataset(self, rows: Rows) -> None:
+        self.replace_examples(self._encode(rows, "train_dataset"), self.held_out)
 
     @property
     def eval_dataset(self) -> list[dict[str, Any]] | None:
         return None if self.held_out is None else self._shown(self.held_out)
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.processing_class
+    @eval_dataset.setter
+    def eval_dataset(self, rows: Rows | None) -> None:
+        self.replace_examples(self.examples, None if rows is None else self._encode(rows, "eval_dataset"))
 
-    def add_callback(self, callback: Any) -> None:
-        self.callback_handler.add_callback(callback)
-
-    def pop_callback(self, callback: Any) -> Any:
-        return self.callback_handler.pop_callback(callback)
-
-    def remove_callback(self, callback: Any) -> None:
-        self.callback_handler.remove_callback(callback)
-
-    def train(self, resume_from_checkpoint: bool | str | None = None, resume_anyway: Collection[str] = ()) -> TrainOutput:
-        """Trains up to args.max_steps, or for args.num_train_epochs.
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Sequence[str] | None = None,
+        resume_anyway: Collection[str] = (),
+    ) -> TrainOutput:
+        """Trains what requires a gradient of the active adapter, up to args.max_steps or for args.num_train_epochs. A second
+        call goes on with the optimizer of the first, as transformers' does.
 
         Args:
             resume_anyway: of "data", "base", "template" and "recipe" (the arguments), what may have changed since the
                 checkpoint that is gone on from.
 
         Raises:
-            ValueError: the model has no adapter, no checkpoint to resume from, or another run saves to output_dir.
+            ValueError: nothing to train (`SharedWeights`), a callback left another adapter active than train() began with, or
+                another run saves to output_dir.
+            CheckpointError: no checkpoint to resume from.
             NonFiniteLossError: a step's loss is NaN or infinite; the checkpoints before it stay.
         """
         anyway = check_kinds(resume_anyway, "resume_anyway")
+        del ignore_keys_for_eval
+        if trial is not None:
+            raise ValueError(f"train() can't take a trial: {ABSENT['hyperparameter_search']}")
+        refuse_overrides(self)
+        self.callback_handler.check()
+        check_wrappers(self.model, self.base)
         saves = self.args.save_strategy != "no" and self.state.is_world_process_zero
         with lock(Path(self.args.output_dir)) if saves else nullcontext():
             return self._train(checkpoint_to_resume(self.args, resume_from_checkpoint), anyway)
 
     def _train(self, resume: Path | None, anyway: Collection[str]) -> TrainOutput:
         self.model.train()
-        give_backend(self.base)
-        self.base.behind = partial(_write_back, self.base)
-        self.state.global_step, self.state.epoch, self.state.log_history = 0, 0.0, []
-        self._run = TrainerRun(
-            self.args,
-            self.base.engine.model,
-            self.base.loaded.backend,
-            self._make_step,
-            self._measure,
-            self._windows(),
-            self.state,
-            self.control,
-            self.callback_handler,
-            self.evaluate if self.held_out else None,
-            self.base.behind,
-            self.processing_class,
-            self.base.config.name_or_path or "",
-            fingerprints(
-                self.base.loaded.checkpoint, self.processing_class, None, self.examples, self.held_out, deciding(self.args)
-            ),
-            anyway,
+        options = optimizer_options(self.args, self.base.engine.model.options.dtype)
+        weights = SharedWeights(self.base, options.name, self._kept)
+        state = self.state
+        state.global_step, state.epoch, state.log_history = 0, 0.0, []
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        model, backend, name = self.base.engine.model, self.base.loaded.backend, self.base.config.name_or_path or ""
+        marks = fingerprints(
+            self.base.loaded.checkpoint, self.processing_class, None, self.examples, self.held_out, deciding(self.args)
         )
+        self._run = TrainerRun(self, model, backend, weights, self._windows(), name, marks, anyway)
+        self.base.shared = self.callback_handler.weights = weights
+        self.is_in_train = True
         try:
-            return TrainOutput(*self._run.train(resume))
+            weights.begin(partial(self._make_step, options))
+            done = TrainOutput(*self._run.train(resume))
+            self._kept = weights.end()
+            return done
+        except BaseException:
+            self._kept = weights.rescue()
+            raise
         finally:
-            self.base.behind()
-            self.base.behind = None
+            self.base.shared = self.callback_handler.weights = None
+            self.is_in_train = False
 
     def _windows(self, stream: Callable[..., WindowStream] = WindowStream) -> WindowStream:
         args = self.args
@@ -236,43 +266,86 @@ class BaseTrainer:
             together=self.together,
         )
 
-    def evaluate(self, eval_dataset: Rows | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Rows | None = None,
+        ignore_keys: Sequence[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """The held-out loss and the trainer's other metrics; logged, and told to the callbacks."""
+        del ignore_keys
         check_rows(eval_dataset, "eval_dataset")
         held_out = self.held_out if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
         if not held_out:
             raise ValueError("there is nothing to evaluate on; give eval_dataset")
-        if self.base.behind is None:
-            show_backend(self.base)
+        metrics = self._measured(held_out, metric_key_prefix, predicts=self.compute_metrics is not None)[0]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Rows, ignore_keys: Sequence[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The logits of every row through the module, its labels, and the metrics that `evaluate` would find."""
+        del ignore_keys
+        examples = self._encode(test_dataset, "test_dataset")
+        metrics, seen = self._measured(examples, metric_key_prefix, predicts=not self.args.prediction_loss_only)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        if seen is None:
+            return PredictionOutput(None, None, metrics)  # type: ignore[arg-type]
+        return PredictionOutput(seen.predictions, seen.label_ids, metrics)
+
+    def _measured(self, examples: list[Example], prefix: str, predicts: bool) -> tuple[dict[str, float], EvalPrediction | None]:
+        """(the metrics of examples, what compute_metrics was given: None where it does not predict)."""
+        show_backend(self.base)
         start = time.perf_counter()
-        batches = self._eval_batches(held_out, self.args.per_device_eval_batch_size * self._devices.count * self.together)
-        found = self._evaluate(held_out, batches)
-        if self.compute_metrics is not None:
-            found |= self.compute_metrics(predictions(self.model, batches, self._preprocess))
-        prefix = metric_key_prefix
+        batches = self._eval_batches(examples, self._eval_rows())
+        found = self._evaluate(examples, batches)
+        seen = predictions(self.model, batches, self.preprocess_logits_for_metrics) if predicts else None
+        if self.compute_metrics is not None and seen is not None:
+            found |= self.compute_metrics(seen)
         metrics = {name if name.startswith(prefix) else f"{prefix}_{name}": value for name, value in found.items()}
         seconds = time.perf_counter() - start
         metrics[f"{prefix}_runtime"] = round(seconds, 4)
-        metrics[f"{prefix}_samples_per_second"] = round(len(held_out) / self.together / seconds, 3)
+        metrics[f"{prefix}_samples_per_second"] = round(len(examples) / self.together / seconds, 3)
         metrics[f"{prefix}_steps_per_second"] = round(len(batches) / seconds, 3)
-        logs = metrics | {"epoch": self.state.epoch}
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return logs
+        return metrics, seen
+
+    def _eval_rows(self) -> int:
+        """Of a batch, on all devices."""
+        return self.args.per_device_eval_batch_size * self._devices.count * self.together
+
+    def get_train_dataloader(self) -> Batches:
+        """The batches of the first epoch, as the backend gets them; in DPO rows 2i and 2i + 1 are a pair."""
+        windows = self._windows()
+        made = cache(windows.window)
+
+        def make(index: int) -> Batch:
+            step, micro = divmod(index, windows.accumulation)
+            window = made(step)
+            names = ("input_ids", "targets", "segments", "positions", "rows")
+            return Batch(*(getattr(window, name)[micro] for name in names))
+
+        return Batches(windows.batches_per_epoch, make, self.train_dataset, windows.batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Rows | None = None) -> Batches:
+        held_out = self.held_out if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
+        if not held_out:
+            raise ValueError("there is nothing to evaluate on; give eval_dataset")
+        batches = self._eval_batches(held_out, self._eval_rows())
+        return Batches(len(batches), batches.__getitem__, self._shown(held_out), self._eval_rows())
+
+    def get_test_dataloader(self, test_dataset: Rows) -> Batches:
+        return self.get_eval_dataloader(test_dataset)
+
+    def get_learning_rates(self) -> list[float]:
+        """The rate of the step that comes next, in a list, as there is one for all."""
+        if "_run" not in vars(self):
+            raise ValueError("the learning rate depends on the run; call train() first, or ask in a callback")
+        return [self._run.learning_rate()]
 
     def _eval_batches(self, held_out: list[Example], size: int) -> list[Batch]:
         return eval_batches(held_out, size, PAD, longest(held_out), self._devices.count)
-
-    def save_model(self, output_dir: str | Path | None = None) -> None:
-        """The adapter as PEFT saves it, and the tokenizer."""
-        folder = str(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-
-    def save_state(self) -> None:
-        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        self.state.save_to_json(str(Path(self.args.output_dir) / "trainer_state.json"))
 
 
 def ours(model: Any, trainer: str) -> FastModelForCausalLM:
@@ -304,7 +377,3 @@ def longest(examples: Sequence[Example]) -> int:
 def real_rows(batch: Batch) -> int:
     """How many rows of a batch don't only fill its shape."""
     return int(np.count_nonzero(batch.rows != FILLER_ROW))
-
-
-def _write_back(base: Any) -> None:
-    take_back(base, base.engine.model.trainable())

@@ -18,7 +18,8 @@ from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, check_collato
 from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, preference_options
 from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
 from jaxsloth.frontend.preference import Compared, References, ReferredStep, pair_losses, pair_metrics, score_rows
-from jaxsloth.frontend.trainer_run import Metrics, Step, means
+from jaxsloth.frontend.shared_weights import Step
+from jaxsloth.frontend.trainer_run import Metrics, means
 from jaxsloth.models.names import lora_names
 
 __all__ = ["DPOConfig", "DPOTrainer"]
@@ -64,8 +65,8 @@ class DPOTrainer(BaseTrainer):
         **others: Any,
     ) -> None:
         super().__init__(model, args, processing_class or tokenizer, peft_config, others)
-        check_collator(data_collator, ("DataCollatorForPreference", "DPODataCollatorWithPadding"), "Leave it out")
-        self.compute_metrics, self._preprocess = compute_metrics, preprocess_logits_for_metrics
+        self.data_collator = data_collator
+        self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
         self._options = preference_options(self.args)
         if self.args.disable_dropout:
             _disable_dropout(self.model)
@@ -82,6 +83,9 @@ class DPOTrainer(BaseTrainer):
             show_backend(self.base)
             for examples in filter(None, (self.examples, self.held_out)):
                 self._references.of(examples)
+
+    def _take_collator(self, collator: Any) -> None:
+        check_collator(collator, ("DataCollatorForPreference", "DPODataCollatorWithPadding"), "Leave it out")
 
     def _starting_point(self, fresh: bool) -> dict[str, np.ndarray] | None:
         """The values of what is active, None where it may be turned off for them: every B is zero, and nothing is trained
@@ -138,7 +142,7 @@ class DPOTrainer(BaseTrainer):
         step = self.base.engine.model.preference_step(options, self._options)
         return ReferredStep(step, windows, self.examples, self._references)
 
-    def _measure(self, result: Compared) -> Sequence[Metrics]:
+    def measure(self, result: Compared) -> Sequence[Metrics]:
         return result.metrics(self._options.beta)
 
     def _evaluate(self, held_out: list[Example], batches: Sequence[Batch]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from jaxsloth.frontend.module.inputs import take_apart
 from jaxsloth.frontend.module.passes import Prepared
+from jaxsloth.frontend.shared_weights import SharedWeights
 from jaxsloth.generation import GenerationSettings, answer_texts, answering, generate
 
 _TEXT_SETTINGS = (*inspect.signature(GenerationSettings).parameters, "on_text")
@@ -25,11 +26,11 @@ _TEXT_SETTINGS = (*inspect.signature(GenerationSettings).parameters, "on_text")
 class FastModelForCausalLM(JaxslothForCausalLM):
     """A `transformers.PreTrainedModel` on both backends. loaded: what computes and where it came from.
 
-    behind: while a native trainer runs, what brings PEFT's parameters up to date; who reads them calls it first.
+    shared: what a native trainer trains, while it runs; who reads PEFT's parameters asks it first.
     """
 
     max_seq_length: int
-    behind: Callable[[], None] | None
+    shared: SharedWeights | None
 
     @classmethod
     def of(cls, loaded: Loaded, max_seq_length: int) -> FastModelForCausalLM:
@@ -38,7 +39,7 @@ class FastModelForCausalLM(JaxslothForCausalLM):
         # Kept out of torch's sight: no part of this module.
         made.__dict__["loaded"] = loaded
         made.max_seq_length = max_seq_length
-        made.behind = None
+        made.shared = None
         made.generation_config = decoding.generation_config(made.generation_config, loaded.checkpoint)
         made.__dict__["checkpoint_ends"] = decoding.end_ids(made.generation_config)
         if made.device.index:  # else transformers' Trainer would spread the model over all GPUs that it sees
@@ -46,8 +47,8 @@ class FastModelForCausalLM(JaxslothForCausalLM):
         return made
 
     def prepare(self, *arguments: Any, **settings: Any) -> Prepared:
-        if self.behind is not None:
-            self.behind()
+        if self.shared is not None:
+            self.shared.to_module()
         return super().prepare(*arguments, **settings)
 
     @property

@@ -20,22 +20,29 @@ def predictions(model: Any, batches: Sequence[Batch], preprocess: Callable[[Any,
     model.eval()
     made, labels = [], []
     for batch in batches:
-        real = batch.rows != FILLER_ROW
-        ids = torch.from_numpy(batch.input_ids[real].astype(np.int64))
-        mask = torch.from_numpy((batch.segments[real] != 0).astype(np.int64))
-        own = np.full(ids.shape, IGNORE, np.int64)
-        own[:, 1:] = batch.targets[real][:, :-1]  # targets are shifted already
+        inputs = module_inputs(batch)
+        own = inputs.pop("labels")
         with torch.no_grad():
-            where: dict[str, Any] = {"attention_mask": mask}
-            if batch.segments.max() > 1:  # packed by a collator: positions tell the documents apart
-                where = {"position_ids": torch.from_numpy(batch.positions[real].astype(np.int64))}
-            logits = model(input_ids=ids, **where).logits
+            logits = model(**inputs).logits
             if preprocess is not None:
-                logits = preprocess(logits, torch.from_numpy(own).to(logits.device))
+                logits = preprocess(logits, own.to(logits.device))
         made.append(logits.cpu().numpy())
-        labels.append(own)
+        labels.append(own.numpy())
     model.train(was_training)
     return EvalPrediction(predictions=_joined(made), label_ids=_joined(labels))
+
+
+def module_inputs(batch: Batch) -> dict[str, torch.Tensor]:
+    """A batch's rows in transformers' terms, int64: input_ids, labels (not shifted), and what tells padding, or documents where
+    rows are packed, apart."""
+    real = batch.rows != FILLER_ROW
+    ids = torch.from_numpy(batch.input_ids[real].astype(np.int64))
+    labels = np.full(ids.shape, IGNORE, np.int64)
+    labels[:, 1:] = batch.targets[real][:, :-1]  # targets are shifted already
+    where = {"attention_mask": torch.from_numpy((batch.segments[real] != 0).astype(np.int64))}
+    if batch.segments.max() > 1:  # positions tell the documents apart
+        where = {"position_ids": torch.from_numpy(batch.positions[real].astype(np.int64))}
+    return {"input_ids": ids, **where, "labels": torch.from_numpy(labels)}
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,9 @@ class ReferredStep:
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self._step.load_state(state)
+
+    def freeze(self, names: Collection[str]) -> None:
+        self._step.freeze(names)
 
 
 def pair_metrics(policy: np.ndarray, reference: np.ndarray, beta: float) -> dict[str, float]:

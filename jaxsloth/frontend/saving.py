@@ -125,14 +125,17 @@ def upload(
     private: bool | None = None,
     commit_message: str = "Upload model",
     revision: str | None = None,
-) -> str:
+    **more: Any,
+) -> Any:
+    """The folder on the hub; its address. more: upload_folder's own arguments."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message, revision=revision))
+        settings = {"commit_message": commit_message, "revision": revision, **more}
+        return api.upload_folder(repo_id=name, folder_path=folder, **settings)
     except (OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
         raise HubError(
             f"{repo_id} could not be written on the Hugging Face hub: {error}\nThat needs a network, and a token with write "

@@ -15,8 +15,8 @@ from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, real_rows
 from jaxsloth.frontend.collated import CollatedStream, Collator, has_masked, shown
 from jaxsloth.frontend.sft_config import RULES, SFTConfig
 from jaxsloth.frontend.sft_data import encode
+from jaxsloth.frontend.shared_weights import Step
 from jaxsloth.frontend.trainer_config import Reasons
-from jaxsloth.frontend.trainer_run import Step
 
 __all__ = ["SFTConfig", "SFTTrainer"]
 
@@ -61,16 +61,19 @@ class SFTTrainer(BaseTrainer):
         **others: Any,
     ) -> None:
         super().__init__(model, args, processing_class or tokenizer, peft_config, others)
-        if getattr(data_collator, "mlm", False):
-            raise ValueError("data_collator has mlm=True, and a causal model learns the next token; set mlm=False")
         self.max_length = max_seq_length or self.max_length
-        self.compute_metrics, self._preprocess = compute_metrics, preprocess_logits_for_metrics
-        self._formatting, self._collator = formatting_func, self._own_collator(data_collator)
+        self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
+        self._formatting, self.data_collator = formatting_func, data_collator
         self._begin(train_dataset, eval_dataset, callbacks)
 
     def _encode(self, rows: Rows, name: str, limit: int | None = None) -> list[Example]:
         vocab = self.base.engine.model.spec.embedding.vocab
         return encode(rows, self.processing_class, self.args, self.max_length, self._formatting, vocab, name, limit)
+
+    def _take_collator(self, collator: Any) -> None:
+        if getattr(collator, "mlm", False):
+            raise ValueError("data_collator has mlm=True, and a causal model learns the next token; set mlm=False")
+        self._collator = self._own_collator(collator)
 
     def _own_collator(self, collator: Any) -> Collator | None:
         """None where this trainer makes the collator's batches by itself."""

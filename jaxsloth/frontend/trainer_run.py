@@ -18,13 +18,13 @@ from transformers import TrainerControl, TrainerState, get_scheduler
 from transformers.trainer_callback import CallbackHandler
 
 from jaxsloth.backend import Backend, Model, OptimizerOptions
-from jaxsloth.batch import Window
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.peft_adapter import check_values, read_adapter, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.windows import WindowStream
 from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.frontend.arguments import warn_once
+from jaxsloth.frontend.shared_weights import Result, SharedWeights
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.training.checkpoint import (
     STATE,
@@ -102,24 +102,6 @@ def visiting_order(args: Any) -> Callable[..., np.ndarray]:
     return visit
 
 
-class Result(Protocol):
-    """What a step returns: read when the run needs to know."""
-
-    def floats(self) -> tuple[float, float, bool]:
-        """Waits for the device: (loss, grad_norm, skipped)."""
-        ...
-
-
-class Step(Protocol):
-    """A `TrainStep`, or what a trainer makes of another of the backend's steps."""
-
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> Result: ...
-
-    def state(self) -> dict[str, np.ndarray]: ...
-
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
-
-
 Metrics = Mapping[str, float]
 
 
@@ -137,6 +119,7 @@ class SavedState(Schema):
     log_history: list[dict[str, Any]] = Field(default_factory=list)
     best_metric: float | None = None
     best_global_step: Count | None = None
+    best_model_checkpoint: str | None = None
     num_input_tokens_seen: Count = 0
 
 
@@ -155,23 +138,40 @@ def deciding(args: Any) -> dict[str, Any]:
     return plain | {"optim": _OPTIMIZERS.get(str(plain.get("optim")), plain.get("optim"))}
 
 
-@dataclass
-class TrainerRun:
-    """One `train()`. make_step: the step that is trained by; measure: what else is logged of a step, a dict a micro-batch;
-    evaluate: measures and announces; sync: writes what is trained into the module."""
+class Owner(Protocol):
+    """The trainer whose run it is; a subclass' own `log`, `evaluate` and `save_model` are called."""
 
     args: Any
-    model: Model
-    backend: Backend
-    make_step: Callable[[OptimizerOptions], Step]
-    measure: Callable[[Any], Sequence[Metrics]]
-    windows: WindowStream
     state: TrainerState
     control: TrainerControl
-    handler: CallbackHandler
-    evaluate: Callable[[], Metrics] | None
-    sync: Callable[[], None]
-    tokenizer: Any
+    callback_handler: CallbackHandler
+    processing_class: Any
+
+    @property
+    def held_out(self) -> Any: ...
+
+    def evaluate(self) -> Metrics: ...
+
+    def log(self, logs: dict[str, float]) -> None: ...
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+
+    def saves_itself(self) -> bool: ...
+
+    def measure(self, result: Any) -> Sequence[Metrics]:
+        """What is logged of a step's result beside its loss: a dict a micro-batch."""
+        ...
+
+
+@dataclass
+class TrainerRun:
+    """One `train()`. weights: what is trained, and the step that trains it; base_model: what checkpoints call the base."""
+
+    owner: Owner
+    model: Model
+    backend: Backend
+    weights: SharedWeights
+    windows: WindowStream
     base_model: str
     fingerprints: Fingerprints
     resume_anyway: Collection[str] = ()
@@ -184,6 +184,14 @@ class TrainerRun:
     _logged: int = 0
 
     @property
+    def args(self) -> Any:
+        return self.owner.args
+
+    @property
+    def state(self) -> TrainerState:
+        return self.owner.state
+
+    @property
     def output(self) -> Path:
         return Path(self.args.output_dir)
 
@@ -193,21 +201,18 @@ class TrainerRun:
         state.max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         state.num_train_epochs = math.ceil(state.max_steps / per_epoch)
         state.compute_steps(args, state.max_steps)
-        rate_of = learning_rates(args, state.max_steps)
-        step_function = self.make_step(optimizer_options(args, self.model.options.dtype))
+        self.rate_of = learning_rates(args, state.max_steps)
         if resume is not None:
-            self._resume(resume, step_function)
+            self._resume(resume)
         first, start = state.global_step, time.perf_counter()
         self._logged, self._begun = first, (start, state.num_input_tokens_seen)
         self._tell("on_train_begin")
-        if args.eval_on_start and self.evaluate is not None:
-            self._decide(self.evaluate())
-        while state.global_step < state.max_steps and not self.control.should_training_stop:
-            self._epoch(step_function, rate_of)
+        if args.eval_on_start and self.owner.held_out:
+            self.owner.evaluate()  # as in transformers, it is no candidate for the best
+        while state.global_step < state.max_steps and not self.owner.control.should_training_stop:
+            self._epoch()
         self._settle()
-        if args.load_best_model_at_end and state.best_global_step:
-            self.model.load_trainable(read_adapter(self.output / f"checkpoint-{state.best_global_step}")[1])
-        self.sync()
+        self._load_best()
         done, seconds = state.global_step - first, time.perf_counter() - start
         loss = self._all_losses / max(done, 1)
         samples = sum(len(self.windows.rows_of(step)) for step in range(first, state.global_step)) // self.windows.together
@@ -218,51 +223,58 @@ class TrainerRun:
             "train_tokens": float(state.num_input_tokens_seen),
             "train_loss": loss,
         }
-        self.log(metrics)
+        self.owner.log(metrics)
         self._tell("on_train_end")
         return state.global_step, loss, metrics | {"epoch": state.epoch or 0.0}
 
-    def _epoch(self, step_function: Step, rate_of: Callable[[int], float]) -> None:
+    def _epoch(self) -> None:
         state, per_epoch = self.state, self.windows.steps_per_epoch
         self._tell("on_epoch_begin")
         for _ in range(per_epoch - state.global_step % per_epoch):
             self._tell("on_step_begin")
             step, window = state.global_step, self.windows.window(state.global_step)
-            rate = rate_of(step)
-            self._pending.append(step_function(window, learning_rate=rate, step=step, seed=self.args.seed))
+            for _ in range(len(window.input_ids) - 1):
+                self._tell("on_substep_end")
             self._tell("on_pre_optimizer_step")
+            self.weights.to_backend()
+            rate = self.rate_of(step)
+            self._pending.append(self.weights.step(window, learning_rate=rate, step=step, seed=self.args.seed))
+            self.weights.stepped()
             self._tell("on_optimizer_step")
             state.global_step, state.epoch = step + 1, self._epochs(step + 1)
             state.num_input_tokens_seen += window.tokens
             self._tell("on_step_end")
-            self._act(step_function, rate)
-            if self.control.should_epoch_stop or self.control.should_training_stop:
+            self._act(rate)
+            if self.owner.control.should_epoch_stop or self.owner.control.should_training_stop:
                 break
         self._tell("on_epoch_end")
-        self._act(step_function, rate)
+        self._act(self.rate_of(max(state.global_step - 1, 0)))
+
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+        return self.rate_of(self.state.global_step)
 
     def _epochs(self, steps: int) -> float:
         """How many epochs these steps are, counted in micro-batches, as transformers does."""
         whole, rest = divmod(steps, self.windows.steps_per_epoch)
         return whole + rest * self.windows.accumulation / self.windows.batches_per_epoch
 
-    def _act(self, step_function: Step, rate: float) -> None:
+    def _act(self, rate: float) -> None:
         """Logs, evaluates and saves, where the flow or a callback asked for it."""
-        state, control = self.state, self.control
-        if control.should_log and state.global_step > self._logged:
+        state, owner = self.state, self.owner
+        if owner.control.should_log and state.global_step > self._logged:
             self._settle()
             own = {"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": rate}
-            self.log(own | means(self._measured) | {"num_tokens": float(state.num_input_tokens_seen)})
+            owner.log(own | means(self._measured) | {"num_tokens": float(state.num_input_tokens_seen)})
             self._losses, self._measured, self._logged = [], [], state.global_step
-        if control.should_evaluate and self.evaluate is not None:
+        if owner.control.should_evaluate and owner.held_out:
             self._settle()
-            self.sync()
-            improved = self._decide(self.evaluate())
+            improved = self._decide(owner.evaluate())
             if self.args.save_strategy == _SAVE_BEST:
-                self.control.should_save = improved
-        if self.control.should_save:
+                owner.control.should_save = improved
+        if owner.control.should_save:
             self._settle()
-            self._save(step_function)
+            self._save()
             self._tell("on_save")
 
     def _settle(self) -> None:
@@ -278,7 +290,7 @@ class TrainerRun:
                     "from before it are whole"
                 )
             self._losses.append(loss)
-            self._measured.extend(self.measure(result))
+            self._measured.extend(self.owner.measure(result))
             self._all_losses += loss
         self._pending = []
 
@@ -296,11 +308,14 @@ class TrainerRun:
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
         return improved
 
-    def _save(self, step_function: Step) -> None:
+    def _save(self) -> None:
         state = self.state
         if state.best_global_step:
-            state.best_model_checkpoint = str(self.output / f"checkpoint-{state.best_global_step}")
-        optimizer = step_function.state() if not self.args.save_only_model else {}
+            best = self.output / f"checkpoint-{state.best_global_step}"
+            if state.best_global_step == state.global_step or best.is_dir():
+                state.best_model_checkpoint = str(best)
+        self.weights.to_backend()
+        optimizer = self.weights.step.state() if not self.args.save_only_model else {}
         if state.is_world_process_zero:
             self.output.mkdir(parents=True, exist_ok=True)
             with whole_folder(self.output / f"checkpoint-{state.global_step}", overwrite=True) as folder:
@@ -309,12 +324,28 @@ class TrainerRun:
                     save_file({name: np.asarray(value) for name, value in optimizer.items()}, folder / STATE)
                 self.fingerprints.write(folder)
                 state.save_to_json(str(folder / TRAINER_STATE))
-                self.tokenizer.save_pretrained(str(folder))
+                self.owner.processing_class.save_pretrained(str(folder))
+                if self.owner.saves_itself():
+                    self.weights.to_module()
+                    self.owner.save_model(str(folder), _internal_call=True)
             if self.args.save_total_limit:
                 prune(self.output, self.args.save_total_limit, state.best_global_step)
         self.backend.barrier()
 
-    def _resume(self, folder: Path, step_function: Step) -> None:
+    def _load_best(self) -> None:
+        """The weights of the best checkpoint, where args ask for it."""
+        if not self.args.load_best_model_at_end:
+            return
+        folder = self.state.best_model_checkpoint
+        if folder is None or not Path(folder).is_dir():
+            why = "has no checkpoint" if folder is None else f"had its checkpoint in {folder}, which is gone"
+            warn_once(f"load_best_model_at_end: the best evaluation {why}; the weights stay the last step's")
+            return
+        self.weights.to_backend()
+        self.model.load_trainable(read_adapter(Path(folder))[1])
+        self.weights.stepped()
+
+    def _resume(self, folder: Path) -> None:
         if not (folder / STATE).is_file():
             raise CheckpointError(f"{folder} holds no {STATE} (save_only_model?), so the run can't go on from it")
         refuse_links(folder.parent)
@@ -325,22 +356,24 @@ class TrainerRun:
         check_values(adapter, trainable_shapes(self.model.spec), str(folder))
         check_fingerprints(folder, self.fingerprints, self.resume_anyway, "train(…, resume_anyway=[{kind!r}])")
         self.model.load_trainable(adapter)
-        step_function.load_state(optimizer)
+        self.weights.stepped()
+        self.weights.step.load_state(optimizer)
         for name in SavedState.model_fields:
             setattr(self.state, name, getattr(saved, name))
+        best = self.state.best_model_checkpoint
+        if best is not None and not Path(best).is_dir():
+            warn_once(f"the best checkpoint of the resumed run, {best}, is gone; it is no candidate for the best any more")
+            self.state.best_model_checkpoint = None
 
-    def log(self, logs: dict[str, float]) -> None:
-        if self.state.epoch is not None:
-            logs["epoch"] = self.state.epoch
-        if self.args.include_num_input_tokens_seen != "no":
-            (start, before), seen = self._begun, self.state.num_input_tokens_seen
-            speed = round((seen - before) / (time.perf_counter() - start), 3)
-            logs |= {"num_input_tokens_seen": seen, "train_tokens_per_second": speed}
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.control = self.handler.on_log(self.args, self.state, self.control, logs)
+    def tokens_seen(self) -> dict[str, float]:
+        """What include_num_input_tokens_seen adds to a log."""
+        (start, before), seen = self._begun, self.state.num_input_tokens_seen
+        speed = round((seen - before) / (time.perf_counter() - start), 3)
+        return {"num_input_tokens_seen": seen, "train_tokens_per_second": speed}
 
     def _tell(self, event: str) -> None:
-        self.control = getattr(self.handler, event)(self.args, self.state, self.control)
+        handler: Any = self.owner.callback_handler
+        self.owner.control = getattr(handler, event)(self.args, self.state, self.owner.control)
 
 
 def checkpoint_to_resume(args: Any, asked: bool | str | None) -> Path | None:

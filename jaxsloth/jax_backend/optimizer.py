@@ -61,10 +61,15 @@ class AdamW:
         return jax.tree_util.tree_map_with_path(apply, parameters, updates), adam
 
     def step(
-        self, parameters: Any, state: OptimizerState, gradients: Any, learning_rate: Any
+        self, parameters: Any, state: OptimizerState, gradients: Any, learning_rate: Any, frozen: Any = None
     ) -> tuple[Any, OptimizerState, Any, Any]:
-        """(new parameters, new state, gradient norm before clipping, skipped): gradients are those of the scaled loss."""
+        """(new parameters, new state, gradient norm before clipping, skipped): gradients are those of the scaled loss.
+
+        frozen: a tree like the parameters, not 0 where they stay as they are (it broadcasts); None: nowhere.
+        """
         options = self.options
+        if frozen is not None:
+            gradients = jax.tree.map(lambda mask, g: jnp.where(mask != 0, 0, g), frozen, gradients)
         if options.loss_scaling:
             gradients = jax.tree.map(lambda g: g / state.loss_scale, gradients)
         norm = optax.global_norm(gradients)
@@ -73,6 +78,8 @@ class AdamW:
             factor = jnp.minimum(options.max_grad_norm / (norm + 1e-6), 1.0)
             gradients = jax.tree.map(lambda g: g * factor, gradients)
         new, adam = self._update(parameters, state.adam, gradients, learning_rate)
+        if frozen is not None:
+            new = jax.tree.map(lambda mask, old, own: jnp.where(mask != 0, old, own), frozen, parameters, new)
         after = OptimizerState(adam, state.loss_scale, state.good_steps)
         if not options.loss_scaling:
             return new, after, norm, jnp.bool_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from jaxsloth.jax_backend.run import DropoutKey
 from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.kernels.dropout.contract import module_word, step_words
 from jaxsloth.kernels.embedding_noise.xla_ops import embedding_noise
-from jaxsloth.models.names import EMBEDDING
+from jaxsloth.models.names import EMBEDDING, trainable_shapes
 
 
 def summed_loss(
@@ -86,6 +86,12 @@ class WindowStep(ABC):
         self._model, self._optimizer = model, make_optimizer(options, model.options.implementations)
         self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
         self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
+        self._frozen: Any = None
+
+    def freeze(self, names: Collection[str]) -> None:
+        shapes = trainable_shapes(self._model.spec)
+        masks = {name: np.full((1,) * len(shape), name in names, np.float32) for name, shape in shapes.items()}
+        self._frozen = self._model.stack(masks) if names else None
 
     @abstractmethod
     def _total(self, trained: Any, frozen: Any, rates: Any, batch: Any, words: Any, plan: Plan) -> tuple[Any, Any]:
@@ -99,6 +105,7 @@ class WindowStep(ABC):
         frequencies: Any,
         scalars: Any,
         window: Any,
+        kept: Any,
         ropes: Any,
         plan: Plan,
     ) -> tuple[Any, OptimizerState, tuple[Any, Any, Any, Any], Any]:
@@ -124,7 +131,7 @@ class WindowStep(ABC):
 
         run = placement.over_devices(share, replicated=5, sharded_axis=1)
         (loss, gradients), known = run(trained, frozen, frequencies, scalars, state.loss_scale, *window)
-        trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"])
+        trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"], kept)
         together = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
         return trained, state, (loss, norm, skipped, together), known
 
@@ -147,7 +154,7 @@ class WindowStep(ABC):
         put = tuple(placement.put_batch(array, 1) for array in arrays)
         with model.compiles():
             model.trained, self._state, result, known = self._run(
-                model.trained, self._state, model.frozen, frequencies, scalars, put, ropes=ropes, plan=plan
+                model.trained, self._state, model.frozen, frequencies, scalars, put, self._frozen, ropes=ropes, plan=plan
             )
         return result, known
 

@@ -15,6 +15,7 @@ from jaxsloth.models.names import FINAL_NORM, linears, norms
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.transforms import SAVEABLE
 
+LAYERS = "model.layers"
 _ONLY = (
     "of PEFT's methods only LoRA on the linear layers of the blocks, their biases, and modules_to_save of the embedding and "
     "the head, are trained through this model"
@@ -23,6 +24,10 @@ _ONLY = (
 
 class PeftFeatureError(ValueError):
     """PEFT did something to the model that its backend can't compute."""
+
+
+class RowAdaptersError(PeftFeatureError):
+    """PEFT was given an adapter for every row."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,27 @@ def active_parts(root: nn.Module, spec: ModelSpec) -> Active:
     active then, so they are as they were trained even where no adapter is.
 
     Raises:
-        PeftFeatureError: a layer was wrapped by something else than plain LoRA, or something of the base is to be trained,
-            was written or has hooks, which would never be called.
+        PeftFeatureError: a layer was wrapped by something else than plain LoRA, replaced or moved; something of the base is to
+            be trained or was written; anything has hooks or a forward of its own, which would never be called.
     """
+    try:
+        return _found(root, spec)
+    except RowAdaptersError:
+        _drop_row_adapters(root)
+        raise
+
+
+def _found(root: nn.Module, spec: ModelSpec) -> Active:
     norm_names = [name for index in range(len(spec.layers)) for name in norms(spec, index)]
     find = _Finder(root)
     for name in (FINAL_NORM, *norm_names):
         _check_leaf(name, find(name))
+    count = len(find(LAYERS)._modules)
+    if count != len(spec.layers):
+        raise PeftFeatureError(
+            f"{LAYERS} must have the {len(spec.layers)} layers that the backend computes, and it has {count} "
+            "(layer_replication, or a list that was cut or prolonged); load a checkpoint of that depth"
+        )
     saved = {f"{name}.weight": _saved(name, find(name)) for name in SAVEABLE}
     whole = {name: weight for name, weight in saved.items() if weight is not None}
     found: dict[str, Adapter] = {}
@@ -99,8 +118,24 @@ class _Finder:
     def __call__(self, name: str) -> Any:
         owner, _, own = name.rpartition(".")
         if owner not in self._owners:
-            self._owners[owner] = self(owner)._modules
-        return self._owners[owner][own]
+            module = self(owner)
+            self._check(owner, module)
+            self._owners[owner] = module._modules
+        found = self._owners[owner].get(own)
+        if found is None:
+            raise PeftFeatureError(
+                f"{name} is not in the model any more (a block, or a list of them, was replaced or cut); the backend computes "
+                "all of the checkpoint's layers as they are"
+            )
+        return found
+
+    def _check(self, name: str, module: Any) -> None:
+        if "." in name and type(module) not in (nn.Module, nn.ModuleList):
+            raise PeftFeatureError(
+                f"{name} was replaced by a {type(module).__name__}, which would never be called; the backend computes all of "
+                "the checkpoint's layers as they are"
+            )
+        _check_hooks(name, module)
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
@@ -108,6 +143,11 @@ def _check_leaf(name: str, leaf: Any) -> None:
         raise PeftFeatureError(
             f"{name} was replaced by a {type(leaf).__name__} (modules_to_save, trainable_token_indices, or a target that is no "
             f"linear layer of a block); {_ONLY}"
+        )
+    if leaf.called != name:
+        raise PeftFeatureError(
+            f"{name} is {leaf.called}, which was put in its place (layers swapped or shared); the backend computes all of the "
+            "checkpoint's layers as they are"
         )
     for part, parameter in leaf._parameters.items():
         if parameter is None or (part == "bias" and _is_own(parameter)):
@@ -122,16 +162,62 @@ def _check_leaf(name: str, leaf: Any) -> None:
     _check_hooks(name, leaf)
 
 
+def _drop_row_adapters(root: nn.Module) -> None:
+    """Removes the hooks that PEFT leaves where the pass that they were for fails: every later pass would find them."""
+    for module in root.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if _name_of(hook) == _ROW_ADAPTERS]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _name_of(hook: Any) -> str:
+    inner = getattr(hook, "func", hook)  # PEFT's are partial functions
+    return getattr(inner, "__qualname__", repr(inner))
+
+
+_ROW_ADAPTERS = "_adapter_names_pre_forward_hook"
+# torch's dicts of what runs when a module is called, or its gradient comes.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _check_hooks(name: str, module: Any) -> None:
-    if not module._forward_hooks and not module._forward_pre_hooks:
+    """That nothing was put around a module's forward, which is never called."""
+    own = module.__dict__
+    if "forward" in own:
+        raise PeftFeatureError(f"{name}.forward was replaced, and would never be called, since no module runs by itself")
+    if not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]):
         return
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    foreign = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
-    if foreign:
-        raise PeftFeatureError(
-            f"{name} has a forward hook ({getattr(foreign[0], '__qualname__', foreign[0])}), which would never be called, "
-            "since no module runs by itself; switch off what set it (neftune_noise_alpha does)"
-        )
+    for hook in (hook for kind in _HOOKS for hook in own[kind].values()):
+        called = _name_of(hook)
+        if called == _ROW_ADAPTERS:
+            raise RowAdaptersError(
+                "adapter_names (an adapter for every row) and alora_offsets are not supported; run each adapter's rows by "
+                "themselves, with set_adapter"
+            )
+        if called.rpartition(".")[2] != "make_inputs_require_grads":
+            raise PeftFeatureError(
+                f"{name} has a hook ({called}), which would never be called, since no module runs by itself; remove it, and "
+                "switch off what set it (neftune_noise_alpha does)"
+            )
+
+
+def check_wrappers(model: nn.Module, root: nn.Module) -> None:
+    """That no hooks are on what stands around the blocks: a native trainer calls none of it.
+
+    Raises:
+        PeftFeatureError: names the module.
+    """
+    for name, module in model.named_modules():
+        if any(inner is root for inner in module.modules()):
+            for kind in _HOOKS:
+                if module.__dict__[kind]:
+                    raise PeftFeatureError(
+                        f"{name or type(module).__name__} has a hook, which this trainer would never call: its steps are the "
+                        "backend's own. Remove it, or train with TRL's trainer, which drives this module unchanged"
+                    )
+        if module is root:
+            return
 
 
 def _saved(name: str, module: Any) -> nn.Parameter | None:
@@ -156,6 +242,7 @@ def _saved(name: str, module: Any) -> nn.Parameter | None:
 
 
 def _active(name: str, lora: Any) -> Adapter | None:
+    _check_hooks(name, lora)
     if lora.merged:
         raise PeftFeatureError(f"{name}: its adapter is merged, but the base weights are not in torch; call unmerge_adapter()")
     if lora.disable_adapters:
@@ -174,7 +261,15 @@ def _active(name: str, lora: Any) -> Adapter | None:
     if lora.lora_bias.get(chosen):
         raise PeftFeatureError(f"{name}: lora_bias=True is not supported; use lora_bias=False")
     dropout = parts["lora_dropout"]._modules[chosen]
-    rate = dropout.p if lora.training and isinstance(dropout, nn.Dropout) else 0.0
+    for part, module, plain in (
+        ("lora_A", of_a[chosen], nn.Linear),
+        ("lora_B", of_b[chosen], nn.Linear),
+        ("lora_dropout", dropout, type(dropout) if type(dropout) in (nn.Dropout, nn.Identity) else nn.Dropout),
+    ):
+        if type(module) is not plain:
+            raise PeftFeatureError(f"{name}.{part}.{chosen} was replaced by a {type(module).__name__}; {_ONLY}")
+        _check_hooks(f"{name}.{part}.{chosen}", module)
+    rate = dropout.p if lora.training and type(dropout) is nn.Dropout else 0.0
     a, b = of_a[chosen]._parameters["weight"], of_b[chosen]._parameters["weight"]
     return Adapter(a, b, lora.scaling[chosen], rate)
 

@@ -10,15 +10,16 @@ import torch
 from torch import nn
 
 from jaxsloth.frontend.module.placeholders import Placeholders, SharedWeight
-from jaxsloth.models.names import EMBEDDING, FINAL_NORM, linears, norms
+from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD, linears, norms
 from jaxsloth.models.spec import ModelSpec
 
 
 class Hollow(nn.Module):
     """A module that can't be run, moved or cast: its weights are elsewhere. shared: its weight is the backend's own memory.
-    whole: makes the module that is trained in its place, where one can be."""
+    whole: makes the module that is trained in its place, where one can be. called: the layer that it stands for."""
 
     shared = False
+    called = ""
     whole: Callable[[], nn.Module] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hollow:
@@ -73,22 +74,27 @@ class HollowNorm(Hollow):
 
 def fill(backbone: nn.Module, spec: ModelSpec, hollow: Placeholders) -> None:
     """Adds to `backbone` what Hugging Face calls ``model``: embedding, blocks and norm, all hollow."""
-    prefix, _, embedding = EMBEDDING.partition(".")
-    backbone.add_module(embedding, HollowEmbedding(hollow.parameter(f"{EMBEDDING}.weight", spec.embedding.vocab, spec.hidden)))
+    prefix = EMBEDDING.partition(".")[0]
+
+    def put(name: str, leaf: Hollow) -> None:
+        leaf.called = name
+        _put(backbone, name.removeprefix(f"{prefix}."), leaf)
+
+    put(EMBEDDING, HollowEmbedding(hollow.parameter(f"{EMBEDDING}.weight", spec.embedding.vocab, spec.hidden)))
     backbone.add_module("layers", nn.ModuleList(nn.Module() for _ in spec.layers))
     for linear in linears(spec):
         weight = hollow.parameter(f"{linear.name}.weight", linear.out_features, linear.in_features)
         bias = hollow.bias(f"{linear.name}.bias", linear.out_features) if linear.bias else None
-        _put(backbone, linear.name.removeprefix(f"{prefix}."), HollowLinear(weight, bias))
+        put(linear.name, HollowLinear(weight, bias))
     widths = {name: width for index in range(len(spec.layers)) for name, (_, width) in norms(spec, index).items()}
     for name, width in {**widths, FINAL_NORM: spec.hidden}.items():
-        _put(backbone, name.removeprefix(f"{prefix}."), HollowNorm(hollow.parameter(f"{name}.weight", width)))
+        put(name, HollowNorm(hollow.parameter(f"{name}.weight", width)))
 
 
 def head(weight: torch.Tensor) -> HollowLinear:
     """The output layer over the backend's own memory: trainers that fuse the loss with the head read its weight."""
     layer = HollowLinear(SharedWeight(weight, requires_grad=False))
-    layer.shared = True
+    layer.shared, layer.called = True, LM_HEAD
     return layer
 
 

@@ -1,0 +1,205 @@
+"""What scripts ask of a trainer beside train(): there as in transformers and TRL, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from transformers import Trainer
+
+from jaxsloth import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from jaxsloth.frontend import arguments
+from jaxsloth.frontend.saving import HubError
+from jaxsloth.frontend.trainer_surface import _OF_TRL, ABSENT, NotHereError
+from tests.support.modules import BACKENDS, TRAINING
+from tests.support.native import native_model
+from tests.support.tiny import WORDS, write_checkpoint
+
+both = pytest.mark.parametrize("backend", BACKENDS)
+SETTINGS: dict[str, Any] = {**TRAINING, "max_steps": 2, "learning_rate": 5e-3, "max_length": 48}
+ROWS = Dataset.from_list([{"text": " ".join(WORDS[n % 5 : n % 5 + 2 + n % 7])} for n in range(7)])
+PAIRS = Dataset.from_list([{"prompt": "say ", "chosen": WORDS[n], "rejected": WORDS[n + 1]} for n in range(7)])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(write_checkpoint(tmp_path_factory.mktemp("surface") / "model", num_hidden_layers=2))
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(arguments, "_said", set())
+
+
+def made(checkpoint: str, folder: Path, backend: str = "torch", kind: Any = SFTTrainer, **more: Any) -> Any:
+    model, tokenizer = native_model(checkpoint, backend, target_modules=["q_proj", "down_proj"])
+    preferring = issubclass(kind, DPOTrainer)
+    args = (DPOConfig if preferring else SFTConfig)(str(folder), **SETTINGS | more.pop("settings", {}))
+    return kind(model, args=args, train_dataset=PAIRS if preferring else ROWS, processing_class=tokenizer, **more)
+
+
+def public(*kinds: type[Any]) -> set[str]:
+    return {name for kind in kinds for name in dir(kind) if not name.startswith("_")}
+
+
+# What transformers' and TRL's trainers set on themselves.
+ATTRIBUTES = {
+    *("args", "model", "model_wrapped", "state", "control", "callback_handler", "processing_class", "train_dataset"),
+    *("eval_dataset", "compute_metrics", "optimizer", "lr_scheduler", "accelerator", "hub_model_id", "is_in_train"),
+    *("compute_loss_func", "model_init", "is_model_parallel", "is_deepspeed_enabled", "is_fsdp_enabled", "label_smoother"),
+    *("data_collator", "preprocess_logits_for_metrics", "optimizer_cls_and_kwargs", "current_flos", "label_names"),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(SFTTrainer, trl.SFTTrainer), (DPOTrainer, trl.DPOTrainer)])
+def test_every_public_name_of_trls_trainer_is_had_or_refused_with_a_reason(ours, theirs, checkpoint, tmp_path):
+    trainer = made(checkpoint, tmp_path, kind=ours)
+    names = public(theirs) | ATTRIBUTES
+    had = set()
+    for name in names:
+        try:
+            getattr(trainer, name)
+        except NotHereError as error:
+            assert f"{ours.__name__} has no {name}: " in str(error) and "TRL's trainer drives this module" in str(error)
+            assert name in ABSENT and not hasattr(trainer, name)
+        else:
+            had.add(name)
+    assert had == names - set(ABSENT)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing_of_the_kind'") as caught:
+        trainer.nothing_of_the_kind  # noqa: B018
+    assert type(caught.value) is AttributeError
+    # Whatever only TRL's have of their own, and a subclass could think of having.
+    own = {name for kind in theirs.__mro__ if kind.__module__.startswith("trl") for name in vars(kind)}
+    own = {name for name in own if callable(getattr(theirs, name)) and not name.startswith("__")}
+    assert own <= set(dir(Trainer)) | _OF_TRL | {"_send_telemetry", "_reject_skip_prepare_without_labels"}
+
+
+METHODS = ("compute_loss", "training_step", "create_optimizer", "create_scheduler", "get_train_dataloader")
+MORE = ("prediction_step", "evaluation_loop", "_get_train_sampler", "_save_checkpoint", "_prepare_dataset", "optimizer_step")
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, DPOTrainer])
+@pytest.mark.parametrize("name", (*METHODS, *MORE))
+def test_a_method_that_would_never_be_called_is_refused(name, kind, checkpoint, tmp_path):
+    class Mixin:
+        pass
+
+    setattr(Mixin, name, lambda self, *arguments, **settings: None)
+    own = type("Mine", (Mixin, kind), {})
+    if name == "optimizer_step":  # nobody's but the user's
+        assert made(checkpoint, tmp_path, kind=own).optimizer_step() is None
+        return
+    with pytest.raises(ValueError, match=rf"Mine has its own {name}, which would never be called.*TRL's trainer"):
+        made(checkpoint, tmp_path, kind=own)
+    trainer = made(checkpoint, tmp_path, kind=kind)
+    setattr(trainer, name, lambda *arguments: None)
+    with pytest.raises(ValueError, match=f"has its own {name}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("compute_loss_func", lambda *outputs: 0),
+        ("optimizers", (1, None)),
+        ("model_init", lambda: None),
+        ("optimizer_cls_and_kwargs", (torch.optim.SGD, {})),
+    ],
+)
+def test_arguments_that_would_have_no_effect_are_refused(name, value, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=rf"SFTTrainer can't take {name}="):
+        made(checkpoint, tmp_path, **{name: value})
+
+
+@both
+@pytest.mark.parametrize("kind", [SFTTrainer, DPOTrainer])
+def test_methods_of_a_subclass_are_called(kind, backend, checkpoint, tmp_path):
+    """log, evaluate and save_model; what the module holds there is what was trained up to then."""
+    calls: list[str] = []
+    seen: list[torch.Tensor] = []
+
+    class Mine(kind):
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            calls.append("log")
+            super().log(logs | {"mine": 1.0}, start_time)
+
+        def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
+            calls.append("evaluate")
+            return super().evaluate(*arguments, **settings)
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            calls.append("save_model")
+            seen.append(next(own.detach().clone() for name, own in self.model.named_parameters() if "lora_B" in name))
+            (Path(str(output_dir)) / "mine.txt").write_text("mine", encoding="utf-8")
+
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    data = (PAIRS if kind is DPOTrainer else ROWS).select(range(2))
+    trainer = made(checkpoint, tmp_path, backend, Mine, settings=settings, eval_dataset=data)
+    trainer.train()
+    assert calls == ["log", "save_model", "log", "evaluate", "log", "save_model", "log"]
+    assert all(entry["mine"] == 1.0 for entry in trainer.state.log_history)
+    assert (tmp_path / "checkpoint-2" / "mine.txt").is_file() and (tmp_path / "checkpoint-2" / "state.safetensors").is_file()
+    assert seen[0].any() and not torch.equal(seen[0], seen[1])
+    last = next(own for name, own in trainer.model.named_parameters() if "lora_B" in name)
+    assert torch.equal(seen[1], last)
+
+
+@both
+def test_metrics_batches_and_predictions(backend, checkpoint, tmp_path, capsys):
+    trainer = made(checkpoint, tmp_path, backend, eval_dataset=ROWS.select(range(3)), compute_metrics=lambda seen: {"one": 1.0})
+    loader = trainer.get_train_dataloader()
+    batches = list(loader)
+    assert len(loader) == len(batches) == 4 and trainer.num_examples(loader) == 7
+    losses = [float(trainer.model(**batch).loss) for batch in batches[:2]]
+    done = trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(losses[0], abs=1e-5)
+    assert trainer.get_learning_rates() == [0.0] and trainer.is_world_process_zero() and trainer.is_local_process_zero()
+    trained = sum(own.numel() for own in trainer.model.parameters() if own.requires_grad)
+    assert trainer.get_num_trainable_parameters() == trained > 0
+    trainer.log_metrics("train", done.metrics)
+    assert "***** train metrics *****" in capsys.readouterr().out
+    trainer.save_metrics("train", done.metrics)
+    trainer.save_state()
+    assert json.loads((tmp_path / "train_results.json").read_text())["train_loss"] == done.training_loss
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+    evaluated = trainer.evaluate()
+    found = trainer.predict(ROWS.select(range(3)))
+    assert found.metrics["test_loss"] == pytest.approx(evaluated["eval_loss"], abs=1e-6) and found.metrics["test_one"] == 1.0
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        logits = trainer.model(input_ids=batch["input_ids"]).logits.numpy()
+    assert np.abs(found.predictions[:2, : logits.shape[1]][0, 0] - logits[0, 0]).max() < 1e-5
+    assert found.label_ids.shape[0] == 3
+
+
+def test_cards_and_the_hub(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    trainer = made(checkpoint, tmp_path / "tuned")
+    assert trainer.hub_model_id == "tuned"
+    trainer.create_model_card(model_name="Tuned", dataset_name="poems", tags=["small"])
+    card = (tmp_path / "tuned" / "README.md").read_text(encoding="utf-8")
+    assert "model_name: Tuned" in card and "- poems" in card and "- small" in card and "- jaxsloth" in card
+    with pytest.raises(HubError, match="tuned could not be written on the Hugging Face hub"):
+        trainer.push_to_hub()
+
+
+def test_data_given_later_is_trained(checkpoint, tmp_path):
+    trainer = made(checkpoint, tmp_path)
+    trainer.train_dataset = ROWS.select(range(2))
+    trainer.eval_dataset = ROWS.select(range(1))
+    assert len(trainer.train_dataset) == 2 and len(trainer.get_train_dataloader()) == 1 and "eval_loss" in trainer.evaluate()
+
+
+def test_a_hook_around_the_blocks_is_refused_by_training(checkpoint, tmp_path):
+    trainer = made(checkpoint, tmp_path)
+    trainer.model.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(ValueError, match="has a hook, which this trainer would never call"):
+        trainer.train()
