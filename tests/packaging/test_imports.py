@@ -108,6 +108,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ),
     ("jaxsloth/parity/*.py", FREE, (), set()),
     ("jaxsloth/frontend/adapters.py", NUMBERS | {"torch"}, ("*",), set()),
+    ("jaxsloth/frontend/shared_weights.py", NUMBERS | {"torch", "transformers"}, ("*",), set()),
+    ("jaxsloth/frontend/trainer_surface.py", {"torch", "transformers"}, ("*",), {"huggingface_hub"}),
     ("jaxsloth/frontend/decoding.py", NUMBERS | {"torch", "transformers"}, ("*",), set()),
     ("jaxsloth/frontend/language_model.py", {"torch"}, ("*",), set()),
     ("jaxsloth/frontend/peft_models.py", {"peft"}, ("*",), set()),
