@@ -42,6 +42,7 @@ LOAD_WORKS: dict[str, Any] = {
 }
 LOAD_REFUSED: dict[str, Any] = {
     "load_in_8bit": True,
+    "quantization_config": {"load_in_4bit": True},
     "load_in_fp8": True,
     "full_finetuning": True,
     "auto_model": object,

@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -216,17 +217,19 @@ def test_scaling_rank_and_checkpointing_settings(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_is_drawn_from_torchs_seed(backend):
-    ours = adapted(our_base(backend), lora_dropout=0.3)
+    ours, theirs = pair(backend, lora_dropout=0.3)
     still = ours(**batch()).loss
-    ours.train()
+    ours.train(), theirs.train()
 
-    def loss(seed: int) -> torch.Tensor:
+    def loss(seed: int, model: Any = ours) -> torch.Tensor:
         torch.manual_seed(seed)
-        return ours(**batch()).loss
+        return model(**batch()).loss
 
     first = loss(1)
     assert first.item() == loss(1).item() != loss(2).item()
-    assert abs(torch.stack([loss(seed).detach() for seed in range(40)]).mean() - still.detach()) < 0.1
+    # The draws are others than PEFT's, and so much dropout raises the loss by as much as PEFT's does (0.14, ± 0.012 each).
+    mine, judge = (np.mean([loss(seed, model).item() for seed in range(40)]) - still.item() for model in (ours, theirs))
+    assert 0.08 < judge < 0.2 and abs(mine - judge) < 0.06
     # The gradient is that of the very mask: a small step along it lowers the loss of the same draw by its squared norm.
     first.backward()
     trained = [p for p in ours.parameters() if p.requires_grad]

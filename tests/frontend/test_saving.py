@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxsloth import FastLanguageModel
 from jaxsloth.convert.files import ExistsError
-from jaxsloth.frontend.saving import HubError, _shard_bytes
+from jaxsloth.frontend.saving import HubError
 from tests.support.modules import BACKENDS, adapted, batch
 from tests.support.tiny import write_checkpoint
 
@@ -105,8 +105,8 @@ def test_wrong_arguments(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="only safetensors are written"):
         model.save_pretrained_merged(tmp_path / "x", safe_serialization=False)
     with pytest.raises(ValueError, match="must look like '5GB'"):
-        _shard_bytes("much")
-    assert _shard_bytes("1.5GB") == 1_500_000_000 and _shard_bytes("2GiB") == 2 << 30
+        parse_size("much")
+    assert parse_size("1.5GB") == 1_500_000_000 and parse_size("2GiB") == 2 << 30
     assert not (tmp_path / "x").exists()
 
 
