@@ -193,12 +193,17 @@ class Linear(nnx.Module):
             self.bias = bias if isinstance(bias, Trained) else Frozen(bias)
         # Where only some blocks of the stack have an adapter, the others' are zero, and gradients keep them so.
         self.adapted = lora is not None and any(name in lora.modules for name in names)
-        self.scale, self.rank, self.dropout = 1.0, 0, 0.0
+        self.scale, self.dropout = 1.0, 0.0
         if lora is not None and self.adapted:
             self.lora_A = Adapter(get(f"{linear.name}.lora_A"))
             self.lora_B = Adapter(get(f"{linear.name}.lora_B"))
-            self.scale, self.rank, self.dropout = lora.scale, lora.r, lora.dropout
+            self.scale, self.dropout = lora.scale, lora.dropout
             self._words = tuple(module_word(name) for name in names)
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter that is here now: those that someone else owns may have ranks of their own."""
+        return self.lora_A[...].shape[-2] if self.adapted else 0
 
     def base(self) -> DenseWeight | Nf4Weight:
         """The frozen weights, stacked."""
