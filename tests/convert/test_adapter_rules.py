@@ -121,7 +121,7 @@ def theirs(tmp_path_factory):
     settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings, **PATTERNS)).eval()
     with torch.no_grad():
-        wrapped.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+        wrapped.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").mul_(1.5)
     wrapped.save_pretrained(folder / "adapter")
     return base, wrapped, folder / "adapter"
 

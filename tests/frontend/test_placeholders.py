@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import peft
 import pytest
@@ -60,7 +61,7 @@ def test_embeddings_that_peft_saves_are_the_bases(backend, tmp_path):
 
 
 def test_reading_computes_with_the_values():
-    weight = our_base("jax").get_submodule(NAME.removesuffix(".weight")).weight
+    weight: Any = our_base("jax").get_submodule(NAME.removesuffix(".weight")).weight
     expected = their_base().get_parameter(NAME).detach()
     assert isinstance(weight.detach().bfloat16(), Placeholder) and weight.untyped_storage().nbytes() == 4
     assert torch.equal(weight.detach().to(torch.bfloat16) + 0, expected.bfloat16())
@@ -94,7 +95,7 @@ def test_merges_are_refused_in_words_and_leave_the_model_as_it_was(backend, save
         base, ["model.layers.0.self_attn.q_proj"], names, "kaiming", 0, r=2, lora_alpha=4, lora_dropout=0.0, bias="none"
     )
     with torch.no_grad():
-        model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default").weight.normal_()
+        model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight").normal_()
     before = logits(model)
     state = {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
     for call in (

@@ -91,8 +91,14 @@ ROWS = [{"text": "the duck lays eggs"}] * 4
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (DatasetDict(train=Dataset.from_list(ROWS)), r"got a DatasetDict of train; pass one of them, as .*dataset\['train'\]"),
-        (IterableDatasetDict(train=IterableDataset.from_generator(endless)), "got a IterableDatasetDict of train; pass one"),
+        (
+            DatasetDict({"train": Dataset.from_list(ROWS)}),
+            r"got a DatasetDict of train; pass one of them, as .*dataset\['train'\]",
+        ),
+        (
+            IterableDatasetDict({"train": IterableDataset.from_generator(endless)}),
+            "got a IterableDatasetDict of train; pass one",
+        ),
         ({"a": ROWS, "b": ROWS}, "must be one data set, got a dict of a, b; pass one of them"),
         ("rows.jsonl", r"got the text 'rows.jsonl'; pass datasets.load_dataset"),
         (pandas.DataFrame(ROWS), r"got a table of pandas; pass datasets.Dataset.from_pandas"),

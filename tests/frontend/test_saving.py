@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxsloth import FastLanguageModel
-from jaxsloth.convert.files import ExistsError
+from jaxsloth.convert.files import ExistsError, parse_size
 from jaxsloth.frontend.saving import HubError
 from tests.support.modules import BACKENDS, adapted, batch
 from tests.support.tiny import write_checkpoint
