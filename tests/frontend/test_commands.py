@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_wrong_arguments(checkpoint, call, message):
     assert message in str(caught.value)
 
 
-def test_a_terminal_without_utf_8_shows_summaries_and_answers(monkeypatch):
+def test_a_terminal_without_utf_8_shows_summaries_and_answers(monkeypatch, tmp_path):
     """The stream refuses what is not ASCII; a run's table has an arrow, and an answer may hold anything."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict", write_through=True)
     monkeypatch.setattr("sys.stdout", out)
@@ -170,13 +171,16 @@ def test_a_terminal_without_utf_8_shows_summaries_and_answers(monkeypatch):
     written = out.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
     assert "5.5000 -> 4.5000" in written and "100 in 2.0 s (100 tokens/s without the first step: 1.5 s)" in written
 
-    class Loaded:
-        model = tokenizer = None
+    loaded = SimpleNamespace(
+        model=SimpleNamespace(spec=SimpleNamespace(eos_ids=(1,))),
+        tokenizer=SimpleNamespace(eos_token_id=1),
+        checkpoint=SimpleNamespace(generation={}),
+    )
 
     def answer(model, tokenizer, texts, settings, on_text):
         on_text(0, "5 × 7 = ¿35?")
 
-    monkeypatch.setattr("jaxsloth.frontend.loading.load", lambda *_, **__: Loaded)
+    monkeypatch.setattr("jaxsloth.frontend.loading.load", lambda *_, **__: loaded)
     monkeypatch.setattr("jaxsloth.generation.answer_texts", answer)
-    assert run("generate", "--model", "nowhere", "how much?") == 0
+    assert run("generate", "--model", str(tmp_path), "how much?") == 0
     assert out.buffer.getvalue().decode("ascii").endswith("5 ? 7 = ?35?\n")  # type: ignore[attr-defined]
