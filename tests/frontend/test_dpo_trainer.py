@@ -172,7 +172,12 @@ def test_losses_and_rewards_are_trls(name, backend, checkpoint, second, tmp_path
             bar = BAR + rounding * (1 if "logps" in metric else trainer.args.beta)
             bar *= 2 if "margins" in metric else 1
             assert len(theirs) == len(logged(history, f"{prefix}loss")) >= 2
-            assert logged(found, prefix + metric) == pytest.approx(theirs, abs=bar), prefix + metric
+            ours = logged(found, prefix + metric)
+            if "accuracies" in metric:  # where nothing has moved yet, the sign of a margin is rounding's
+                moved = np.abs(logged(history, f"{prefix}rewards/margins")) > 2 * (BAR + rounding)
+                assert moved.any()
+                ours, theirs = np.asarray(ours)[moved], np.asarray(theirs)[moved]
+            assert ours == pytest.approx(theirs, abs=bar), prefix + metric
     for other in ("learning_rate", "epoch", "num_tokens", "eval_num_tokens"):
         assert logged(found, other) == pytest.approx(logged(history, other), rel=1e-9)
     assert logged(found, "grad_norm") == pytest.approx(logged(history, "grad_norm"), abs=1e-3)
