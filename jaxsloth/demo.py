@@ -89,7 +89,7 @@ def _answers(console: Console, output: Path) -> None:
     for label, name in (("before", recipe.model), ("after", str(output / "torch" / "adapter"))):
         model, tokenizer = FastLanguageModel.from_pretrained(name, backend="torch", load_in_4bit=True, dtype="float32")
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        answer = model.generate([prompt], max_new_tokens=96)[0]
+        answer = model.generate([prompt], max_new_tokens=48)[0]
         console.print(f"[bold]{label}[/] {answer.strip()}")
 
 
