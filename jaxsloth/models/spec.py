@@ -148,26 +148,6 @@ class Block:
     def _body(self, kind: type[BodyT]) -> BodyT:
         return next(branch.body for branch in self.branches if isinstance(branch.body, kind))
 
-    # What code that has not learnt of branches yet asks for.
-    @property
-    def attention_norm(self) -> Norm | None:
-        return self.branches[0].norm
-
-    @property
-    def mlp_norm(self) -> Norm:
-        norm = self.branches[1].norm
-        assert norm is not None
-        return norm
-
-    @property
-    def placement(self) -> str:
-        if any(branch.position == "post" for branch in self.branches):
-            return "post"
-        return "pre" if all(branch.post_norm is None for branch in self.branches) else "pre_post"
-
-
-Layer = Block  # the same
-
 
 @dataclass(frozen=True)
 class Embedding:
