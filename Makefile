@@ -16,7 +16,7 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu and not slow" -n 2 --dist loadfile --no-loadscope-reorder -q
 
 slow: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -m "slow and not gpu" -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "slow and not gpu" -n 2 --dist loadfile -q --durations=15
 
 gpu:
 	$(PYTHON) -m pytest tests -m gpu

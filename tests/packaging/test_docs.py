@@ -44,11 +44,11 @@ def refusal(words: list[str]) -> str | None:
 
 
 def test_a_command_that_is_not_there_is_found():
-    assert commands_of("```\njaxsloth train a.yaml --backend jax  # so\n```\nor `jaxsloth convert`") == [
+    assert commands_of("```\njaxsloth train a.yaml --backend jax  # so\n```\nor `jaxsloth frobnicate`") == [
         ["train", "a.yaml", "--backend", "jax"],
-        ["convert"],
+        ["frobnicate"],
     ]
-    assert refusal(["convert"]) == "there is no command convert"
+    assert refusal(["frobnicate"]) == "there is no command frobnicate"
     assert "--bckend" in (refusal(["train", "a.yaml", "--bckend", "jax"]) or "")
     assert refusal(["train", "a.yaml", "--backend", "jax"]) is None
 

@@ -334,7 +334,7 @@ def test_it_stops_where_it_is_told_with_the_whole_run_s_rates_and_goes_on_from_t
     assert [p.step for p, _ in saved] == [4]
     state = TrainerState(progress.step, "torch", {}, progress.tokens, 100.0)
     again = Counting()
-    resumed, recorder, _ = fit(again, OPTIONS, resume=SavedRun(state, {}, {"count": np.array(4)}, None))  # type: ignore[arg-type]
+    resumed, recorder, _ = fit(again, OPTIONS, resume=SavedRun(state, {}, {"count": np.array(4)}, None, None))  # type: ignore[arg-type]
     assert again.loaded == {"count": np.array(4)}
     assert again.seen == [(s, pytest.approx(0.1 * (s + 1)), 9, s) for s in (4, 5)]
     assert (resumed.step, resumed.tokens) == (6, 21)
