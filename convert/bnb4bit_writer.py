@@ -1,52 +1,16 @@
-"""Merged checkpoints in bitsandbytes' 4 bits: NF4 with nested absmax, as transformers writes and loads it."""
+"""Checkpoints in bitsandbytes' 4 bits: NF4 with nested absmax, as transformers writes and loads it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxsloth.backend import DtypeName, TensorSource
-from jaxsloth.convert.merge import write_merged
-from jaxsloth.convert.safetensors_writer import SHARD_BYTES
+from jaxsloth.backend import DtypeName
 from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4
-from jaxsloth.models.names import linears
-from jaxsloth.models.spec import ModelSpec
 
 PARTS = 6  # tensors that a quantized weight is stored as
-
-
-def write_bnb4bit(
-    folder: Path,
-    source: TensorSource,
-    spec: ModelSpec,
-    values: Mapping[str, np.ndarray],
-    config: Mapping[str, Any],
-    dtype: DtypeName,
-    *,
-    quantize: Callable[[np.ndarray], NF4],
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """`write_merged`, with every linear layer of the blocks merged in float32 and then quantized; the rest in `dtype`.
-
-    Args:
-        quantize: float32 ``[out, in]`` -> nested NF4 of arrays that numpy reads.
-
-    Raises:
-        ExistsError: the folder exists and overwrite is False.
-        ValueError: values do not fit the spec.
-    """
-    quantized = {f"{linear.name}.weight" for linear in linears(spec)}
-
-    def store(name: str, tensor: np.ndarray) -> dict[str, np.ndarray] | None:
-        return bnb4bit_parts(name, quantize(np.ascontiguousarray(tensor, np.float32)), dtype) if name in quantized else None
-
-    described = dict(config) | {"quantization_config": bnb4bit_config(dtype)}
-    write_merged(folder, source, spec, values, described, dtype, overwrite=overwrite, shard_bytes=shard_bytes, store=store)
 
 
 def bnb4bit_config(dtype: DtypeName) -> dict[str, Any]:

@@ -53,12 +53,16 @@ def tokenizer_fields(folder: Path, vocab: int, ids: Mapping[str, int | None]) ->
     fields |= {f"tokenizer.ggml.{name}_token_id": index for name, index in ids.items() if index is not None}
     settings = read_object(folder / "tokenizer_config.json", CheckpointError) if _has(folder, "tokenizer_config.json") else {}
     fields["tokenizer.ggml.add_bos_token"] = _adds_bos(document, settings)
-    template = settings.get("chat_template")
+    return fields | template_field(folder)
+
+
+def template_field(folder: Path) -> dict[str, str]:
+    """The chat template's field; none where a checkpoint folder has no template."""
     if _has(folder, "chat_template.jinja"):
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(template, str):
-        fields["tokenizer.chat_template"] = template
-    return fields
+        return {"tokenizer.chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+    settings = read_object(folder / "tokenizer_config.json", CheckpointError) if _has(folder, "tokenizer_config.json") else {}
+    template = settings.get("chat_template")
+    return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
 
 
 def _has(folder: Path, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,14 +19,14 @@ from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.files import ExistsError, whole_folder, write_whole
 from jaxsloth.convert.fitting import check_cast
 from jaxsloth.convert.gguf_source import GgufSource
-from jaxsloth.convert.gguf_tokenizer import tokenizer_fields
+from jaxsloth.convert.gguf_tokenizer import template_field, tokenizer_fields
 from jaxsloth.convert.gguf_types import OUT_TYPES, check_available
 from jaxsloth.convert.gguf_writer import model_fields, plan_tensors, rope_factors, write_gguf
-from jaxsloth.convert.merge import merged
-from jaxsloth.convert.peft_adapter import fitted_adapter
+from jaxsloth.convert.merge import is_trained, merged
+from jaxsloth.convert.peft_adapter import check_values, fitted_adapter
 from jaxsloth.convert.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from jaxsloth.kernels.nf4.contract import NF4
-from jaxsloth.models.names import linears, tensor_shapes
+from jaxsloth.models.names import linears, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 
 Format = Literal["hf", "bnb-4bit", "gguf"]
@@ -55,7 +55,7 @@ class Plan:
 
     checkpoint: Checkpoint
     spec: ModelSpec
-    adapter: dict[str, np.ndarray]
+    adapter: Mapping[str, np.ndarray]
     destination: Path
     to: Format
     dtype: DtypeName
@@ -71,13 +71,15 @@ class Plan:
 @dataclass(frozen=True)
 class Options:
     """merge: the folder of a PEFT adapter that is added to the weights first. dtype: of what is stored in 16 or 32 bits; None
-    keeps the checkpoint's. outtype: of GGUF files, a name of `gguf_types.OUT_TYPES`."""
+    keeps the checkpoint's. outtype: of GGUF files, a name of `gguf_types.OUT_TYPES`. kept: a folder whose files (tokenizer,
+    generation settings) are written in the place of the checkpoint's."""
 
     merge: Path | None = None
     dtype: DtypeName | None = None
     outtype: str = "f16"
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
+    kept: Path | None = None
 
 
 def plan(source: str, destination: Path, to: Format, options: Options = Options()) -> Plan:
@@ -92,6 +94,35 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
         CheckpointError: the source can't be read, or holds tensors that the model has not.
         ExistsError: the destination is there and overwriting was not asked for.
     """
+    _check_wanted(destination, to, options)
+    checkpoint = find_checkpoint(source)
+    spec, adapter = checkpoint.spec(), {}
+    if options.merge is not None:
+        spec, adapter = fitted_adapter(options.merge, spec)
+    return plan_opened(checkpoint, spec, adapter, destination, to, options)
+
+
+def plan_opened(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    adapter: Mapping[str, np.ndarray],
+    destination: Path,
+    to: Format,
+    options: Options = Options(),
+) -> Plan:
+    """`plan` of an opened checkpoint and an adapter's values, which are merged: every name of `trainable_shapes(spec)`, or
+    none."""
+    _check_wanted(destination, to, options)
+    check_values(adapter, trainable_shapes(spec), "the adapter to merge")
+    notes = []
+    if adapter and checkpoint.kind in ("bnb-4bit", "gguf"):
+        notes.append("the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source")
+    dtype = options.dtype or _stored_dtype(checkpoint)
+    tensors = tuple(_planned(spec, checkpoint, to, dtype, options, notes))
+    return Plan(checkpoint, spec, adapter, destination, to, dtype, tensors, tuple(notes), options)
+
+
+def _check_wanted(destination: Path, to: Format, options: Options) -> None:
     if to not in get_args(Format):
         raise ValueError(f"the format must be one of {', '.join(get_args(Format))}; got {to!r}")
     if options.dtype not in (None, *get_args(DtypeName)):
@@ -102,17 +133,6 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
         check_available(OUT_TYPES[options.outtype])
     if destination.exists() and not options.overwrite:
         raise ExistsError(f"{destination} exists already; choose another place, or ask for it to be overwritten (--overwrite)")
-    checkpoint = find_checkpoint(source)
-    spec, notes, adapter = checkpoint.spec(), [], {}
-    dtype = options.dtype or _stored_dtype(checkpoint)
-    if options.merge is not None:
-        spec, adapter = fitted_adapter(options.merge, spec)
-        if spec.quantization is not None or checkpoint.kind == "gguf":
-            notes.append(
-                "the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source"
-            )
-    tensors = tuple(_planned(spec, checkpoint, to, dtype, options, notes))
-    return Plan(checkpoint, spec, adapter, destination, to, dtype, tensors, tuple(notes), options)
 
 
 def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) -> Path:
@@ -140,7 +160,7 @@ def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) 
         if plan.to == "bnb-4bit":
             config["quantization_config"] = bnb4bit_config(plan.dtype)
         _write_json(temporary / "config.json", config | {"dtype": plan.dtype})
-        _keep_files(plan.checkpoint, temporary)
+        _keep_files(plan, temporary)
     return plan.destination
 
 
@@ -183,11 +203,10 @@ def _values(plan: Plan) -> Iterator[np.ndarray | NF4]:
     source = plan.checkpoint.source
     for tensor in plan.tensors:
         value = source.read(tensor.name)
-        if isinstance(value, NF4) and (tensor.stored_as != "NF4" or plan.adapter):
+        trained = is_trained(tensor.name, plan.adapter)
+        if isinstance(value, NF4) and (tensor.stored_as != "NF4" or trained):
             value = dequantized(value)
-        if plan.adapter and not isinstance(value, NF4):
-            value = merged(tensor.name, value, plan.spec, plan.adapter)
-        yield value
+        yield merged(tensor.name, value, plan.spec, plan.adapter) if trained else value
 
 
 def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4) -> list[tuple[str, np.ndarray]]:
@@ -220,17 +239,23 @@ def _write_gguf(plan: Plan, file: Path) -> Iterator[int]:
     fields = model_fields(spec, Path(checkpoint.name).stem, kind)
     if isinstance(checkpoint.source, GgufSource):
         fields |= checkpoint.source.tokenizer_fields()
+        if plan.options.kept is not None:
+            fields |= template_field(plan.options.kept)
     else:
         ids = {"bos": spec.bos_id, "eos": next(iter(spec.eos_ids), None), "padding": spec.pad_id}
-        fields |= tokenizer_fields(checkpoint.path, spec.embedding.vocab, ids)
+        fields |= tokenizer_fields(plan.options.kept or checkpoint.path, spec.embedding.vocab, ids)
     attention = spec.layers[0].attention
     values = ((tensor.name, np.asarray(value)) for tensor, value in zip(plan.tensors, _values(plan), strict=True))
     heads = (attention.heads, attention.kv_heads)
     return write_gguf(file, plan_tensors(spec, kind), fields, values, heads, rope_factors(spec))
 
 
-def _keep_files(checkpoint: Checkpoint, folder: Path) -> None:
+def _keep_files(plan: Plan, folder: Path) -> None:
     """Tokenizer, chat template and generation settings: copied, or what transformers makes of a GGUF file's."""
+    checkpoint = plan.checkpoint
+    if plan.options.kept is not None:
+        shutil.copytree(plan.options.kept, folder, dirs_exist_ok=True)
+        return
     if checkpoint.kind == "gguf":
         from jaxsloth.data.tokenizer import load_tokenizer
 

@@ -138,3 +138,27 @@ class FastModelForCausalLM(JaxslothForCausalLM):
     ) -> str:
         """See `saving.push_merged`."""
         return saving.push_merged(self, repo_id, tokenizer, save_method, **settings)
+
+    def save_pretrained_gguf(
+        self,
+        save_directory: str | Path,
+        tokenizer: Any = None,
+        quantization_method: str | Sequence[str] = "q8_0",
+        **settings: Any,
+    ) -> list[Path]:
+        """See `saving.save_gguf`."""
+        return saving.save_gguf(self, Path(save_directory), tokenizer, quantization_method, **settings)
+
+    def push_to_hub_gguf(
+        self, repo_id: str, tokenizer: Any = None, quantization_method: str | Sequence[str] = "q8_0", **settings: Any
+    ) -> str:
+        """See `saving.push_gguf`."""
+        return saving.push_gguf(self, repo_id, tokenizer, quantization_method, **settings)
+
+    def save_pretrained(
+        self, save_directory: str | Path, *arguments: Any, save_format: str | None = None, **settings: Any
+    ) -> None:
+        """See `saving.save_as`; without save_format there is nothing to save but adapters, which PEFT's model saves."""
+        if save_format is None:
+            super().save_pretrained(save_directory, *arguments, **settings)
+        saving.save_as(self, Path(save_directory), str(save_format), **settings)

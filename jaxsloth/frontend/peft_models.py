@@ -14,8 +14,20 @@ from jaxsloth.convert.peft_adapter import fitted_adapter
 from jaxsloth.frontend.adapters import base_of, take_back
 from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.frontend.module.placeholders import HollowWriteError
+from jaxsloth.frontend.saving import save_as
 from jaxsloth.models.spec import Lora
 from jaxsloth.training.initialize import initial_adapters
+
+
+class FastPeftModel(peft.PeftModelForCausalLM):
+    """PEFT's model, whose save_pretrained writes merged models too."""
+
+    def save_pretrained(self, save_directory: str, *arguments: Any, save_format: str | None = None, **settings: Any) -> None:
+        """PEFT's own, the adapter; with save_format the merged model, as `saving.save_as` writes it."""
+        if save_format is None:
+            super().save_pretrained(save_directory, *arguments, **settings)
+        else:
+            save_as(base_of(self), Path(save_directory), save_format, **settings)
 
 
 def wrap(
@@ -30,7 +42,7 @@ def wrap(
     drawn = Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules), modules_to_save=tuple(saved), bias=settings["bias"])
     shapes = replace(engine.spec, lora=drawn)
     take_back(model, initial_adapters(shapes, init, seed, engine.base_tensor))
-    return _refusing_merges(wrapped)
+    return _ours(wrapped)
 
 
 def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
@@ -45,11 +57,13 @@ def load_adapter(model: Any, folder: Path) -> peft.PeftModel:
         config.modules_to_save = [name.rpartition(".")[2] for name in spec.lora.modules_to_save]  # type: ignore[attr-defined]
     wrapped = peft.PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
     active_parts(model, model.engine.model.spec)
-    return _refusing_merges(wrapped.eval())
+    return _ours(wrapped.eval())
 
 
-def _refusing_merges(wrapped: Any) -> Any:
-    """PEFT would put what is trained whole in the base's place before a layer's weights refuse to be written."""
+def _ours(wrapped: Any) -> Any:
+    """Merging is refused: PEFT would put what is trained whole in the base's place, and only then would a layer's weights
+    refuse to be written."""
+    wrapped.__class__ = FastPeftModel
     wrapped.base_model.merge_and_unload = _refuse_merge
     return wrapped
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxsloth.backend import BACKENDS
 from jaxsloth.batch import Batch
-from jaxsloth.convert.merge import write_merged
 from jaxsloth.convert.peft_adapter import read_adapter
+from jaxsloth.convert.run import Options, convert, plan_opened
 from jaxsloth.parity import bars
 from jaxsloth.parity.measure import Measurement, max_abs
 from jaxsloth.parity.subjects import Subjects, judge_logits, valid_rows
@@ -45,7 +45,6 @@ def _merged_by_us(subjects: Subjects, values: Mapping[str, np.ndarray], batch: B
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "merged"
-        checkpoint = subjects.checkpoint
-        write_merged(target, checkpoint.source, subjects.spec, values, checkpoint.config, "float32")
+        convert(plan_opened(subjects.checkpoint, subjects.spec, values, target, "hf", Options(dtype="float32")))
         model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
         return valid_rows(judge_logits(model, batch), batch)

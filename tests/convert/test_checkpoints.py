@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from jaxsloth.convert.checkpoint import open_checkpoint, resolve_path
 from jaxsloth.convert.files import ExistsError, whole_folder
 from jaxsloth.convert.gguf_source import unpermute
-from jaxsloth.convert.merge import write_merged
 from jaxsloth.convert.peft_adapter import read_adapter, write_adapter
+from jaxsloth.convert.run import Options, convert, plan_opened
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.kernels.nf4.reference import dequantize
 from jaxsloth.models.names import tensor_shapes, trainable_shapes
@@ -198,7 +198,7 @@ def test_merging_is_pefts(saved, tmp_path, shard_bytes):
     spec, values = adapted()
     write_adapter(tmp_path / "adapter", spec, values, base_model=str(folder))
     opened = open_checkpoint(folder)
-    write_merged(tmp_path / "merged", opened.source, spec, values, opened.config, "float32", shard_bytes=shard_bytes)
+    convert(plan_opened(opened, spec, values, tmp_path / "merged", "hf", Options(dtype="float32", shard_bytes=shard_bytes)))
     judge = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert ours.keys() == judge.keys()

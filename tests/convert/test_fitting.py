@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from jaxsloth.convert.checkpoint import open_checkpoint
-from jaxsloth.convert.merge import write_merged
+from jaxsloth.convert.run import Options, convert, plan_opened
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.frontend.loading import load
 from tests.support.modules import BACKENDS
@@ -111,7 +111,7 @@ def test_values_that_overflow_are_counted(tmp_path, backend):
         load(str(folder), backend=backend, dtype="float16")
     opened = open_checkpoint(folder)
     with pytest.raises(ValueError, match="2 values too large for float16"):
-        write_merged(tmp_path / "merged", opened.source, opened.spec(), {}, opened.config, "float16")
+        convert(plan_opened(opened, opened.spec(), {}, tmp_path / "merged", "hf", Options(dtype="float16")))
     weights[NORM] = np.full(64, 1e300)
     with pytest.raises(ValueError, match=r"64 values too large for (b?float(16|32)) \(the first is 1e\+300\)"):
         load(str(folder_of(tmp_path / "double", weights)), backend=backend)
