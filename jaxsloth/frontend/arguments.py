@@ -10,10 +10,15 @@ from typing import Any
 _said: set[str] = set()
 
 
-def refuse_unknown(function: str, known: Iterable[str], given: Mapping[str, Any]) -> None:
-    """TypeError names the first argument that `function` does not know, and the nearest one that it does."""
+def refuse_unknown(
+    function: str, known: Iterable[str], given: Mapping[str, Any], elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """TypeError names the first argument that `function` does not know, and the nearest one that it does. elsewhere: arguments
+    that belong to another call -> what to write instead."""
     names = sorted(known)
     for name in given:
+        if name in (elsewhere or {}):
+            raise TypeError(f"{function} has no argument {name!r}; write {(elsewhere or {})[name]}")
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(names)}"
         raise TypeError(f"{function} has no argument {name!r}; {hint}")
@@ -38,8 +43,13 @@ def warn_where_set(function: str, given: Mapping[str, Any], reasons: Mapping[str
         warn_once(f"{function}: these arguments change nothing here: " + "; ".join(found))
 
 
-def warn_once(message: str) -> None:
-    """A UserWarning, the first time only, wherever it comes from."""
+def warn_renamed(function: str, former: str, today: str) -> None:
+    """A FutureWarning, once: an argument came under the name that it had in transformers 4 or TRL 0.x, and is used."""
+    warn_once(f"{function}: {former} is called {today} now, and is taken as that", FutureWarning)
+
+
+def warn_once(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning, the first time only, wherever it comes from."""
     if message not in _said:
         _said.add(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, category, stacklevel=3)

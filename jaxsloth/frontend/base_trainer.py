@@ -27,7 +27,7 @@ from jaxsloth.batch import Batch, check_length
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import FILLER_ROW, WindowStream, eval_batches
 from jaxsloth.frontend.adapters import base_of, show_backend
-from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_where_set
+from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.language_model import FastModelForCausalLM
 from jaxsloth.frontend.metrics import predictions
 from jaxsloth.frontend.module.peft_adoption import check_wrappers
@@ -102,6 +102,8 @@ class BaseTrainer(TrainerSurface):
         self.processing_class = processing_class or self.base.tokenizer
         self.max_length = self.args.max_length or self.base.max_seq_length
         self._devices = self.base.loaded.backend.devices()
+        if self.args.use_cpu and self._devices.platform != "cpu":
+            warn_once(f"use_cpu=True changes nothing: the model was loaded on {self._devices.name}")
         self._kept: Kept | None = None
 
     def _begin(self, train_dataset: Rows | None, eval_dataset: Rows | None, callbacks: Sequence[Any] | None) -> None:
@@ -132,7 +134,9 @@ class BaseTrainer(TrainerSurface):
     def _check(cls, others: Mapping[str, Any]) -> None:
         known = {*cls.taken_over, *cls.refused, *cls.unused}
         unknown = {name: value for name, value in others.items() if name not in known}
-        refuse_unknown(cls.__name__, {*known, *cls.__init__.__annotations__} - {"return"}, unknown)
+        fields = {*cls.rules.known, *cls.rules.renamed, *cls.rules.former}
+        elsewhere = {name: f"args={cls.rules.name}({name}=…)" for name in fields}
+        refuse_unknown(cls.__name__, {*known, *cls.__init__.__annotations__} - {"return", "others"}, unknown, elsewhere)
         refuse_where_set(cls.__name__, others, cls.refused)
         warn_where_set(cls.__name__, others, cls.unused)
 

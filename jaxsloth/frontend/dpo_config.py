@@ -21,6 +21,7 @@ FORMER_REFUSED: Reasons = {
     "is_encoder_decoder": (False, "models are decoders"),
     "max_target_length": (None, "rows are cut at max_length, prompts at max_prompt_length"),
     "max_completion_length": (None, "rows are cut at max_length, prompts at max_prompt_length"),
+    "tools": (None, "give the rows, which are conversations, a column of that name"),
     "rpo_alpha": (None, "the loss is of preferences alone"),
     "ref_adapter_name": (None, "the reference is the adapter as it is when the trainer is made; or give a ref_model"),
 }
@@ -31,6 +32,9 @@ FORMER_UNUSED: Reasons = {
     "force_use_ref_model": (False, "a ref_model that is given is used"),
     "model_adapter_name": (None, "the active adapter is trained"),
     "model_init_kwargs": (None, "the model is loaded already"),
+    "base_model_attribute_name": ("model", "the base is known"),
+    "use_logits_to_keep": (False, "which logits are formed is the backend's choice"),
+    "use_liger_loss": (False, "the backends have kernels of their own"),
 }
 REFUSED: Reasons = (
     trainer_config.REFUSED

@@ -10,14 +10,14 @@ from typing import Any
 
 from jaxsloth.convert.peft_adapter import base_model_of, find_adapter
 from jaxsloth.data.tokenizer import load_tokenizer
-from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
+from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_renamed, warn_where_set
 from jaxsloth.frontend.backends import resolve_backend
 from jaxsloth.frontend.loading import checkpointing_name, load
+from jaxsloth.frontend.quantization import Asked, read_bitsandbytes
 from jaxsloth.transforms import ALL_LINEAR, SAVEABLE, match_modules, saved_modules
 
 _LOAD_REFUSED: dict[str, tuple[Any, str]] = {
     "load_in_8bit": (False, "bases are stored in 16 or 32 bits or as NF4; use load_in_4bit=True"),
-    "quantization_config": (None, "give load_in_4bit=True, which is nested NF4, or False; compute's dtype is dtype="),
     "load_in_fp8": (False, "bases are stored in 16 or 32 bits or as NF4; use load_in_4bit=True"),
     "full_finetuning": (False, "the base is frozen on both backends; train adapters (get_peft_model)"),
     "auto_model": (None, "other heads than a language model's come with encoders and classification, which are not here yet"),
@@ -27,6 +27,20 @@ _LOAD_REFUSED: dict[str, tuple[Any, str]] = {
     "float8_kv_cache": (False, "the KV cache is in the compute dtype"),
     "whisper_language": (None, "speech models are not supported"),
     "whisper_task": (None, "speech models are not supported"),
+    "config": (None, "a checkpoint's own config.json counts; change rope_scaling by its argument"),
+    "state_dict": (None, "weights are read from the checkpoint; save them, and name that folder"),
+    "subfolder": ("", "name the folder itself: download the repository and give its path"),
+    "variant": (None, "only a checkpoint's plain file names are read"),
+    "gguf_file": (None, "give the .gguf file's path as model_name"),
+    "from_tf": (False, "only safetensors and GGUF are read"),
+    "from_flax": (False, "only safetensors and GGUF are read"),
+    "use_safetensors": (True, "only safetensors and GGUF are read"),
+    "ignore_mismatched_sizes": (False, "a tensor of another shape than config.json's is an error"),
+    "output_loading_info": (False, "a checkpoint is read as a whole, or refused by name"),
+    "key_mapping": (None, "tensors have their architecture's names"),
+    "tp_plan": (None, "a base is whole on each device"),
+    "max_memory": (None, "a base is whole on each device; choose one by device_map"),
+    "offload_folder": (None, "no layer is left on disk"),
 }
 _LOAD_UNUSED: dict[str, tuple[Any, str]] = {
     "trust_remote_code": (False, "code of a repository is never run"),
@@ -39,6 +53,31 @@ _LOAD_UNUSED: dict[str, tuple[Any, str]] = {
     "fullgraph": (True, "each backend compiles what it compiles"),
     "return_logits": (False, "logits are made whenever they are read"),
     "attn_implementation": (None, "attention is chosen by backend and device; see jaxsloth info"),
+    "use_flash_attention_2": (False, "attention is chosen by backend and device; see jaxsloth info"),
+    "low_cpu_mem_usage": (True, "weights are read one tensor at a time in any case"),
+    "offload_state_dict": (False, "weights are read one tensor at a time in any case"),
+    "use_cache": (True, "generate() caches keys, training does not"),
+    "use_fast": (True, "tokenizers are the fast ones where there are"),
+    "force_download": (False, "the hub's cache counts"),
+    "resume_download": (None, "downloads are resumed in any case"),
+    "proxies": (None, "set HTTPS_PROXY"),
+    "mirror": (None, "set HF_ENDPOINT"),
+    "pretraining_tp": (1, "nothing is split"),
+    **{
+        f"bnb_4bit_{name}": (value, "give quantization_config=BitsAndBytesConfig(…), or leave it out: NF4, nested")
+        for name, value in (("compute_dtype", None), ("quant_type", "nf4"), ("use_double_quant", True))
+    },
+}
+# What transformers once called an argument -> its name here.
+_LOAD_RENAMED = {"torch_dtype": "dtype", "use_auth_token": "token"}
+_BY_PEFT = "write peft.get_peft_model(model, peft.LoraConfig(…)), which takes it"
+# Keywords of peft.LoraConfig for other adapters than LoRA, with what turns them off.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("use_qalora", "lora_bias", "use_bdlora"), False),
+    **dict.fromkeys(
+        ("eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config", "arrow_config"), None
+    ),
+    **dict.fromkeys(("kasa_config", "alora_invocation_tokens", "megatron_config"), None),
 }
 _ADAPT_REFUSED: dict[str, tuple[Any, str]] = {
     "layer_replication": (None, "no backend repeats layers"),
@@ -47,11 +86,17 @@ _ADAPT_REFUSED: dict[str, tuple[Any, str]] = {
     "target_parameters": (None, "adapters go on linear layers; name them in target_modules"),
     "qat_scheme": (None, "quantization-aware training is not supported"),
     "ensure_weight_tying": (False, "the head and the embedding are trained where they are two weights"),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "exclude_modules"), (None, _BY_PEFT)),
+    "trainable_token_indices": (None, "single rows are not trained; modules_to_save=['embed_tokens'] trains all of them"),
+    "fan_in_fan_out": (False, "linear layers are stored as [out, in]"),
+    **{name: (off, "it belongs to a kind of adapter that is not here; use plain LoRA") for name, off in _KINDS.items()},
 }
 _ADAPT_UNUSED: dict[str, tuple[Any, str]] = {
     "temporary_location": ("_unsloth_temporary_saved_buffers", "nothing is put aside on disk"),
     "max_seq_length": (2048, "from_pretrained's counts"),
     "finetune_vision_layers": (True, "the model has none"),
+    "task_type": ("CAUSAL_LM", "the model is a causal language model"),
+    "inference_mode": (False, "a new adapter is trained; load a saved one to answer only"),
 }
 _WHOLE = tuple(name.rpartition(".")[2] for name in SAVEABLE)
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"), ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
@@ -83,6 +128,7 @@ class FastLanguageModel:
         local_files_only: bool = False,
         cache_dir: str | None = None,
         backend: str | None = None,
+        quantization_config: Any = None,
         **others: Any,
     ) -> tuple[Any, Any]:
         """Loads a model and its tokenizer.
@@ -93,6 +139,7 @@ class FastLanguageModel:
             max_seq_length: what trainers cut rows at where they are given no length.
             dtype: None (bfloat16 on a GPU, float32 on a CPU), torch.float16, torch.bfloat16, torch.float32, or a name.
             load_in_4bit: store the linear layers as nested NF4. load_in_16bit=True turns it off.
+            quantization_config: in place of load_in_4bit, transformers' BitsAndBytesConfig of NF4; see `read_bitsandbytes`.
             device_map: "auto" and its like, or one device ("cuda:1", {"": 1}), which all models of the process then share.
             rope_scaling: in place of the checkpoint's, in Hugging Face's form.
             use_gradient_checkpointing: True and "full" recompute blocks, "unsloth" and "offload" keep their inputs in host
@@ -107,7 +154,11 @@ class FastLanguageModel:
             TypeError: an argument that it does not have, with the nearest one that it has.
             ValueError: the checkpoint can't be read or is not supported, or an argument is refused.
         """
-        dtype = others.pop("torch_dtype", None) if dtype is None else dtype  # its name in transformers 4
+        former = {today: _renamed(others, name, today) for name, today in _LOAD_RENAMED.items()}
+        dtype, token = (former[name] if now is None else now for name, now in (("dtype", dtype), ("token", token)))
+        asked = Asked(load_in_4bit and not load_in_16bit, True, dtype)
+        if quantization_config is not None:
+            asked = read_bitsandbytes(quantization_config, dtype)
         given = {**others, "load_in_8bit": load_in_8bit, "full_finetuning": full_finetuning, "auto_model": auto_model}
         given |= {"resize_model_vocab": resize_model_vocab, "trust_remote_code": trust_remote_code}
         _check(FastLanguageModel.from_pretrained, given, _LOAD_REFUSED, _LOAD_UNUSED)
@@ -120,8 +171,9 @@ class FastLanguageModel:
         loaded = load(
             model_name if adapter is None else base_model_of(adapter),
             backend=backend,
-            dtype=dtype,
-            load_in_4bit=load_in_4bit and not load_in_16bit,
+            dtype=asked.dtype,
+            load_in_4bit=asked.load_in_4bit,
+            nested=asked.nested,
             gradient_checkpointing=checkpointing_name(use_gradient_checkpointing),
             rope_scaling=rope_scaling,
             device_map=device_map,
@@ -170,6 +222,8 @@ class FastLanguageModel:
         """
         given = {**others, "use_dora": use_dora, "loftq_config": dict(loftq_config or {})}
         _check(FastLanguageModel.get_peft_model, given, _ADAPT_REFUSED, _ADAPT_UNUSED)
+        if hasattr(r, "peft_type"):
+            raise TypeError(f"get_peft_model takes LoRA's settings by name here, and a {type(r).__name__} came; {_BY_PEFT}")
         if hasattr(model, "peft_config"):
             raise ValueError("the model has adapters already; load the base again to begin anew")
         if init_lora_weights not in (True, "gaussian"):
@@ -232,6 +286,14 @@ def PatchDPOTrainer() -> None:
     warn_once(
         "PatchDPOTrainer: nothing needs patching; jaxsloth.DPOTrainer trains these models, and TRL's drives them as it is"
     )
+
+
+def _renamed(others: dict[str, Any], former: str, today: str) -> Any:
+    """What came under a former name, taken out, with a warning; None where nothing did."""
+    value = others.pop(former, None)
+    if value is not None:
+        warn_renamed("from_pretrained", former, today)
+    return value
 
 
 def _check(function: Any, given: Mapping[str, Any], refused: Mapping[str, Any], unused: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ def load(
     backend: str | None = None,
     dtype: Any = None,
     load_in_4bit: bool = False,
+    nested: bool = True,
     gradient_checkpointing: CheckpointingName = "none",
     rope_scaling: Mapping[str, Any] | None = None,
     device_map: Any = "auto",
@@ -42,7 +43,7 @@ def load(
 
     Args:
         dtype: "float32", "bfloat16", "float16" or the framework's own; None: bfloat16 on a GPU, float32 on a CPU.
-        load_in_4bit: store the linear layers as nested NF4.
+        load_in_4bit: store the linear layers as NF4. nested: and its absmax in 8 bits.
         rope_scaling: in place of the checkpoint's, in Hugging Face's form.
         device_map: see `named_device`; a device that it numbers is used alone, by all models of the process.
         hub: `resolve_path`'s.
@@ -62,7 +63,7 @@ def load(
     spec = opened.spec()
     tokenizer = load_tokenizer(opened.path)
     if load_in_4bit:
-        spec = quantize(spec, nested=True)
+        spec = quantize(spec, nested=nested)
     model = engine.build(spec, opened.source, options)
     remember(engine)
     return Loaded(model, tokenizer, engine, opened)

@@ -40,6 +40,8 @@ class SFTTrainer(BaseTrainer):
         "chars_per_token": (None, "packing counts tokens"),
         "dataset_kwargs": (None, "rows are prepared by what they hold"),
         "infinite": (None, "epochs repeat until max_steps"),
+        "eval_packing": (None, "held-out rows are never packed; the loss is the same"),
+        "model_init_kwargs": (None, "the model is loaded already"),
     }
     taken_over = ("dataset_text_field", "packing", "dataset_num_proc", "neftune_noise_alpha")
 

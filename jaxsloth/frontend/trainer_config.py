@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
+from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_renamed, warn_where_set
 
 Reasons = dict[str, tuple[Any, str]]
 
@@ -36,6 +36,13 @@ REFUSED: Reasons = {
     "dataloader_drop_last": (False, "the last step of an epoch takes the rows that are left"),
     "push_to_hub": (False, "call push_to_hub or push_to_hub_merged when the training is done"),
     "group_by_length": (False, "rows are visited at random, or in order (train_sampling_strategy='sequential')"),
+    "adafactor": (False, "there is no Adafactor here; write optim='adamw_torch' or optim='adamw_8bit'"),
+    "sharded_ddp": ("", "data parallel training runs by torchrun, or on all devices that JAX sees"),
+    "fsdp_min_num_params": (0, "data parallel training runs by torchrun, or on all devices that JAX sees"),
+    "fsdp_transformer_layer_cls_to_wrap": (None, "data parallel training runs by torchrun, or on all devices that JAX sees"),
+    "include_inputs_for_metrics": (False, "compute_metrics gets predictions and labels"),
+    "past_index": (-1, "no state is carried from one row to the next"),
+    "push_to_hub_organization": (None, "write it before the name: hub_model_id='organization/name'"),
 }
 UNUSED: Reasons = {
     "average_tokens_across_devices": (True, "the loss is always the mean over all devices"),
@@ -96,11 +103,39 @@ UNUSED: Reasons = {
     "overwrite_output_dir": (False, "checkpoints of the same step are replaced in any case"),
     "logging_dir": (None, "set TENSORBOARD_LOGGING_DIR"),
     "save_safetensors": (True, "only safetensors are written"),
-    "no_cuda": (False, "the backend runs on the device that it sees"),
+    "fp16_backend": ("auto", "the model's own dtype counts; load it in that dtype"),
+    "half_precision_backend": ("auto", "the model's own dtype counts; load it in that dtype"),
+    "fp16_opt_level": ("O1", "it was Apex's; the model's own dtype counts"),
+    "use_mps_device": (False, "the backend runs on the device that it sees"),
+    "use_ipex": (False, "the backends have kernels of their own"),
+    "jit_mode_eval": (False, "each backend compiles what it compiles"),
+    "torchdynamo": (None, "each backend compiles what it compiles"),
+    "xpu_backend": (None, "NCCL on GPUs, gloo on CPUs"),
+    "ray_scope": ("last", "there is no hyperparameter search"),
+    "mp_parameters": ("", "it was SageMaker's"),
+    "tpu_num_cores": (None, "JAX trains on all devices that it sees"),
+    "tpu_metrics_debug": (False, "nothing is instrumented"),
+    "include_tokens_per_second": (False, "write include_num_input_tokens_seen=True; logs then count tokens"),
+    "use_legacy_prediction_loop": (False, "evaluation is the backend's"),
 }
 # Names that transformers had once -> today's, and fields that it had once.
-RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
-FORMER = ("group_by_length", "overwrite_output_dir", "logging_dir", "save_safetensors", "no_cuda")
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+    "use_liger": "use_liger_kernel",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
+FORMER = (
+    *("group_by_length", "overwrite_output_dir", "logging_dir", "save_safetensors", "adafactor", "sharded_ddp"),
+    *("fsdp_min_num_params", "fsdp_transformer_layer_cls_to_wrap", "include_inputs_for_metrics", "past_index"),
+    *("push_to_hub_organization", "fp16_backend", "half_precision_backend", "fp16_opt_level", "use_mps_device", "use_ipex"),
+    *("jit_mode_eval", "torchdynamo", "xpu_backend", "ray_scope", "mp_parameters", "tpu_num_cores", "tpu_metrics_debug"),
+    *("include_tokens_per_second", "use_legacy_prediction_loop"),
+)
 # bf16 and fp16 say what the model was loaded in; transformers would check torch's device, which JAX may not share.
 _PRECISION = ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
 
@@ -133,6 +168,7 @@ class Rules:
                 if settings.get(today):
                     raise ValueError(f"{self.name}: give {today} or {former} (its former name), not both")
                 settings[today] = value
+                warn_renamed(self.name, former, today)
         former = {name: settings.pop(name) for name in self.former if name in settings}
         unknown = {name: value for name, value in settings.items() if name not in self.known}
         refuse_unknown(self.name, {*self.known, *self.renamed, *self.former}, unknown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import warnings
 from typing import Any
 
@@ -14,6 +16,7 @@ import jaxsloth
 from jaxsloth import FastLanguageModel, FastModel, PatchDPOTrainer, is_bfloat16_supported, memory_stats, set_backend
 from jaxsloth.backend import DeviceInfo
 from jaxsloth.frontend import arguments
+from jaxsloth.frontend import fast_model as tables
 from jaxsloth.frontend.backends import resolve_backend
 from jaxsloth.frontend.loading import named_device
 from tests.support.modules import BACKENDS
@@ -39,10 +42,11 @@ LOAD_WORKS: dict[str, Any] = {
     "local_files_only": True,
     "cache_dir": "/tmp/none",
     "auto_model": None,
+    "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
 LOAD_REFUSED: dict[str, Any] = {
     "load_in_8bit": True,
-    "quantization_config": {"load_in_4bit": True},
+    "quantization_config": {"load_in_4bit": True},  # bitsandbytes takes fp4 then
     "load_in_fp8": True,
     "full_finetuning": True,
     "auto_model": object,
@@ -52,6 +56,20 @@ LOAD_REFUSED: dict[str, Any] = {
     "float8_kv_cache": True,
     "whisper_language": "en",
     "whisper_task": "transcribe",
+    "config": {"vocab_size": 3},
+    "state_dict": {"a": 1},
+    "subfolder": "sub",
+    "variant": "fp16",
+    "gguf_file": "a.gguf",
+    "from_tf": True,
+    "from_flax": True,
+    "use_safetensors": False,
+    "ignore_mismatched_sizes": True,
+    "output_loading_info": True,
+    "key_mapping": {"a": "b"},
+    "tp_plan": "auto",
+    "max_memory": {0: "1GB"},
+    "offload_folder": "away",
     "device_map": {"": "cuda:7"},
     "dtype": torch.int8,
     "rope_scaling": {"rope_type": "wavy", "factor": 2.0},
@@ -69,6 +87,19 @@ LOAD_WARNS: dict[str, Any] = {
     "fullgraph": False,
     "return_logits": True,
     "attn_implementation": "eager",
+    "use_flash_attention_2": True,
+    "low_cpu_mem_usage": False,
+    "offload_state_dict": True,
+    "use_cache": False,
+    "use_fast": False,
+    "force_download": True,
+    "resume_download": True,
+    "proxies": {"https": "there"},
+    "mirror": "there",
+    "pretraining_tp": 2,
+    "bnb_4bit_compute_dtype": torch.float16,
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
 }
 ADAPT_WORKS: dict[str, Any] = {
     "r": 2,
@@ -103,8 +134,20 @@ ADAPT_REFUSED: dict[str, Any] = {
     "layers_pattern": "blocks",
     "finetune_language_layers": False,
     "use_gradient_checkpointing": "sometimes",
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 2},
+    "exclude_modules": ["q_proj"],
+    "trainable_token_indices": [1],
+    "fan_in_fan_out": True,
+    **dict.fromkeys(tables._KINDS, "something"),
 }
-ADAPT_WARNS: dict[str, Any] = {"temporary_location": "here", "max_seq_length": 64, "finetune_vision_layers": False}
+ADAPT_WARNS: dict[str, Any] = {
+    "temporary_location": "here",
+    "max_seq_length": 64,
+    "finetune_vision_layers": False,
+    "task_type": "SEQ_CLS",
+    "inference_mode": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +172,7 @@ def test_what_loading_uses(checkpoint, backend):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             load(checkpoint, backend=backend, **{name: value})
-    model = load(checkpoint, backend=backend, **{k: v for k, v in LOAD_WORKS.items() if k != "load_in_4bit"})
+    model = load(checkpoint, backend=backend, **{k: v for k, v in LOAD_WORKS.items() if "4bit" not in k and "quant" not in k})
     engine = model.engine.model
     assert (model.max_seq_length, model.dtype, engine.options.dtype) == (128, torch.float16, "float16")
     assert engine.options.gradient_checkpointing == "full" and model.is_gradient_checkpointing
@@ -190,10 +233,6 @@ def test_what_adapting_warns_of(checkpoint, name):
 
 def test_every_argument_is_walked():
     """A new parameter of ours, or a row of a table, needs a case above."""
-    import inspect
-
-    from jaxsloth.frontend import fast_model as tables
-
     loading = set(inspect.signature(FastLanguageModel.from_pretrained).parameters) - {"model_name", "others"}
     adapting = set(inspect.signature(FastLanguageModel.get_peft_model).parameters) - {"model", "others"}
     assert loading | set(tables._LOAD_REFUSED) | set(tables._LOAD_UNUSED) == {*LOAD_WORKS, *LOAD_REFUSED, *LOAD_WARNS}
@@ -291,3 +330,11 @@ def test_memory_and_the_like(checkpoint, backend):
     assert is_bfloat16_supported() is False
     with pytest.warns(UserWarning, match="nothing needs patching"):
         PatchDPOTrainer()
+
+
+def test_every_keyword_of_peft_is_walked():
+    """Of LoraConfig; what none of ours can be is refused by the nearest name."""
+    known = {*ADAPT_WORKS, *ADAPT_REFUSED, *ADAPT_WARNS}
+    own = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "runtime_config"}
+    own |= {"megatron_core", "qalora_group_size"}
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known | own
