@@ -10,8 +10,6 @@ import numpy as np
 from jaxsloth.backend import DtypeName
 from jaxsloth.kernels.nf4.contract import BLOCK, CODE, NESTED_BLOCK, NF4
 
-PARTS = 6  # tensors that a quantized weight is stored as
-
 
 def bnb4bit_config(dtype: DtypeName) -> dict[str, Any]:
     """config.json's quantization_config of such a checkpoint, which computes in `dtype`."""
@@ -47,3 +45,10 @@ def bnb4bit_parts(name: str, nf4: NF4, dtype: DtypeName) -> dict[str, np.ndarray
         f"{name}.nested_quant_map": np.asarray(nf4.nested.code),
         f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
     }
+
+
+def bnb4bit_bytes(shape: tuple[int, ...]) -> int:
+    """What a weight takes: codes, maxima of both levels, the code books and (at most) its state."""
+    count = shape[0] * shape[1]
+    blocks = -(-count // BLOCK)
+    return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 * 16 + 4 * 256 + 256

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxsloth.convert.bnb4bit_source import Bnb4BitSource, is_bnb4bit
+from jaxsloth.convert.bnb8bit import Bnb8BitSource, is_bnb8bit
 from jaxsloth.convert.fitting import CheckpointSource, check_tensors, fitted, stored_quantization
 from jaxsloth.convert.generation_config import read_generation_config
 from jaxsloth.convert.gguf_source import GgufSource, gguf_config
@@ -29,7 +30,7 @@ class Checkpoint:
     config: dict[str, Any]
     source: CheckpointSource
     path: Path
-    kind: Literal["safetensors", "bnb-4bit", "gguf"]
+    kind: Literal["safetensors", "bnb-4bit", "bnb-8bit", "gguf"]
     name: str
     generation: dict[str, Any] = field(default_factory=dict)
 
@@ -49,9 +50,22 @@ class Checkpoint:
         return replace(spec, quantization=stored_quantization(self.source, spec)) if self.kind == "bnb-4bit" else spec
 
 
-def find_checkpoint(name: str, **hub: Any) -> Checkpoint:
-    """`open_checkpoint` of what `resolve_path` finds."""
-    return replace(open_checkpoint(resolve_path(name, **hub)), name=name)
+def find_checkpoint(name: str, *, to_convert: bool = False, **hub: Any) -> Checkpoint:
+    """`open_checkpoint` of what `resolve_path` finds.
+
+    Args:
+        to_convert: kinds that can be converted and that no backend computes with are welcome too.
+
+    Raises:
+        CheckpointError: it can't be read, or is of such a kind.
+    """
+    found = open_checkpoint(resolve_path(name, **hub))
+    if found.kind == "bnb-8bit" and not to_convert:
+        raise CheckpointError(
+            f"{found.path} is stored in bitsandbytes' 8 bits, in which no backend computes; convert it first: jaxsloth convert "
+            f"{name} FOLDER --to hf (16 bits, to be loaded as they are or with load_in_4bit) or --to bnb-4bit"
+        )
+    return replace(found, name=name)
 
 
 def resolve_path(name: str, **hub: Any) -> Path:
@@ -102,7 +116,7 @@ def package_file(name: str) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder of safetensors (bitsandbytes' 4-bit ones too) or a .gguf file; headers are read, weights are not.
+    """Opens a folder of safetensors (bitsandbytes' too) or a .gguf file; headers are read, weights are not.
 
     Raises:
         CheckpointError: it is neither, or not whole.
@@ -123,7 +137,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{file}: quantization_config must be an object, got {shown(quantization)}")
     if is_bnb4bit(config):
         return Checkpoint(*fitted(config, Bnb4BitSource(path), path), path, "bnb-4bit", str(path), generation)
+    if is_bnb8bit(config):
+        return Checkpoint(*fitted(config, Bnb8BitSource(path), path), path, "bnb-8bit", str(path), generation)
     if quantization:
         method = quantization.get("quant_method")
-        raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes NF4 and unquantized weights can")
+        raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes' and unquantized weights can")
     return Checkpoint(*fitted(config, SafetensorsSource(path), path), path, "safetensors", str(path), generation)

@@ -68,7 +68,7 @@ def describe(name: str) -> dict[str, Any]:
             "values": sum(value.size for value in values.values()),
             "bytes": present_size(folder),
         }
-    checkpoint = find_checkpoint(name)
+    checkpoint = find_checkpoint(name, to_convert=True)
     spec, source = checkpoint.spec(), checkpoint.source
     shapes = {key: tuple(int(size) for size in source.shape(key)) for key in source.names()}
     attention = spec.layers[0].attention

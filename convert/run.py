@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxsloth.backend import DtypeName
 from jaxsloth.convert.bnb4bit_source import dequantized
-from jaxsloth.convert.bnb4bit_writer import PARTS, bnb4bit_config, bnb4bit_parts
+from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4bit_parts
+from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
 from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.files import ExistsError, whole_folder, write_whole
 from jaxsloth.convert.fitting import check_cast
@@ -29,9 +30,15 @@ from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.models.names import linears, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 
-Format = Literal["hf", "bnb-4bit", "gguf"]
+Format = Literal["hf", "bnb-4bit", "bnb-8bit", "gguf"]
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _STORED: dict[str, DtypeName] = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Of the quantized folders: how layers are stored, in how many bytes, and what config.json says.
+_QUANTIZED: dict[str, tuple[str, Callable[[tuple[int, ...]], int], Callable[[DtypeName], dict[str, Any]]]] = {
+    "bnb-4bit": ("NF4", bnb4bit_bytes, bnb4bit_config),
+    "bnb-8bit": ("INT8", bnb8bit_bytes, bnb8bit_config),
+}
+_PARTS = 6  # tensors that a quantized weight is stored as, at most
 # What a model folder holds beside config.json and weights, and conversions keep as it is.
 KEPT_FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -95,7 +102,7 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
         ExistsError: the destination is there and overwriting was not asked for.
     """
     _check_wanted(destination, to, options)
-    checkpoint = find_checkpoint(source)
+    checkpoint = find_checkpoint(source, to_convert=True)
     spec, adapter = checkpoint.spec(), {}
     if options.merge is not None:
         spec, adapter = fitted_adapter(options.merge, spec)
@@ -115,7 +122,7 @@ def plan_opened(
     _check_wanted(destination, to, options)
     check_values(adapter, trainable_shapes(spec), "the adapter to merge")
     notes = []
-    if adapter and checkpoint.kind in ("bnb-4bit", "gguf"):
+    if adapter and checkpoint.kind in ("bnb-4bit", "bnb-8bit", "gguf"):
         notes.append("the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source")
     dtype = options.dtype or _stored_dtype(checkpoint)
     tensors = tuple(_planned(spec, checkpoint, to, dtype, options, notes))
@@ -150,15 +157,15 @@ def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) 
         return plan.destination
     with whole_folder(plan.destination, overwrite=plan.options.overwrite) as temporary:
         names = [tensor.name for tensor in plan.tensors]
-        with SafetensorsWriter(temporary, names, plan.options.shard_bytes, PARTS if plan.to == "bnb-4bit" else 1) as writer:
+        with SafetensorsWriter(temporary, names, plan.options.shard_bytes, _PARTS if plan.to in _QUANTIZED else 1) as writer:
             for tensor, value in zip(plan.tensors, _values(plan), strict=True):
                 writer.add(*_stored(plan, tensor, value))
                 on_written(tensor.nbytes)
         config = {
             key: value for key, value in plan.checkpoint.config.items() if key not in ("quantization_config", "torch_dtype")
         }
-        if plan.to == "bnb-4bit":
-            config["quantization_config"] = bnb4bit_config(plan.dtype)
+        if plan.to in _QUANTIZED:
+            config["quantization_config"] = _QUANTIZED[plan.to][2](plan.dtype)
         _write_json(temporary / "config.json", config | {"dtype": plan.dtype})
         _keep_files(plan, temporary)
     return plan.destination
@@ -188,12 +195,12 @@ def _planned(
                 f"{len(fallbacks)} tensors have rows that 256 does not divide and are stored in other blocks, as llama.cpp does"
             )
         return
-    quantized = {f"{linear.name}.weight" for linear in linears(spec)} if to == "bnb-4bit" else set()
+    quantized = {f"{linear.name}.weight" for linear in linears(spec)} if to in _QUANTIZED else set()
     for name, shape in tensor_shapes(spec).items():
         count = int(np.prod(shape))
         if name in quantized:
-            blocks = -(-count // 64)
-            yield Planned(name, shape, "NF4", count // 2 + blocks + 4 * -(-blocks // 256) + 4 * 16 + 4 * 256 + 256)
+            kind, nbytes, _ = _QUANTIZED[to]
+            yield Planned(name, shape, kind, nbytes(shape))
         else:
             yield Planned(name, shape, dtype, count * np.dtype(_DTYPES[dtype]).itemsize)
 
@@ -214,6 +221,8 @@ def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4) -> list[tuple[
         nf4 = value if isinstance(value, NF4) else _quantize(np.ascontiguousarray(value, np.float32))
         return list(bnb4bit_parts(tensor.name, nf4, plan.dtype).items())
     assert isinstance(value, np.ndarray)
+    if tensor.stored_as == "INT8":
+        return list(bnb8bit_parts(tensor.name, value).items())
     return [(tensor.name, check_cast(tensor.name, value, _DTYPES[tensor.stored_as]))]
 
 

@@ -73,12 +73,13 @@ class SafetensorsWriter:
         for name, array in tensors:
             if name in self._header or any(name in names for _, names in self._shards):
                 raise ValueError(f"the tensor {name} would be written twice")
+            shape = list(array.shape)  # ascontiguousarray makes a scalar a vector
             array = np.ascontiguousarray(array)
             self._file.write(array.reshape(-1).view(np.uint8).data)
             end = self._end + array.nbytes
             self._header[name] = {
                 "dtype": _DTYPES[array.dtype],
-                "shape": list(array.shape),
+                "shape": shape,
                 "data_offsets": [self._end, end],
             }
             self._end = end

@@ -162,7 +162,7 @@ def evaluate(
 def convert(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, package:NAME/file, or a Hugging Face name.")],
     destination: Annotated[Path, typer.Argument(help="A folder that is not there yet; for gguf a file.")],
-    to: Annotated[str, typer.Option(help="hf (safetensors), bnb-4bit, or gguf.")],
+    to: Annotated[str, typer.Option(help="hf (safetensors), bnb-4bit, bnb-8bit, or gguf.")],
     merge: Annotated[Path | None, typer.Option(help="The folder of a PEFT adapter to add to the weights first.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")] = None,
     outtype: Annotated[str, typer.Option(help="Of gguf: f32, f16, bf16, q8_0, q4_0 to q5_1, q3_k_m to q6_k.")] = "f16",
