@@ -73,7 +73,8 @@ def resolve_path(name: str, **hub: Any) -> Path:
     repository's name (downloaded unless it is in the cache).
 
     Args:
-        hub: what huggingface_hub's snapshot_download takes besides: token, revision, cache_dir, local_files_only.
+        hub: what huggingface_hub's snapshot_download takes besides: token, revision, cache_dir, local_files_only,
+            allow_patterns (in place of all that a model has).
 
     Raises:
         CheckpointError: nothing is there; the message says what was tried.
@@ -90,7 +91,7 @@ def resolve_path(name: str, **hub: Any) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns, **hub))
+        return Path(snapshot_download(name, **{"allow_patterns": patterns} | hub))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"{name} is no local path, and could not be had from the Hugging Face hub: {error}") from error
 
@@ -113,6 +114,18 @@ def package_file(name: str) -> Path:
         if present(path):
             return path
     raise CheckpointError(f"{name}: the package {package!r} holds no {inner!r}")
+
+
+def described_model(name: str) -> ModelSpec:
+    """The model that `name` stands for, by its config or its GGUF metadata alone: no weights are read, or fetched.
+
+    Raises:
+        ValueError: nothing is there, or it describes no supported model.
+    """
+    path = resolve_path(name, allow_patterns=["config.json"])
+    if path.is_file():
+        return open_checkpoint(path).spec()
+    return spec_from_config(read_object(path / "config.json", CheckpointError), path / "config.json")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

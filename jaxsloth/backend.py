@@ -319,6 +319,15 @@ class Backend(Protocol):
         """
         ...
 
+    def training_passes(self, spec: ModelSpec, options: BuildOptions) -> list[str]:
+        """How the written training pass would train each kind of block of a model with adapters, which is not built: "4 blocks:
+        self_attn: written; mlp: local vjp (a reason)", as a run's log says it.
+
+        Raises:
+            ValueError: this backend can't build the model, or can't train it with these options.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Waits until the devices are idle."""
         ...

@@ -210,13 +210,26 @@ def parity(
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Versions, devices, model families, what trains and decodes here, and each op's implementation."""
-    from jaxsloth.info import collect, show
+def info(
+    overrides: Annotated[list[str] | None, typer.Argument(help="With --recipe: key=value, e.g. lora.dropout=0.05")] = None,
+    model: Annotated[str | None, typer.Option(help="What generate takes: how its blocks train, by its config alone.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe, whose model and settings count.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Versions, devices, model families, what trains and decodes here, and each op's implementation; or, of a model or a
+    recipe, how each kind of block trains on each backend."""
+    from jaxsloth.info import collect, model_passes, show, show_model
+    from jaxsloth.recipe import RecipeError, load_recipe
 
-    found = collect()
+    if overrides and recipe is None:
+        raise RecipeError(f"{overrides[0]} changes a recipe; name it with --recipe")
+    chosen = None if recipe is None else load_recipe(recipe, overrides or [])
+    of_model = model is not None or chosen is not None
+    found = model_passes(model, chosen) if of_model else collect()
     if as_json:
         print(json.dumps(found, indent=2))
+    elif of_model:
+        show_model(found, console())
     else:
         show(found, console())
 

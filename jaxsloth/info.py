@@ -1,4 +1,5 @@
-"""What `jaxsloth info` tells: versions, devices, families, what trains and decodes here, and each op's implementation."""
+"""What `jaxsloth info` tells: versions, devices, families, what trains and decodes here, each op's implementation; and how the
+blocks of a model train."""
 
 from __future__ import annotations
 
@@ -8,12 +9,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxsloth import __version__
-from jaxsloth.backend import BACKENDS, DtypeName, load_backend
+from jaxsloth.backend import BACKENDS, BuildOptions, DtypeName, load_backend
+from jaxsloth.convert.checkpoint import described_model
 from jaxsloth.extras import missing_packages
-from jaxsloth.kernels.registry import WAYS, Facts, all_ops, select, written_by_itself
+from jaxsloth.kernels.registry import WAYS, Facts, all_ops, select, today_of, written_by_itself
+from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.registry import families
+from jaxsloth.models.spec import ModelSpec
+from jaxsloth.recipe import Recipe
+from jaxsloth.transforms import add_lora
 
 PACKAGES = (
     *("torch", "triton", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "safetensors", "gguf"),
@@ -59,6 +66,73 @@ def collect() -> dict[str, Any]:
         "passes": passes,
         "ops": ops,
     }
+
+
+def model_passes(model: str | None, recipe: Recipe | None) -> dict[str, Any]:
+    """How the blocks of a model train on each backend, as plain data, by its config alone.
+
+    Args:
+        model: what `jaxsloth generate` takes; None is the recipe's.
+        recipe: whose adapters, precision and requests count; None: LoRA of rank 16 on all linear layers.
+
+    Raises:
+        ValueError: there is no such model, or it is not supported.
+    """
+    name = model or (recipe.model if recipe is not None else "")
+    spec = described_model(name)
+    spec = add_lora(spec, r=16, alpha=16) if recipe is None else recipe.apply(spec)
+    assert spec.lora is not None
+    lora, backends = spec.lora, {}
+    for backend in BACKENDS:
+        missing = missing_packages(backend)
+        backends[backend] = {"error": f"needs {', '.join(missing)}"} if missing else _passes_of(backend, spec, recipe)
+    return {
+        "model": name,
+        "family": spec.family,
+        "layers": len(spec.layers),
+        "adapters": f"LoRA r={lora.r} on {len(lora.modules)} layers, dropout {lora.dropout:g}, bias {lora.bias}",
+        "whole": list(lora.modules_to_save),
+        "decoding": decode_refusal(spec),
+        "backends": backends,
+    }
+
+
+def _passes_of(backend: str, spec: ModelSpec, recipe: Recipe | None) -> dict[str, Any]:
+    engine = load_backend(backend)
+    platform_name = engine.devices().platform
+    dtype: DtypeName = "float32" if platform_name == "cpu" else "bfloat16"
+    if recipe is not None and recipe.dtype != "auto":
+        dtype = recipe.dtype
+    asked = dict(recipe.implementations or {}) if recipe is not None else {}
+    written, other = WAYS["train_pass"]
+    requested = today_of("train_pass", asked.get("train_pass"))
+    reason = written_by_itself(platform_name) if requested is None else None
+    try:
+        blocks = engine.training_passes(
+            spec, BuildOptions(dtype, implementations=asked, compute=recipe.compute if recipe else "exact")
+        )
+    except ValueError as error:
+        return {"error": str(error)}
+    uses = requested or (written if reason is None else other)
+    why = "as asked for" if requested is not None else f"{written} {reason}" if reason is not None else None
+    return {"uses": uses, "why": why, "blocks": blocks}
+
+
+def show_model(found: dict[str, Any], console: Console) -> None:
+    whole = f"; trained whole: {', '.join(found['whole'])}" if found["whole"] else ""
+    console.print(f"{found['model']}: {found['family']}, {found['layers']} blocks; {found['adapters']}{whole}", markup=False)
+    table = Table(title="how its blocks train")
+    for column in ("backend", "pass here", "the written pass, by kind of block"):
+        table.add_column(column, overflow="fold")
+    for backend, choice in found["backends"].items():
+        if "error" in choice:
+            table.add_row(backend, "none", Text(choice["error"]))
+            continue
+        why = f" ({choice['why']})" if choice["why"] else ""
+        table.add_row(backend, choice["uses"] + why, Text("\n".join(choice["blocks"])))
+    console.print(table)
+    if found["decoding"] is not None:
+        console.print(f"greedy decoding is made of ops: the fused one {found['decoding']}", markup=False)
 
 
 def _version(package: str) -> str | None:

@@ -137,9 +137,14 @@ def written_by_itself(platform: str) -> str | None:
     return None if platform == "cuda" else "is made for NVIDIA GPUs, and runs elsewhere when asked for by name"
 
 
+def today_of(name: str, requested: str | None) -> str | None:
+    """A request under its name of today."""
+    return _EARLIER.get(name, {}).get(requested or "", requested)
+
+
 def way_asked_for(name: str, requested: str | None) -> str | None:
     """The way of a whole pass that a request means: itself, or today's name of it, which is said once."""
-    today = _EARLIER.get(name, {}).get(requested or "", requested)
+    today = today_of(name, requested)
     if today != requested:
         _say_once(f"implementations: {{{name}: {requested}}} is called {today} now")
     return today

@@ -7,7 +7,7 @@ import torch
 from jaxsloth.backend import BackendName, BuildOptions, DeviceInfo, TensorSource
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import placement
-from jaxsloth.torch_backend.model import TorchModel
+from jaxsloth.torch_backend.model import TorchModel, training_passes
 
 
 class TorchBackend:
@@ -25,6 +25,9 @@ class TorchBackend:
         placement.join_processes()
         placement.CHOICE.built()
         return TorchModel(spec, source, options)
+
+    def training_passes(self, spec: ModelSpec, options: BuildOptions) -> list[str]:
+        return training_passes(spec, options)
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():

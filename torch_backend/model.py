@@ -20,7 +20,7 @@ from jaxsloth.backend import (
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4
-from jaxsloth.kernels.registry import Facts, check_requested, resolve
+from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, resolve
 from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.torch_backend import autograd_pass, fp8, placement
@@ -35,6 +35,7 @@ from jaxsloth.torch_backend.preference import PreferenceStep, make_row_log_probs
 from jaxsloth.torch_backend.state import ModelState
 from jaxsloth.torch_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step
 from jaxsloth.torch_backend.weights import loader, map_nf4
+from jaxsloth.torch_backend.written_pass import describe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -152,3 +153,23 @@ class TorchModel(ModelState):
     def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
         state = DecodeState(self, input_ids, lengths, capacity)
         return state, state.first_logits
+
+
+def training_passes(spec: ModelSpec, options: BuildOptions) -> list[str]:
+    """See `jaxsloth.backend.Backend`; its modules hold tensors without storage."""
+    shapes, dtype, device = tensor_shapes(spec), DTYPES[options.dtype], placement.device()
+    check_requested(options.implementations or {})
+    fp8.check_options(options, device)
+    facts = Facts(device.type, options.dtype, {"hidden": spec.hidden})  # type: ignore[arg-type]
+    ops = Ops(facts, options.implementations or {})
+    decoder = Decoder(spec, lambda name: torch.empty(shapes[name], dtype=dtype, device="meta"), ops, dtype, recompute=False)
+    adapters = trainable_shapes(spec)
+    for module in spec.lora.modules if spec.lora is not None else ():
+        a, b = (torch.nn.Parameter(torch.empty(adapters[name], device="meta")) for name in lora_names(module))
+        linear = decoder.get_submodule(module)
+        assert isinstance(linear, Linear) and spec.lora is not None
+        linear.add_adapter(spec.lora, a, b)
+    reason = fp8.layer_refusal(decoder.linears()) if options.compute == "fp8" else None
+    if reason is not None:
+        raise RefusedError(f"compute fp8 can't train this model: it {reason}; set compute: exact")
+    return describe(decoder)

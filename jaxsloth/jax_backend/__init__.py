@@ -7,6 +7,7 @@ import jax
 from jaxsloth.backend import BackendName, BuildOptions, DeviceInfo, TensorSource
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.model import JaxModel
+from jaxsloth.jax_backend.state import training_passes
 from jaxsloth.models.spec import ModelSpec
 
 
@@ -25,6 +26,9 @@ class JaxBackend:
         placement.keep_compiled_programs()
         placement.CHOICE.built()
         return JaxModel(spec, source, options)
+
+    def training_passes(self, spec: ModelSpec, options: BuildOptions) -> list[str]:
+        return training_passes(spec, options)
 
     def synchronize(self) -> None:
         jax.effects_barrier()

@@ -41,17 +41,40 @@ AUTO_ORDER = ("none", "selective", "full", "offload")
 _ADAPTERS = ("lora_A", "lora_B")
 
 
+def training_passes(spec: ModelSpec, options: BuildOptions) -> list[str]:
+    """See `jaxsloth.backend.Backend`; the module is traced, so that its arrays are shapes alone."""
+    ops = make_ops(spec, options)
+    period, dtype = spec.layer_period(), jnp.dtype(options.dtype)
+    count, shapes = len(spec.layers) // period, {}
+    trained = {own_name(name): shape for name, shape in trainable_shapes(spec).items()}
+    for name, shape in (tensor_shapes(spec) | trained).items():
+        own = name.removesuffix(".weight") if name.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS else name
+        shapes[stacked_name(own, period)[0]] = (count, *shape) if own.startswith("model.layers.") else shape
+    found: list[str] = []
+
+    def build() -> None:
+        decoder = Decoder(spec, lambda name: jnp.zeros(shapes[name], dtype), ops, dtype)
+        found.extend(describe(decoder.model.layers, count))
+
+    jax.eval_shape(build)
+    return found
+
+
+def make_ops(spec: ModelSpec, options: BuildOptions) -> Ops:
+    """The ops of a model; RefusedError where the options ask for what is not here."""
+    if options.compute != "exact":
+        raise RefusedError(f"compute {options.compute} runs on the torch backend so far; take it, or compute exact")
+    check_requested(options.implementations or {})
+    return Ops(Facts(platform(), options.dtype, {"hidden": spec.hidden}), options.implementations or {})
+
+
 class ModelState:
     """The module apart as nnx's structure, and the state of what is trained and frozen."""
 
     def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
         self.spec, self.options = spec, options
-        if options.compute != "exact":
-            raise RefusedError(f"compute {options.compute} runs on the torch backend so far; take it, or compute exact")
+        self._ops = make_ops(spec, options)
         self._dtype = jnp.dtype(options.dtype)
-        facts = Facts(platform(), options.dtype, {"hidden": spec.hidden})
-        check_requested(options.implementations or {})
-        self._ops = Ops(facts, options.implementations or {})
         self._weights = load_weights(spec, source, self._dtype)
         self._frequencies: dict[Any, Any] = {}
         self._compilations = Compilations()
