@@ -33,7 +33,15 @@ LONG = (
 QUICK = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
 
+# Cases that take long on two cores, most of them JAX's half of a test whose torch half is fast: the slow tests run them.
+SLOW = frozenset((TESTS / "slow_cases.txt").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in SLOW:
+            item.add_marker(pytest.mark.slow)
     places = {TESTS / name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
