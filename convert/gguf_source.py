@@ -53,7 +53,7 @@ class GgufSource:
     """A GGUF file as a TensorSource. Blocks of any ggml type that the gguf package knows are dequantized when read."""
 
     def __init__(self, path: Path) -> None:
-        self._reader = _open(path)
+        self._reader = open_gguf(path)
         _check_layout(self._reader, path)
         self.path = path
         fields = _fields(self._reader, path)
@@ -117,7 +117,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: another architecture, or metadata that a llama model needs is missing or wrong.
     """
-    reader = _open(path)
+    reader = open_gguf(path)
     fields = _fields(reader, path)
     heads, hidden = fields.head_count, fields.embedding_length
     names = {tensor.name: tensor for tensor in reader.tensors}
@@ -180,7 +180,8 @@ def _rope_scaling(fields: GgufFields, path: Path) -> dict[str, Any]:
     return scaling
 
 
-def _open(path: Path) -> Any:
+def open_gguf(path: Path) -> Any:
+    """The gguf package's reader of a file; CheckpointError where it is not whole."""
     from gguf import GGUFReader
 
     try:
@@ -191,11 +192,13 @@ def _open(path: Path) -> Any:
 
 
 def _fields(reader: Any, path: Path) -> GgufFields:
-    wanted = {"general.architecture", *(str(field.alias) for field in GgufFields.model_fields.values())}
+    wanted = {"general.architecture", "general.type", *(str(field.alias) for field in GgufFields.model_fields.values())}
     try:
         values = {name: field.contents() for name, field in reader.fields.items() if name in wanted}
     except Exception as error:
         raise CheckpointError(f"{path}: the GGUF metadata can't be read: {type(error).__name__}: {error}") from error
+    if values.get("general.type") == "adapter":
+        raise CheckpointError(f"{path} is an adapter, not a model; give the base, and this file as the adapter (--merge)")
     architecture = values.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"{path}: general.architecture must be 'llama', got {shown(architecture)}")

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from jaxsloth.convert.checkpoint import find_checkpoint
 from jaxsloth.convert.files import present_size
+from jaxsloth.convert.gguf_adapter import describe_gguf_adapter, is_gguf_adapter
 from jaxsloth.convert.gguf_source import GgufSource
 from jaxsloth.convert.peft_adapter import CONFIG, read_adapter
-from jaxsloth.convert.run import Plan, convert
+from jaxsloth.convert.run import ADAPTERS, Plan, convert
 from jaxsloth.foreign import local_path
 
 _MIB, _GIB = 2**20, 2**30
@@ -31,7 +32,8 @@ def show_plan(plan: Plan, console: Console, *, whole: bool) -> None:
         console.print(table)
     counts = Counter(tensor.stored_as for tensor in plan.tensors)
     kinds = ", ".join(f"{count} in {kind}" for kind, count in counts.most_common())
-    console.print(f"{plan.checkpoint.kind} to {plan.to}: {len(plan.tensors)} tensors ({kinds}), {plan.nbytes / _GIB:.2f} GiB")
+    kind = "adapter" if plan.to in ADAPTERS else plan.checkpoint.kind
+    console.print(f"{kind} to {plan.to}: {len(plan.tensors)} tensors ({kinds}), {plan.nbytes / _GIB:.2f} GiB")
     for note in plan.notes:
         console.print(f"note: {note}")
 
@@ -68,6 +70,8 @@ def describe(name: str) -> dict[str, Any]:
             "values": sum(value.size for value in values.values()),
             "bytes": present_size(folder),
         }
+    if is_gguf_adapter(folder):
+        return describe_gguf_adapter(folder)
     checkpoint = find_checkpoint(name, to_convert=True)
     spec, source = checkpoint.spec(), checkpoint.source
     shapes = {key: tuple(int(size) for size in source.shape(key)) for key in source.names()}

@@ -13,24 +13,26 @@ import ml_dtypes
 import numpy as np
 
 from jaxsloth.backend import DtypeName
+from jaxsloth.convert.adapters import base_of_adapter, read_fitted
 from jaxsloth.convert.bnb4bit_source import dequantized
 from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4bit_parts
 from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
 from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.files import ExistsError, whole_folder, write_whole
 from jaxsloth.convert.fitting import check_cast
+from jaxsloth.convert.gguf_adapter import adapter_bytes, check_gguf_adapter, write_gguf_adapter
 from jaxsloth.convert.gguf_source import GgufSource
 from jaxsloth.convert.gguf_tokenizer import template_field, tokenizer_fields
 from jaxsloth.convert.gguf_types import OUT_TYPES, check_available
 from jaxsloth.convert.gguf_writer import model_fields, plan_tensors, rope_factors, write_gguf
 from jaxsloth.convert.merge import is_trained, merged
-from jaxsloth.convert.peft_adapter import check_values, fitted_adapter
+from jaxsloth.convert.peft_adapter import check_values, write_adapter
 from jaxsloth.convert.safetensors_writer import SHARD_BYTES, SafetensorsWriter
 from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.models.names import linears, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 
-Format = Literal["hf", "bnb-4bit", "bnb-8bit", "gguf"]
+Format = Literal["hf", "bnb-4bit", "bnb-8bit", "gguf", "peft", "gguf-lora"]
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _STORED: dict[str, DtypeName] = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Of the quantized folders: how layers are stored, in how many bytes, and what config.json says.
@@ -38,6 +40,7 @@ _QUANTIZED: dict[str, tuple[str, Callable[[tuple[int, ...]], int], Callable[[Dty
     "bnb-4bit": ("NF4", bnb4bit_bytes, bnb4bit_config),
     "bnb-8bit": ("INT8", bnb8bit_bytes, bnb8bit_config),
 }
+ADAPTERS = ("peft", "gguf-lora")
 _PARTS = 6  # tensors that a quantized weight is stored as, at most
 # What a model folder holds beside config.json and weights, and conversions keep as it is.
 KEPT_FILES = (
@@ -79,7 +82,7 @@ class Plan:
 class Options:
     """merge: the folder of a PEFT adapter that is added to the weights first. dtype: of what is stored in 16 or 32 bits; None
     keeps the checkpoint's. outtype: of GGUF files, a name of `gguf_types.OUT_TYPES`. kept: a folder whose files (tokenizer,
-    generation settings) are written in the place of the checkpoint's."""
+    generation settings) are written in the place of the checkpoint's. base: of adapters, the model that they belong to."""
 
     merge: Path | None = None
     dtype: DtypeName | None = None
@@ -87,14 +90,15 @@ class Options:
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
     kept: Path | None = None
+    base: str | None = None
 
 
 def plan(source: str, destination: Path, to: Format, options: Options = Options()) -> Plan:
     """Reads headers and settings, and says what `convert` would write.
 
     Args:
-        source: a folder, a .gguf file, package:NAME/file, or a Hugging Face name.
-        destination: a folder that is not there yet; of "gguf" a file.
+        source: a folder, a .gguf file, package:NAME/file, or a Hugging Face name; for "peft" and "gguf-lora" an adapter's.
+        destination: a folder that is not there yet; of "gguf" and "gguf-lora" a file.
 
     Raises:
         ValueError: the format, the dtype or the outtype is unknown, or a package for it is missing.
@@ -102,10 +106,12 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
         ExistsError: the destination is there and overwriting was not asked for.
     """
     _check_wanted(destination, to, options)
+    if to in ADAPTERS:
+        return _plan_adapter(source, destination, to, options)
     checkpoint = find_checkpoint(source, to_convert=True)
     spec, adapter = checkpoint.spec(), {}
     if options.merge is not None:
-        spec, adapter = fitted_adapter(options.merge, spec)
+        spec, adapter = read_fitted(options.merge, spec)
     return plan_opened(checkpoint, spec, adapter, destination, to, options)
 
 
@@ -129,6 +135,22 @@ def plan_opened(
     return Plan(checkpoint, spec, adapter, destination, to, dtype, tensors, tuple(notes), options)
 
 
+def _plan_adapter(source: str, destination: Path, to: Format, options: Options) -> Plan:
+    """`plan` of an adapter's conversion; the plan's checkpoint is its base, of which nothing is written."""
+    if options.merge is not None:
+        raise ValueError(f"an adapter is not merged where one is written (--to {to}); leave --merge out")
+    base = base_of_adapter(source, options.base)
+    checkpoint = find_checkpoint(base, to_convert=True)
+    spec, adapter = read_fitted(source, checkpoint.spec())
+    outtype = options.outtype if to == "gguf-lora" else "f32"
+    if to == "gguf-lora":
+        check_gguf_adapter(spec, outtype)
+    tensors = tuple(
+        Planned(name, shape, outtype.upper(), adapter_bytes(shape, outtype)) for name, shape in trainable_shapes(spec).items()
+    )
+    return Plan(checkpoint, spec, adapter, destination, to, "float32", tensors, (), options)
+
+
 def _check_wanted(destination: Path, to: Format, options: Options) -> None:
     if to not in get_args(Format):
         raise ValueError(f"the format must be one of {', '.join(get_args(Format))}; got {to!r}")
@@ -150,6 +172,10 @@ def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) 
         CheckpointError: a tensor is damaged, or a value is too large for the dtype.
     """
     check_room(plan.destination, plan.nbytes)
+    if plan.to in ADAPTERS:
+        _write_adapter(plan)
+        on_written(plan.nbytes)
+        return plan.destination
     if plan.to == "gguf":
         with write_whole(plan.destination, overwrite=plan.options.overwrite) as temporary:
             for count in _write_gguf(plan, temporary):
@@ -169,6 +195,14 @@ def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) 
         _write_json(temporary / "config.json", config | {"dtype": plan.dtype})
         _keep_files(plan, temporary)
     return plan.destination
+
+
+def _write_adapter(plan: Plan) -> None:
+    if plan.to == "peft":
+        write_adapter(plan.destination, plan.spec, plan.adapter, plan.checkpoint.name, overwrite=plan.options.overwrite)
+        return
+    with write_whole(plan.destination, overwrite=plan.options.overwrite) as temporary:
+        write_gguf_adapter(temporary, plan.spec, plan.adapter, plan.options.outtype, plan.destination.stem)
 
 
 def check_room(destination: Path, nbytes: int) -> None:

@@ -162,8 +162,9 @@ def evaluate(
 def convert(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, package:NAME/file, or a Hugging Face name.")],
     destination: Annotated[Path, typer.Argument(help="A folder that is not there yet; for gguf a file.")],
-    to: Annotated[str, typer.Option(help="hf (safetensors), bnb-4bit, bnb-8bit, or gguf.")],
-    merge: Annotated[Path | None, typer.Option(help="The folder of a PEFT adapter to add to the weights first.")] = None,
+    to: Annotated[str, typer.Option(help="hf (safetensors), bnb-4bit, bnb-8bit, gguf; of adapters peft, gguf-lora.")],
+    merge: Annotated[Path | None, typer.Option(help="An adapter (PEFT folder, GGUF) to add to the weights first.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that a converted adapter belongs to.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")] = None,
     outtype: Annotated[str, typer.Option(help="Of gguf: f32, f16, bf16, q8_0, q4_0 to q5_1, q3_k_m to q6_k.")] = "f16",
     shard_size: Annotated[str, typer.Option(help="The most that a file may hold, e.g. 4GB.")] = "4GiB",
@@ -175,7 +176,7 @@ def convert(
     from jaxsloth.convert.report import converted, show_plan
     from jaxsloth.convert.run import Options, plan
 
-    options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite)  # type: ignore[arg-type]
+    options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite, base=base)  # type: ignore[arg-type]
     found, screen = plan(source, destination, to, options), console()  # type: ignore[arg-type]
     show_plan(found, screen, whole=dry_run)
     if not dry_run:
