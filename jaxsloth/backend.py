@@ -324,7 +324,8 @@ class Backend(Protocol):
         self_attn: written; mlp: local vjp (a reason)", as a run's log says it.
 
         Raises:
-            ValueError: this backend can't build the model, or can't train it with these options.
+            ValueError: this backend can't build the model.
+            RefusedError: it can't train it with these options.
         """
         ...
 

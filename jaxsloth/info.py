@@ -15,7 +15,7 @@ from jaxsloth import __version__
 from jaxsloth.backend import BACKENDS, BuildOptions, DtypeName, load_backend
 from jaxsloth.convert.checkpoint import described_model
 from jaxsloth.extras import missing_packages
-from jaxsloth.kernels.registry import WAYS, Facts, all_ops, select, today_of, written_by_itself
+from jaxsloth.kernels.registry import WAYS, Facts, RefusedError, all_ops, select, today_of, written_by_itself
 from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.registry import families
 from jaxsloth.models.spec import ModelSpec
@@ -111,7 +111,7 @@ def _passes_of(backend: str, spec: ModelSpec, recipe: Recipe | None) -> dict[str
         blocks = engine.training_passes(
             spec, BuildOptions(dtype, implementations=asked, compute=recipe.compute if recipe else "exact")
         )
-    except ValueError as error:
+    except (ValueError, RefusedError) as error:
         return {"error": str(error)}
     uses = requested or (written if reason is None else other)
     why = "as asked for" if requested is not None else f"{written} {reason}" if reason is not None else None

@@ -47,6 +47,14 @@ _OF_TRL = {
     *("_prepare_dataset", "_prepare_model_for_training", "_create_model_from_path", "_precompute_ref_logps"),
     *("_compute_loss", "_compute_loss_liger", "_get_per_token_logps_and_entropies", "compute_ref_log_probs"),
     *("compute_reference_log_probs", "concatenated_forward", "dpo_loss", "get_batch_loss_metrics", "concatenated_inputs"),
+    *("_reject_skip_prepare_without_labels", "_send_telemetry"),
+}
+# What those of transformers 4 and TRL 0.x called besides.
+_ONCE = {
+    *("prediction_loop", "tokenize_row", "process_row", "build_tokenized_answer", "get_batch_logps", "store_metrics"),
+    *("generate_from_model_and_ref", "null_ref_context", "_prepare_non_packed_dataloader", "_prepare_packed_dataloader"),
+    *("_prepare_peft_model", "_prepare_gradient_checkpointing", "_activate_neftune", "_trl_activate_neftune"),
+    *("_deactivate_neftune", "_rotate_checkpoints", "_align_special_tokens", "ipex_optimize_model", "torch_jit_model_eval"),
 }
 
 
@@ -56,7 +64,7 @@ class NotHereError(AttributeError):
 
 @cache
 def _theirs() -> frozenset[str]:
-    return frozenset((set(dir(Trainer)) - set(dir(object))) | set(ABSENT) | _OF_TRL)
+    return frozenset((set(dir(Trainer)) - set(dir(object))) | set(ABSENT) | _OF_TRL | _ONCE)
 
 
 def refuse_overrides(trainer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import Trainer
 from jaxsloth import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend.saving import HubError
-from jaxsloth.frontend.trainer_surface import _OF_TRL, ABSENT, NotHereError
+from jaxsloth.frontend.trainer_surface import _CALLED, _OF_TRL, _ONCE, ABSENT, NotHereError, _theirs, refuse_overrides
 from tests.support.modules import BACKENDS, TRAINING
 from tests.support.native import native_model
 from tests.support.tiny import WORDS, write_checkpoint
@@ -77,7 +78,24 @@ def test_every_public_name_of_trls_trainer_is_had_or_refused_with_a_reason(ours,
     # Whatever only TRL's have of their own, and a subclass could think of having.
     own = {name for kind in theirs.__mro__ if kind.__module__.startswith("trl") for name in vars(kind)}
     own = {name for name in own if callable(getattr(theirs, name)) and not name.startswith("__")}
-    assert own <= set(dir(Trainer)) | _OF_TRL | {"_send_telemetry", "_reject_skip_prepare_without_labels"}
+    assert own <= set(dir(Trainer)) | _OF_TRL
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(trl.SFTTrainer, SFTTrainer), (trl.DPOTrainer, DPOTrainer)])
+def test_every_method_that_a_subclass_may_override_is_called_or_refused(theirs, ours):
+    """All that transformers' and TRL's trainers have, and had: an override is never passed over in silence."""
+    kinds = [kind for kind in theirs.__mro__ if kind is not object]
+    methods = {name for kind in kinds for name, value in vars(kind).items() if inspect.isroutine(value)}
+    methods = {name for name in methods | _ONCE if not name.startswith("__")}
+    assert len(methods) > 100 and not methods - _CALLED - _theirs()
+    for name in methods:
+        own = type("Mine", (ours,), {name: lambda self, *arguments, **settings: None})
+        mine = own.__new__(own)
+        if name in _CALLED:
+            assert refuse_overrides(mine) is None  # and test_methods_of_a_subclass_are_called
+        else:
+            with pytest.raises(ValueError, match=rf"Mine has its own {name}, which would never be called"):
+                refuse_overrides(mine)
 
 
 METHODS = ("compute_loss", "training_step", "create_optimizer", "create_scheduler", "get_train_dataloader")
