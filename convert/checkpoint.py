@@ -12,7 +12,8 @@ from jaxsloth.convert.bnb8bit import Bnb8BitSource, is_bnb8bit
 from jaxsloth.convert.fitting import CheckpointSource, check_tensors, fitted, stored_quantization
 from jaxsloth.convert.generation_config import read_generation_config
 from jaxsloth.convert.gguf_source import GgufSource, gguf_config
-from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
+from jaxsloth.convert.orbax_source import OrbaxSource, find_tree
+from jaxsloth.convert.safetensors_source import INDEX, SINGLE, CheckpointError, SafetensorsSource
 from jaxsloth.foreign import local_path, present, read_object, shown
 from jaxsloth.models.names import tensor_shapes
 from jaxsloth.models.registry import spec_from_config
@@ -30,7 +31,7 @@ class Checkpoint:
     config: dict[str, Any]
     source: CheckpointSource
     path: Path
-    kind: Literal["safetensors", "bnb-4bit", "bnb-8bit", "gguf"]
+    kind: Literal["safetensors", "bnb-4bit", "bnb-8bit", "gguf", "orbax"]
     name: str
     generation: dict[str, Any] = field(default_factory=dict)
 
@@ -129,7 +130,7 @@ def described_model(name: str) -> ModelSpec:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder of safetensors (bitsandbytes' too) or a .gguf file; headers are read, weights are not.
+    """Opens a folder of safetensors (bitsandbytes' too), an orbax tree or a .gguf file; headers are read, weights are not.
 
     Raises:
         CheckpointError: it is neither, or not whole.
@@ -137,10 +138,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_file() and path.suffix == ".gguf":
         return Checkpoint(gguf_config(path), GgufSource(path), path, "gguf", str(path))
     if not path.is_dir():
-        raise CheckpointError(f"{path} must be a folder with config.json and safetensors, or a .gguf file")
+        raise CheckpointError(f"{path} must be a folder with config.json and safetensors or an orbax tree, or a .gguf file")
     file = path / "config.json"
     if not file.exists():
-        raise CheckpointError(f"{path} has no config.json")
+        raise CheckpointError(
+            f"{path} has no config.json; MaxText's and Tunix's checkpoints have none: put the model's beside them"
+        )
     config = read_object(file, CheckpointError)
     generation = read_generation_config(path, config.get("vocab_size"))
     if generation.get("eos_token_id") is not None:
@@ -155,4 +158,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if quantization:
         method = quantization.get("quant_method")
         raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes' and unquantized weights can")
+    if not any((path / name).is_file() for name in (SINGLE, INDEX)) and (tree := find_tree(path)) is not None:
+        return Checkpoint(config, OrbaxSource(tree, config, file), path, "orbax", str(path), generation)
     return Checkpoint(*fitted(config, SafetensorsSource(path), path), path, "safetensors", str(path), generation)

@@ -25,14 +25,17 @@ from jaxsloth.convert.gguf_source import GgufSource
 from jaxsloth.convert.gguf_tokenizer import template_field, tokenizer_fields
 from jaxsloth.convert.gguf_types import OUT_TYPES, check_available
 from jaxsloth.convert.gguf_writer import model_fields, plan_tensors, rope_factors, write_gguf
+from jaxsloth.convert.jax_layouts import LAYOUTS, leaves, notes_on
 from jaxsloth.convert.merge import is_trained, merged
+from jaxsloth.convert.orbax_source import write_model
 from jaxsloth.convert.peft_adapter import check_values, write_adapter
 from jaxsloth.convert.safetensors_writer import SHARD_BYTES, SafetensorsWriter
+from jaxsloth.extras import require
 from jaxsloth.kernels.nf4.contract import NF4
 from jaxsloth.models.names import linears, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 
-Format = Literal["hf", "bnb-4bit", "bnb-8bit", "gguf", "peft", "gguf-lora"]
+Format = Literal["hf", "bnb-4bit", "bnb-8bit", "gguf", "peft", "gguf-lora", "orbax", "maxtext", "tunix"]
 _DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _STORED: dict[str, DtypeName] = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Of the quantized folders: how layers are stored, in how many bytes, and what config.json says.
@@ -160,6 +163,8 @@ def _check_wanted(destination: Path, to: Format, options: Options) -> None:
         raise ValueError(f"outtype must be one of {', '.join(OUT_TYPES)}; got {options.outtype!r}")
     if to == "gguf":
         check_available(OUT_TYPES[options.outtype])
+    if to in LAYOUTS:
+        require("orbax", f"writing {to}", ValueError)
     if destination.exists() and not options.overwrite:
         raise ExistsError(f"{destination} exists already; choose another place, or ask for it to be overwritten (--overwrite)")
 
@@ -182,11 +187,10 @@ def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) 
                 on_written(count)
         return plan.destination
     with whole_folder(plan.destination, overwrite=plan.options.overwrite) as temporary:
-        names = [tensor.name for tensor in plan.tensors]
-        with SafetensorsWriter(temporary, names, plan.options.shard_bytes, _PARTS if plan.to in _QUANTIZED else 1) as writer:
-            for tensor, value in zip(plan.tensors, _values(plan), strict=True):
-                writer.add(*_stored(plan, tensor, value))
-                on_written(tensor.nbytes)
+        if plan.to in LAYOUTS:
+            _write_tree(plan, temporary, on_written)
+        else:
+            _write_safetensors(plan, temporary, on_written)
         config = {
             key: value for key, value in plan.checkpoint.config.items() if key not in ("quantization_config", "torch_dtype")
         }
@@ -203,6 +207,27 @@ def _write_adapter(plan: Plan) -> None:
         return
     with write_whole(plan.destination, overwrite=plan.options.overwrite) as temporary:
         write_gguf_adapter(temporary, plan.spec, plan.adapter, plan.options.outtype, plan.destination.stem)
+
+
+def _write_safetensors(plan: Plan, folder: Path, on_written: Callable[[int], None]) -> None:
+    names = [tensor.name for tensor in plan.tensors]
+    with SafetensorsWriter(folder, names, plan.options.shard_bytes, _PARTS if plan.to in _QUANTIZED else 1) as writer:
+        for tensor, value in zip(plan.tensors, _values(plan), strict=True):
+            writer.add(*_stored(plan, tensor, value))
+            on_written(tensor.nbytes)
+
+
+def _write_tree(plan: Plan, folder: Path, on_written: Callable[[int], None]) -> None:
+    assert plan.to in LAYOUTS
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(_value(plan, tensors[name]))
+
+    def told(name: str) -> None:
+        on_written(tensors[name].nbytes)
+
+    write_model(folder, plan.spec, plan.to, plan.dtype, read, told, plan.options.shard_bytes)
 
 
 def check_room(destination: Path, nbytes: int) -> None:
@@ -229,6 +254,14 @@ def _planned(
                 f"{len(fallbacks)} tensors have rows that 256 does not divide and are stored in other blocks, as llama.cpp does"
             )
         return
+    if to in LAYOUTS:
+        shapes = tensor_shapes(spec)
+        notes.extend(notes_on(spec, to, dtype))
+        for leaf in leaves(spec, to, dtype):
+            for part in leaf.parts:
+                size = leaf.values // len(leaf.parts) * np.dtype(_DTYPES[leaf.dtype]).itemsize
+                yield Planned(part.name, shapes[part.name], leaf.dtype, size)
+        return
     quantized = {f"{linear.name}.weight" for linear in linears(spec)} if to in _QUANTIZED else set()
     for name, shape in tensor_shapes(spec).items():
         count = int(np.prod(shape))
@@ -240,14 +273,15 @@ def _planned(
 
 
 def _values(plan: Plan) -> Iterator[np.ndarray | NF4]:
-    """Each tensor's value, merged; NF4 where it stays as the checkpoint has it."""
-    source = plan.checkpoint.source
-    for tensor in plan.tensors:
-        value = source.read(tensor.name)
-        trained = is_trained(tensor.name, plan.adapter)
-        if isinstance(value, NF4) and (tensor.stored_as != "NF4" or trained):
-            value = dequantized(value)
-        yield merged(tensor.name, value, plan.spec, plan.adapter) if trained else value
+    return (_value(plan, tensor) for tensor in plan.tensors)
+
+
+def _value(plan: Plan, tensor: Planned) -> np.ndarray | NF4:
+    """A tensor's value, merged; NF4 where it stays as the checkpoint has it."""
+    value, trained = plan.checkpoint.source.read(tensor.name), is_trained(tensor.name, plan.adapter)
+    if isinstance(value, NF4) and (tensor.stored_as != "NF4" or trained):
+        value = dequantized(value)
+    return merged(tensor.name, value, plan.spec, plan.adapter) if trained else value
 
 
 def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4) -> list[tuple[str, np.ndarray]]:
@@ -313,7 +347,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> DtypeName:
     """The dtype that most of a checkpoint's plain values are stored in; of GGUF and of quantized ones, what config.json says,
     else bfloat16."""
     said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if checkpoint.kind != "safetensors":
+    if checkpoint.kind not in ("safetensors", "orbax"):
         return said if said in _DTYPES else "bfloat16"
     source, counts = checkpoint.source, dict.fromkeys(_STORED, 0)
     for name in source.names():

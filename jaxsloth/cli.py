@@ -160,9 +160,14 @@ def evaluate(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A folder, a .gguf file, package:NAME/file, or a Hugging Face name.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder (safetensors or orbax), a .gguf file, package:NAME/file, or a Hugging Face name.")
+    ],
     destination: Annotated[Path, typer.Argument(help="A folder that is not there yet; for gguf a file.")],
-    to: Annotated[str, typer.Option(help="hf (safetensors), bnb-4bit, bnb-8bit, gguf; of adapters peft, gguf-lora.")],
+    to: Annotated[
+        str,
+        typer.Option(help="hf (safetensors), bnb-4bit, bnb-8bit, gguf, orbax, maxtext, tunix; of adapters peft, gguf-lora."),
+    ],
     merge: Annotated[Path | None, typer.Option(help="An adapter (PEFT folder, GGUF) to add to the weights first.")] = None,
     base: Annotated[str | None, typer.Option(help="The model that a converted adapter belongs to.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")] = None,

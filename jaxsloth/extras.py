@@ -8,6 +8,7 @@ _FRAMEWORKS = {"torch": ("torch",), "jax": ("jax", "flax", "optax")}
 # Import names of what pyproject.toml's extras install and this package's parts import.
 PACKAGES: dict[str, tuple[str, ...]] = {
     **_FRAMEWORKS,
+    "orbax": ("orbax",),
     "evaluate": ("rouge_score", "sacrebleu"),
     "frontend": ("torch", "peft", "accelerate"),
     "demo": ("torch", "peft", "accelerate", *_FRAMEWORKS["jax"]),

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jaxsloth.convert.run import Options, convert, plan
+from jaxsloth.parity.subjects import SMOLLM2
 from tests.support.modules import BACKENDS
+from tests.support.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -73,3 +80,34 @@ def test_dpo(backend, tmp_path):
     assert re.search(r"loss 0\.6931 -> 0\.\d+; margins -?0\.0000 -> ", said)
     assert re.search(r"peak \d+\.\d+ GB", said)
     assert (tmp_path / "dpo_model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_orbax_to_nnx(tied, tmp_path):
+    """Without jaxsloth: transformers' logits of a tiny model."""
+    folder = write_checkpoint(tmp_path / "model", tie_word_embeddings=tied)
+    written = convert(plan(str(folder), tmp_path / "orbax", "orbax"))
+    check_orbax_to_nnx(folder, written, "the duck lays")
+
+
+@pytest.mark.slow
+def test_orbax_to_nnx_on_real_weights(tmp_path):
+    folder = convert(plan(SMOLLM2, tmp_path / "hf", "hf", Options(dtype="float32")))
+    written = convert(plan(str(folder), tmp_path / "orbax", "orbax"))
+    check_orbax_to_nnx(folder, written, "The capital of France is")
+
+
+def check_orbax_to_nnx(folder: Path, written: Path, prompt: str) -> None:
+    file = ROOT / "examples" / "orbax_to_nnx.py"
+    assert "jaxsloth" not in re.sub(r'"""[\s\S]*?"""', "", file.read_text(encoding="utf-8"))
+    done = subprocess.run([sys.executable, str(file), str(written), prompt], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    answer = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    ids, *numbers = done.stdout.splitlines()[-2:]
+    assert ids == str(answer[0].tolist())
+    with torch.no_grad():
+        want = model(answer[:, :-1]).logits[0, -1].numpy()
+    got = np.array(json.loads(numbers[0]))
+    assert np.abs(got - want).max() < 2e-5 * np.abs(want).max()

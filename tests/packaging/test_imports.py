@@ -59,15 +59,15 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "convert/run.py",
         NUMBERS,
-        ("convert", "models", "backend", "kernels.nf4", "data.tokenizer"),
+        ("convert", "models", "backend", "kernels.nf4", "data.tokenizer", "extras"),
         FRAMEWORKS,
     ),
     ("convert/report.py", NUMBERS | {"rich"}, ("convert", "foreign"), set()),
     (
         "convert/*.py",
         NUMBERS | {"safetensors", "pydantic"},
-        ("convert", "foreign", "models", "transforms", "backend", "kernels.nf4.contract"),
-        FRAMEWORKS | {"gguf", "libgguf", "huggingface_hub"},
+        ("convert", "foreign", "models", "transforms", "backend", "kernels.nf4.contract", "extras"),
+        FRAMEWORKS | {"gguf", "libgguf", "huggingface_hub", "orbax", "tensorstore"},
     ),
     (
         "jaxsloth/data/*.py",
