@@ -11,11 +11,16 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from jaxsloth.convert.safetensors_source import CheckpointError
+from jaxsloth.foreign import check_expression
 from jaxsloth.models.names import linears, lora_names, saved_name, trainable_shapes
 from jaxsloth.models.spec import Lora, ModelSpec
 from jaxsloth.transforms import ALL_LINEAR, SAVEABLE, saved_modules
 
 _SHOWN = 20
+
+
+# How PEFT wraps what a config says before it matches names with it.
+_SAVED, _LAYERS, _KEY = r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(\d+)\.", r"(.*\.)?({})$"
 
 
 @dataclass(frozen=True)
@@ -47,18 +52,33 @@ class AdapterConfig:
                 return False
         elif _named(module, self.exclude):
             return False
-        if any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+        if any(re.match(_SAVED.format(saved), module) for saved in self.modules_to_save):
             return False
         if isinstance(self.targets, str):
             return self.targets.lower() == ALL_LINEAR or re.fullmatch(self.targets, module) is not None
         return module in self.targets or (_named(module, self.targets) and self._in_layers(module))
+
+    def _check_expressions(self, names: Sequence[str], what: str) -> None:
+        """That every expression comes to an end, as it is matched below."""
+        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
+        used = (
+            ("target_modules", [self.targets] if isinstance(self.targets, str) else [], "{}"),
+            ("exclude_modules", [self.exclude] if isinstance(self.exclude, str) else [], "{}"),
+            ("modules_to_save", self.modules_to_save, _SAVED),
+            ("layers_pattern", patterns, _LAYERS),
+            ("rank_pattern", self.rank_pattern or (), _KEY),
+            ("alpha_pattern", self.alpha_pattern or (), _KEY),
+        )
+        for field, expressions, around in used:
+            for expression in expressions:
+                check_expression(expression, names, f"{what}: {field}", CheckpointError, around)
 
     def _in_layers(self, module: str) -> bool:
         """layers_to_transform, which PEFT heeds where target_modules names the ends of names."""
         if self.layers is None or self.layers == ():
             return True
         patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern
-        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+        expressions = [_LAYERS.format(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
         match = next((found for text in expressions if (found := re.match(text, module))), None)
         return match is not None and int(match[1]) in ((self.layers,) if isinstance(self.layers, int) else self.layers)
 
@@ -80,6 +100,7 @@ class AdapterConfig:
         Raises:
             CheckpointError: the tensors are not those that the config says an adapter of this model has, or not finite.
         """
+        self._check_expressions([linear.name for linear in linears(spec)], what)
         modules = tuple(linear.name for linear in linears(spec) if self.covers(linear.name))
         if not modules:
             raise CheckpointError(f"{what}: target_modules must match a linear layer of the model, got {_shown(self.targets)}")
@@ -117,7 +138,7 @@ def _named(module: str, names: Sequence[str]) -> bool:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
     """The value of the first pattern that the module's name ends in, as PEFT looks it up."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_KEY.format(pattern), module):
             return value
     return otherwise
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -25,6 +28,16 @@ _DEPTH = 100
 _NODES = 5_000_000
 _SHOWN = 60
 _LARGEST = 2**31 - 1
+EXPRESSION_SECONDS = 5.0  # an expression over the names of 100 blocks takes a millisecond
+_QUICK_REPEATS, _QUICK_CHOICES = 3, 8
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_TRIAL = """
+import json, re, sys
+expression, names = json.load(sys.stdin)
+for name in names:
+    re.match(expression, name)
+    re.fullmatch(expression, name)
+"""
 
 
 class ForeignError(ValueError):
@@ -316,3 +329,34 @@ def _without_twice(loader: Any) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_expression(
+    expression: str, names: Iterable[str], what: str, error: ErrorType = ForeignError, around: str = "{}"
+) -> None:
+    """That a regular expression is one, and that matching it with each of the names comes to an end.
+
+    Python's matching holds every thread up and can't be stopped, so an expression that could take long (repeats of groups, many
+    repeats) is tried in a process of its own before. around: what it is put into before it is matched.
+
+    Raises:
+        ForeignError: (error) it is none, or takes longer than 5 s.
+    """
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as cause:
+        raise error(f"{what}: {expression!r} is no regular expression: {cause}; give names as a list") from cause
+    repeats = sum(map(expression.count, "*+{?"))
+    if repeats <= _QUICK_REPEATS and expression.count("|") <= _QUICK_CHOICES and not _REPEATED_GROUP.search(expression):
+        return
+    command, given = [sys.executable, "-I", "-S", "-c", _TRIAL], json.dumps([around.format(expression), list(names)])
+    try:
+        subprocess.run(command, input=given.encode(), timeout=EXPRESSION_SECONDS, capture_output=True, check=True)
+    except subprocess.TimeoutExpired:
+        raise error(
+            f"{what}: the expression {expression!r} takes more than {EXPRESSION_SECONDS:g} s to match the model's layers; "
+            "write it without repeats inside of repeats, or give names as a list"
+        ) from None
+    except subprocess.CalledProcessError as cause:
+        last = (cause.stderr.decode(errors="replace").splitlines() or [""])[-1]
+        raise error(f"{what}: the expression {expression!r} can't be matched: {last}") from None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from jaxsloth.foreign import ForeignError
+from jaxsloth.foreign import ForeignError, check_expression
 from jaxsloth.models.names import EMBEDDING, LM_HEAD, linears
 from jaxsloth.models.spec import Lora, ModelSpec, Quantization
 
@@ -30,11 +30,8 @@ def match_modules(spec: ModelSpec, targets: str | Sequence[str]) -> tuple[str, .
     if targets == ALL_LINEAR:
         return tuple(names)
     if isinstance(targets, str):
-        try:
-            expression = re.compile(targets)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ForeignError(f"lora.targets: {targets!r} is no regular expression: {error}; give names as a list") from error
-        found = [name for name in names if expression.fullmatch(name)]
+        check_expression(targets, names, "lora.targets")
+        found = [name for name in names if re.fullmatch(targets, name)]
         if not found:
             raise ValueError(f"lora.targets: the expression {targets!r} matches no linear layer; the layers end in {kinds}")
         return tuple(found)

@@ -196,6 +196,8 @@ def check_lora(folder: Path, mine: AdapterConfig, spec: ModelSpec) -> None:
         ("lora_alpha", mine.alpha, lora.alpha),
         ("use_rslora", mine.rslora, lora.rslora),
         ("bias", mine.bias, lora.bias),
+        ("rank_pattern", dict(mine.rank_pattern or {}), {}),  # a run has one rank and one alpha
+        ("alpha_pattern", dict(mine.alpha_pattern or {}), {}),
     ):
         if before != now:
             raise ForeignCheckpointError(

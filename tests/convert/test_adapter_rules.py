@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from jaxsloth import FastLanguageModel
+from jaxsloth import FastLanguageModel, foreign
 from jaxsloth.batch import Batch
 from jaxsloth.convert.checkpoint import open_checkpoint
 from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter, read_adapter
@@ -199,6 +199,28 @@ def test_an_adapters_values_are_finite_at_both_doors(theirs, tmp_path, value):
 def test_adapters_whose_config_and_tensors_differ(theirs, tmp_path, config, message):
     folder = damaged(theirs[2], tmp_path / "adapter", config)
     with pytest.raises(CheckpointError, match=message):
+        FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False)
+
+
+ENDLESS = r"([a-z0-9_]+\.?)+\!"
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"target_modules": ENDLESS, "layers_to_transform": None}, "target_modules"),
+        ({"exclude_modules": ENDLESS}, "exclude_modules"),
+        ({"modules_to_save": [ENDLESS]}, "modules_to_save"),
+        ({"layers_pattern": [ENDLESS]}, "layers_pattern"),
+        ({"rank_pattern": {ENDLESS: 2}}, "rank_pattern"),
+        ({"alpha_pattern": {ENDLESS: 2}}, "alpha_pattern"),
+    ],
+)
+def test_expressions_that_never_end_are_refused(theirs, tmp_path, config, field, monkeypatch):
+    """Matching can't be interrupted: without the trial this test would hang."""
+    monkeypatch.setattr(foreign, "EXPRESSION_SECONDS", 0.5)
+    folder = damaged(theirs[2], tmp_path / "adapter", config)
+    with pytest.raises(CheckpointError, match=rf"adapter: {field}: the expression .* takes more than 0.5 s"):
         FastLanguageModel.from_pretrained(str(folder), load_in_4bit=False)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Annotated
 
 import pytest
 from pydantic import Field
 
+from jaxsloth import foreign
 from jaxsloth.foreign import (
     ForeignError,
     Schema,
@@ -20,6 +22,9 @@ from jaxsloth.foreign import (
     read_text,
     validated,
 )
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.transforms import match_modules
+from tests.support.tiny import CONFIG
 
 
 class OwnError(ForeignError):
@@ -136,3 +141,32 @@ def test_paths():
     for text in ("", " ", "a\0b", "~nobody_of_this_name/x"):
         with pytest.raises(OwnError, match="output"):
             local_path(text, "output", OwnError)
+
+
+NAMES = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+
+
+@pytest.mark.parametrize("expression", [r"(.+)+\!", r"(.|..)*\!", ".*" * 12 + "!", r"(?:[a-z.]*?(?:\w|\.)*){9}!"])
+def test_an_expression_that_never_ends_is_refused(expression, monkeypatch):
+    monkeypatch.setattr(foreign, "EXPRESSION_SECONDS", 0.5)
+    began = time.perf_counter()
+    with pytest.raises(ForeignError, match=r"lora.targets: the expression .* takes more than 0.5 s"):
+        match_modules(spec_from_config(CONFIG), expression)
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [r".*\.(q_proj|v_proj)", r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)|(?:model\.(x)?)", r"(\w+\.)+q_proj"],
+)
+def test_expressions_that_end_are_taken(expression):
+    assert "model.layers.0.self_attn.q_proj" in match_modules(spec_from_config(CONFIG), expression)
+
+
+def test_no_expression_and_one_that_the_trial_breaks_on():
+    with pytest.raises(ForeignError, match=r"here: '\(' is no regular expression: .*; give names as a list"):
+        foreign.check_expression("(", NAMES, "here")
+    with pytest.raises(
+        ForeignError, match=r"here: the expression .* can't be matched: re\.error: missing|PatternError: missing"
+    ):
+        foreign.check_expression("(a)+", NAMES, "here", around="({}")

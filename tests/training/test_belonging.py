@@ -124,6 +124,15 @@ def test_an_adapter_of_another_alpha(run):
         resumed(run)
 
 
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_an_adapter_of_several_ranks_or_alphas(run, name):
+    """Trained by PEFT elsewhere; a run has one of each."""
+    file = run / "run" / "checkpoint-2" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: {"q_proj": 2}}))
+    with pytest.raises(ForeignCheckpointError, match=rf"{name} must be what the run trains with, {{}}, got {{'q_proj': 2"):
+        resumed(run)
+
+
 def test_old_checkpoints_and_other_versions_only_warn(run, caplog):
     file = run / "run" / "checkpoint-2" / "fingerprints.json"
     saved = json.loads(file.read_text())
