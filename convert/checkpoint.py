@@ -10,9 +10,11 @@ from typing import Any, Literal
 from jaxsloth.convert.bnb4bit_source import Bnb4BitSource, is_bnb4bit
 from jaxsloth.convert.bnb8bit import Bnb8BitSource, is_bnb8bit
 from jaxsloth.convert.fitting import CheckpointSource, check_tensors, fitted, stored_quantization
+from jaxsloth.convert.fp8_source import Fp8Source, fp8_block
 from jaxsloth.convert.generation_config import read_generation_config
 from jaxsloth.convert.gguf_source import GgufSource, gguf_config
 from jaxsloth.convert.orbax_source import OrbaxSource, find_tree
+from jaxsloth.convert.pytorch_source import PytorchSource, holds_pickles
 from jaxsloth.convert.safetensors_source import INDEX, SINGLE, CheckpointError, SafetensorsSource
 from jaxsloth.foreign import local_path, present, read_object, shown
 from jaxsloth.models.names import tensor_shapes
@@ -31,7 +33,7 @@ class Checkpoint:
     config: dict[str, Any]
     source: CheckpointSource
     path: Path
-    kind: Literal["safetensors", "bnb-4bit", "bnb-8bit", "gguf", "orbax"]
+    kind: Literal["safetensors", "bnb-4bit", "bnb-8bit", "fp8", "pytorch", "gguf", "orbax"]
     name: str
     generation: dict[str, Any] = field(default_factory=dict)
 
@@ -92,7 +94,10 @@ def resolve_path(name: str, **hub: Any) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, **{"allow_patterns": patterns} | hub))
+        folder = Path(snapshot_download(name, **{"allow_patterns": patterns} | hub))
+        if "allow_patterns" in hub or any(folder.glob("*.safetensors")):
+            return folder
+        return Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"], **hub))  # pickles alone
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"{name} is no local path, and could not be had from the Hugging Face hub: {error}") from error
 
@@ -130,7 +135,8 @@ def described_model(name: str) -> ModelSpec:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder of safetensors (bitsandbytes' too), an orbax tree or a .gguf file; headers are read, weights are not.
+    """Opens a folder of safetensors (bitsandbytes' and scaled float8 too) or of pytorch_model.bin, an orbax tree or a .gguf
+    file; headers are read, weights are not.
 
     Raises:
         CheckpointError: it is neither, or not whole.
@@ -155,9 +161,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(*fitted(config, Bnb4BitSource(path), path), path, "bnb-4bit", str(path), generation)
     if is_bnb8bit(config):
         return Checkpoint(*fitted(config, Bnb8BitSource(path), path), path, "bnb-8bit", str(path), generation)
+    scaled, block = fp8_block(quantization or {}, file)
+    if scaled:
+        return Checkpoint(*fitted(config, Fp8Source(path, block), path), path, "fp8", str(path), generation)
     if quantization:
         method = quantization.get("quant_method")
-        raise CheckpointError(f"{file}: quantization {method!r} can't be read; bitsandbytes' and unquantized weights can")
-    if not any((path / name).is_file() for name in (SINGLE, INDEX)) and (tree := find_tree(path)) is not None:
-        return Checkpoint(config, OrbaxSource(tree, config, file), path, "orbax", str(path), generation)
+        raise CheckpointError(
+            f"{file}: quantization {method!r} can't be read; bitsandbytes', scaled float8 and unquantized weights can"
+        )
+    if not any((path / name).is_file() for name in (SINGLE, INDEX)):
+        if (tree := find_tree(path)) is not None:
+            return Checkpoint(config, OrbaxSource(tree, config, file), path, "orbax", str(path), generation)
+        if holds_pickles(path):
+            return Checkpoint(*fitted(config, PytorchSource(path), path), path, "pytorch", str(path), generation)
     return Checkpoint(*fitted(config, SafetensorsSource(path), path), path, "safetensors", str(path), generation)

@@ -29,14 +29,14 @@ def base_digest(opened: Checkpoint) -> str:
     digest = hashlib.blake2b(digest_size=16)
     config = {key: value for key, value in opened.config.items() if key not in _INCIDENTAL}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    if opened.kind == "gguf":
-        size = opened.path.stat().st_size
-        parts: dict[Any, list[tuple[Path, int, int, int]]] = {size: [(opened.path, 0, size, _PAGES_OF_A_FILE)]}
-    else:
-        parts = {}
-        for file in sorted({opened.source.file_of(name) for name in opened.source.names()}):
-            for label, begin, size in SafetensorsFile(file).layout():
-                parts[label] = [(file, begin, size, _PAGES_OF_A_TENSOR)]
+    parts: dict[Any, list[tuple[Path, int, int, int]]] = {}
+    for file in sorted({opened.source.file_of(name) for name in opened.source.names()}):
+        if opened.kind in ("gguf", "pytorch"):
+            size = file.stat().st_size
+            parts.setdefault(size, []).append((file, 0, size, _PAGES_OF_A_FILE))
+            continue
+        for label, begin, size in SafetensorsFile(file).layout():
+            parts[label] = [(file, begin, size, _PAGES_OF_A_TENSOR)]
     for label in sorted(parts):
         digest.update(repr(label).encode())
         for file, begin, size, pages in parts[label]:

@@ -20,14 +20,14 @@ from jaxsloth.models.spec import ModelSpec, Quantization
 logger = logging.getLogger("jaxsloth.convert")
 
 _HEAD, _TABLE = f"{LM_HEAD}.weight", f"{EMBEDDING}.weight"
-_WEIGHTS = ("F64", "F32", "F16", "BF16", "NF4", "INT8")
+_WEIGHTS = ("F64", "F32", "F16", "BF16", "NF4", "INT8", "FP8")
 # What transformers once stored beside the weights and computes from config.json.
 _COMPUTED = re.compile(r"(?:.*\.)?rotary_emb\.(?:inv_freq|original_inv_freq|cos_cached|sin_cached)")
 _SHOWN = 20
 
 
 class CheckpointSource(TensorSource, Protocol):
-    """A TensorSource over files. stored_as: safetensors' name of the dtype, or "NF4" or "INT8" (bitsandbytes')."""
+    """A TensorSource over files. stored_as: the dtype in safetensors' words, "NF4", "INT8" (bitsandbytes) or "FP8" (scaled)."""
 
     def file_of(self, name: str) -> Path: ...
 

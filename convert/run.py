@@ -131,7 +131,7 @@ def plan_opened(
     _check_wanted(destination, to, options)
     check_values(adapter, trainable_shapes(spec), "the adapter to merge")
     notes = []
-    if adapter and checkpoint.kind in ("bnb-4bit", "bnb-8bit", "gguf"):
+    if adapter and checkpoint.kind in ("bnb-4bit", "bnb-8bit", "fp8", "gguf"):
         notes.append("the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source")
     dtype = options.dtype or _stored_dtype(checkpoint)
     tensors = tuple(_planned(spec, checkpoint, to, dtype, options, notes))
@@ -347,7 +347,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> DtypeName:
     """The dtype that most of a checkpoint's plain values are stored in; of GGUF and of quantized ones, what config.json says,
     else bfloat16."""
     said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if checkpoint.kind not in ("safetensors", "orbax"):
+    if checkpoint.kind not in ("safetensors", "orbax", "pytorch"):
         return said if said in _DTYPES else "bfloat16"
     source, counts = checkpoint.source, dict.fromkeys(_STORED, 0)
     for name in source.names():
