@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import Field
 
@@ -46,6 +46,13 @@ Factors = Annotated[
 ]
 
 
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+def _are_layer_types(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(kind in (_SLIDING, _FULL) for kind in value)
+
+
 class RopeFields(Schema):
     """rope_parameters (transformers 5), or rope_scaling (4 and before)."""
 
@@ -67,8 +74,15 @@ class RopeFields(Schema):
     long_factor: Factors | None = None
 
 
+# Fields whose null is not their default: no window, no cap, no such token.
+_NULL_MEANS_NONE = (
+    *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
 class DecoderFields(Schema):
-    """The fields of a config that decoders share."""
+    """The fields of a config that decoders share; a family adds its own and sets other defaults."""
 
     hidden_size: Size
     intermediate_size: Size
@@ -92,6 +106,19 @@ class DecoderFields(Schema):
     eos_token_id: TokenIds | None = None
     pad_token_id: PadId | None = None
 
+    @property
+    def size_of_head(self) -> int:
+        """Channels a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class WindowedFields(DecoderFields):
+    """Those of families some of whose layers see no further than a window. layer_types: how each layer attends."""
+
+    sliding_window: Size | None = None
+    layer_types: Annotated[list[str], checked(f"a list of {_SLIDING!r} and {_FULL!r}", _are_layer_types)] | None = None
+    use_bidirectional_attention: Annotated[bool, checked("false: decoders see what came before", lambda v: v is False)] = False
+
 
 class NamedFields(Schema):
     """What a config says of the family that it belongs to."""
@@ -100,13 +127,20 @@ class NamedFields(Schema):
     model_type: str | None = None
 
 
-def read_fields(config: Mapping[str, Any], where: str | Path) -> DecoderFields:
-    """The fields, checked for themselves and against each other.
+Fields = TypeVar("Fields", bound=DecoderFields)
+
+
+def read_fields(config: Mapping[str, Any], where: str | Path, schema: type[Fields]) -> Fields:
+    """The fields of a family's schema, checked for themselves and against each other.
+
+    A field that is absent has the schema's default, which is transformers'; null is no default: it is None.
 
     Raises:
         ConfigError: a field is missing or wrong, or two do not fit each other.
     """
-    fields = validated(DecoderFields, config, where, ConfigError)
+    fields = validated(schema, config, where, ConfigError)
+    nulls = [name for name in _NULL_MEANS_NONE if name in schema.model_fields and name in config and config[name] is None]
+    fields = fields.model_copy(update=dict.fromkeys(nulls))
     heads, kv_heads, hidden = fields.num_attention_heads, fields.num_key_value_heads, fields.hidden_size
     if kv_heads is not None and heads % kv_heads:
         raise ConfigError(f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
@@ -117,6 +151,21 @@ def read_fields(config: Mapping[str, Any], where: str | Path) -> DecoderFields:
         if outside:
             raise ConfigError(f"{where}: {name} must be below vocab_size ({fields.vocab_size}), got {outside[0]}")
     return fields
+
+
+def windows(fields: WindowedFields, slides: Callable[[int], bool], where: str | Path) -> tuple[int | None, ...]:
+    """Each layer's window, or None; slides: whether a layer has one where the config lists no layer_types.
+
+    Raises:
+        ConfigError: layer_types has another number of layers, or asks for windows whose size is not given.
+    """
+    count = fields.num_hidden_layers
+    types = fields.layer_types or [_SLIDING if slides(index) else _FULL for index in range(count)]
+    if len(types) != count:
+        raise ConfigError(f"{where}: layer_types must list num_hidden_layers ({count}) layers, got {len(types)}")
+    if _SLIDING in types and fields.sliding_window is None:
+        raise ConfigError(f"{where}: sliding_window must be given, as layer_types has {_SLIDING!r} layers")
+    return tuple(fields.sliding_window if kind == _SLIDING else None for kind in types)
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
@@ -136,16 +185,21 @@ def rope_of(fields: DecoderFields, head_dim: int, where: str | Path, default_the
     """The rotary settings, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4 and before)."""
     given = dict(fields.rope_scaling or {}) | dict(fields.rope_parameters or {})
     place = f"{where}: {'rope_parameters' if fields.rope_parameters else 'rope_scaling'}"
+    return make_rope(fields, given, head_dim, place, fields.rope_theta or default_theta)
+
+
+def make_rope(fields: DecoderFields, given: dict[str, Any], head_dim: int, place: str, default_theta: float) -> Rope:
+    """The rotary settings of `given`; place: where they stand, for errors."""
     nested = [key for key, value in given.items() if isinstance(value, Mapping)]
     if nested:
         raise ConfigError(f"{place}.{nested[0]} must be a value, got {shown(given[nested[0]])}: this family has one rope")
     if given and not set(given) & set(RopeFields.model_fields):
         raise ConfigError(f"{place} must hold settings such as rope_type and rope_theta, got {shown(given)}")
     rope = validated(RopeFields, given, place, ConfigError)
-    theta = rope.rope_theta or fields.rope_theta or default_theta
+    theta = rope.rope_theta or default_theta
     dim = int(head_dim * (rope.partial_rotary_factor or fields.partial_rotary_factor or 1.0))
     if dim < 2 or dim % 2:
-        raise ConfigError(f"{where}: the rotated part of a head must be of an even number of channels, got {dim} of {head_dim}")
+        raise ConfigError(f"{place}: the rotated part of a head must be of an even number of channels, got {dim} of {head_dim}")
     return Rope(theta=theta, rotary_dim=dim, scaling=_scaling(fields, rope, dim, place))
 
 

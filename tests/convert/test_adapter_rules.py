@@ -24,7 +24,7 @@ from jaxsloth.models.names import lora_names
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.training.run import make_plan
 from tests.support.modules import BACKENDS, batch, logits
-from tests.support.sources import transformers_llama
+from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, random_weights, tiny_recipe, write_checkpoint, write_rows
 
 BASE = CONFIG | {"hidden_size": 16, "intermediate_size": 16, "head_dim": 4, "vocab_size": 8, "num_hidden_layers": 3}
@@ -63,7 +63,7 @@ def drawn(generator):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return transformers_llama(BASE, random_weights(BASE, 0))
+    return transformers_model(BASE, random_weights(BASE, 0))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -25,7 +25,7 @@ from jaxsloth.models.registry import spec_from_config
 from jaxsloth.parity.op_runners import map_nf4
 from jaxsloth.parity.subjects import SMOLLM2
 from jaxsloth.transforms import add_lora
-from tests.support.sources import transformers_llama
+from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 
 
@@ -33,7 +33,7 @@ from tests.support.tiny import CONFIG, random_weights, write_checkpoint
 def saved(tmp_path):
     """(transformers' model, the folder that it was saved to)."""
     weights = random_weights(CONFIG, 1)
-    model = transformers_llama(CONFIG, weights)
+    model = transformers_model(CONFIG, weights)
     model.save_pretrained(tmp_path / "model")
     return model, tmp_path / "model"
 

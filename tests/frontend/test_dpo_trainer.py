@@ -22,7 +22,7 @@ from jaxsloth.frontend import arguments, dpo_config
 from jaxsloth.frontend.preference import References, pair_losses
 from tests.support.modules import BACKENDS, TRAINING, lora, their_base
 from tests.support.native import logged, native_model, under_their_peft
-from tests.support.sources import transformers_llama
+from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, WORDS, byte_tokenizer, random_weights, write_checkpoint
 
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -120,7 +120,7 @@ def judged(name: str, checkpoint: str, folder: Path) -> list[dict[str, float]]:
     rows = Dataset.from_list(case.rows)
     trainer = trl.DPOTrainer(
         under_their_peft(ours, their_base()),
-        ref_model=transformers_llama(CONFIG, random_weights(CONFIG, 1)) if case.second else None,
+        ref_model=transformers_model(CONFIG, random_weights(CONFIG, 1)) if case.second else None,
         args=trl.DPOConfig(str(folder), **settings, eval_strategy="steps", eval_steps=10, per_device_eval_batch_size=4),
         train_dataset=rows,
         eval_dataset=rows.select(range(8)),

@@ -23,7 +23,7 @@ from jaxsloth.generation import (
     penalize_repetition,
 )
 from jaxsloth.models.registry import spec_from_config
-from tests.support.sources import DictSource, transformers_llama
+from tests.support.sources import DictSource, transformers_model
 from tests.support.tiny import CONFIG, byte_tokenizer, random_weights
 
 LOGITS = np.random.Generator(np.random.Philox(0)).normal(0, 3, (20, 97)).astype(np.float32)
@@ -74,7 +74,7 @@ PROMPTS = [[5, 9, 77, 30], [200, 3, 4, 8, 15, 16, 23, 42, 99], [7]]
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_greedy_is_transformers(model, weights, penalty):
-    judge = transformers_llama(CONFIG, weights)
+    judge = transformers_model(CONFIG, weights)
     settings = GenerationSettings(max_new_tokens=24, eos_ids=(), repetition_penalty=penalty)
     together = generate(model, PROMPTS, settings)
     for prompt, ours in zip(PROMPTS, together, strict=True):

@@ -20,7 +20,7 @@ from jaxsloth.models.names import tensor_shapes
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.transforms import quantize
 from tests.support.modules import BACKENDS, adapted, batch, lora, our_base, pair, their_base
-from tests.support.sources import DictSource, transformers_llama
+from tests.support.sources import DictSource, transformers_model
 from tests.support.tiny import CONFIG, random_weights
 
 
@@ -328,7 +328,7 @@ def test_nf4_and_tied_bases(backend, capsys):
     )
     weights = {name: engine.base_tensor(name) for name in tensor_shapes(engine.spec)}
     ours = adapted(JaxslothForCausalLM.over(engine, fields, "tiny"))
-    theirs = adapted(transformers_llama(fields, weights))
+    theirs = adapted(transformers_model(fields, weights))
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     mine, judge = ours(**batch()).loss, theirs(**batch()).loss
     assert abs(float(mine.detach() - judge.detach())) < 2e-6

@@ -32,7 +32,7 @@ from tests.support.modules import (
     trained,
 )
 from tests.support.native import logged, native_model, under_their_peft
-from tests.support.sources import transformers_llama
+from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, byte_tokenizer, random_weights, write_checkpoint
 
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory):
 
 
 def their_base() -> Any:
-    return transformers_llama(CONFIG | BIASED, random_weights(CONFIG | BIASED, 0))
+    return transformers_model(CONFIG | BIASED, random_weights(CONFIG | BIASED, 0))
 
 
 def pair(backend: str, **settings: Any) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTra
 from jaxsloth.frontend import arguments
 from tests.support.modules import BACKENDS, TRAINING
 from tests.support.native import logged, native_model, under_their_peft
-from tests.support.sources import transformers_llama
+from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, WORDS, random_weights, write_checkpoint
 
 both = pytest.mark.parametrize("backend", BACKENDS)
@@ -156,7 +156,7 @@ def judges_folder(tmp_path_factory):
 def theirs(checkpoint: str) -> tuple[Any, Any]:
     ours, tokenizer = native_model(checkpoint, "torch", **TARGETS)
     config = CONFIG | {"num_hidden_layers": 2}
-    return under_their_peft(ours, transformers_llama(config, random_weights(config, 0))), tokenizer
+    return under_their_peft(ours, transformers_model(config, random_weights(config, 0))), tokenizer
 
 
 @cache

@@ -29,7 +29,7 @@ from tests.support.small_models import (
     peft_model,
     six_steps,
 )
-from tests.support.sources import DictSource, examples, first_batch, stream, transformers_llama
+from tests.support.sources import DictSource, examples, first_batch, stream, transformers_model
 from tests.support.tiny import CONFIG, random_weights
 
 VARIANTS = {
@@ -46,7 +46,7 @@ both = pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_are_transformers(backend, variant):
     model, _, weights, _ = build(backend, VARIANTS[variant], stir=False)
     batch = first_batch(stream(examples(4, VOCAB)))
-    judge = transformers_llama(CONFIG | VARIANTS[variant], weights)
+    judge = transformers_model(CONFIG | VARIANTS[variant], weights)
     assert max_abs(valid_rows(model.logits(batch), batch), valid_rows(judge_logits(judge, batch), batch)) <= 1e-5
 
 
@@ -86,7 +86,7 @@ def test_a_bitsandbytes_base_is_taken_as_it_is(backend, nested):
         assert np.array_equal(model.base_tensor(name), dense[name])
         assert np.array_equal(model.quantized_tensor(name).codes, stored[name].codes)
     batch = first_batch(stream(examples(4, VOCAB)))
-    judge = judge_logits(transformers_llama(CONFIG, dense), batch)
+    judge = judge_logits(transformers_model(CONFIG, dense), batch)
     assert max_abs(valid_rows(model.logits(batch), batch), valid_rows(judge, batch)) <= 1e-5
 
 

@@ -26,7 +26,7 @@ from tests.support.decoding import (
     padded,
     random_tensors,
 )
-from tests.support.sources import transformers_llama
+from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG
 
 
@@ -48,7 +48,7 @@ def test_it_says_what_the_layers_say(variant, with_adapters):
 def test_it_says_what_transformers_says():
     spec = spec_from_config(CONFIG)
     tensors = random_tensors(spec)
-    judge = transformers_llama(CONFIG, tensors)
+    judge = transformers_model(CONFIG, tensors)
     answers = generate(build("torch", spec, "fused", tensors), PROMPTS, SETTINGS)
     for prompt, ours in zip(PROMPTS, answers, strict=True):
         ids = torch.tensor([prompt])

@@ -14,7 +14,7 @@ from jaxsloth.backend import BuildOptions, load_backend
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.transforms import quantize
-from tests.support.sources import DictSource, transformers_llama
+from tests.support.sources import DictSource, transformers_model
 from tests.support.tiny import CONFIG, random_weights
 
 BACKENDS = ("torch", "jax")
@@ -54,7 +54,7 @@ def adapted(model: Any, **changes: Any) -> Any:
 
 
 def their_base() -> Any:
-    return transformers_llama(CONFIG, random_weights(CONFIG, 0))
+    return transformers_model(CONFIG, random_weights(CONFIG, 0))
 
 
 def pair(backend: str, **changes: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from jaxsloth.backend import PreferenceOptions
 from jaxsloth.batch import IGNORE, Window
-from tests.support.sources import transformers_llama
+from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, byte_tokenizer
 
 # Prompts and answers of unequal lengths.
@@ -60,7 +60,7 @@ class Judge:
         arguments = DPOConfig(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False)
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
         self._trainer = DPOTrainer(
-            transformers_llama(SMALL, weights),
+            transformers_model(SMALL, weights),
             args=arguments,
             train_dataset=Dataset.from_list(PAIRS),
             processing_class=byte_tokenizer(),

@@ -16,7 +16,7 @@ from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.transforms import add_lora, quantize
 from tests.support.decoding import random_tensors
-from tests.support.sources import DictSource, examples, first_batch, stream, transformers_llama
+from tests.support.sources import DictSource, examples, first_batch, stream, transformers_model
 from tests.support.tiny import CONFIG, random_weights
 
 BACKENDS = ("torch", "jax")
@@ -53,7 +53,7 @@ def build(backend, changes=None, *, lora=None, nested=None, options=None, stir=T
 
 
 def peft_model(config, weights, spec, values):
-    return peft_over(transformers_llama(config, weights), spec, values)
+    return peft_over(transformers_model(config, weights), spec, values)
 
 
 def peft_over(base, spec, values):

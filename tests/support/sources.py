@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
@@ -30,10 +30,11 @@ class DictSource:
         return self.arrays[name]
 
 
-def transformers_llama(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> LlamaForCausalLM:
-    """transformers' model holding `weights`, float32, in evaluation mode."""
+def transformers_model(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> PreTrainedModel:
+    """transformers' model of a config.json's family holding `weights`, float32, in evaluation mode."""
     fields = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
-    model = LlamaForCausalLM(LlamaConfig(**fields)).float().eval()
+    made = AutoConfig.for_model(config["model_type"], **fields)
+    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").float().eval()
     state = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
