@@ -20,7 +20,7 @@ from jaxsloth.parity.measure import max_abs, relative_frobenius
 from jaxsloth.parity.subjects import judge_logits, valid_rows
 from tests.support.small_models import VOCAB, build, judge_loss, losses_of, peft_model
 from tests.support.sources import examples, first_batch, stream, transformers_model
-from tests.support.tiny import CONFIG, random_weights
+from tests.support.tiny import CONFIG, byte_tokenizer, random_weights
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LONG = {
@@ -234,3 +234,40 @@ def test_what_transformers_writes_is_read(tmp_path):
         if spec.head.tied:
             shapes.pop("lm_head.weight")
         assert tensor_shapes(spec) == shapes, family
+
+
+@pytest.mark.parametrize(
+    ("backend", "family"),
+    [("torch", family) for family in FAMILIES] + [pytest.param("jax", "gemma3_text", marks=pytest.mark.slow)],
+)
+def test_a_folder_of_transformers_trains_and_peft_reads_what_is_saved(tmp_path, backend, family):
+    """Through the calls that users make: load in 4 bits, adapters, train, answer, save."""
+    from datasets import Dataset
+    from peft import PeftModel
+
+    from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
+
+    weights = random_weights(config_of(family), 1)
+    judge = transformers_model(config_of(family), weights)
+    judge.config.architectures = [ARCHITECTURES[family]]
+    judge.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(tmp_path / "base"), backend=backend, load_in_4bit=False, dtype="float32", max_seq_length=128
+    )
+    ids = torch.tensor([[5, 9, 77, 30, 200, 3, 4, 8, 15, 16, 23, 42, 99, 7]])
+    base = judge(input_ids=ids).logits.detach()
+    scale = base.abs().max()
+    assert (model(input_ids=ids).logits - base).abs().max() <= 1e-4 * scale
+    model = FastLanguageModel.get_peft_model(model, r=4, lora_alpha=8, target_modules="all-linear")
+    rows = Dataset.from_dict({"text": ["the duck lays sixteen eggs a day", "and sells them at every market"] * 4})
+    arguments = SFTConfig(output_dir=str(tmp_path / "run"), max_steps=3, learning_rate=1e-2, report_to="none")
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    FastLanguageModel.for_inference(model)
+    answer = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    theirs = PeftModel.from_pretrained(judge, str(tmp_path / "adapter")).eval()
+    assert (model(input_ids=ids).logits - theirs(input_ids=ids).logits).abs().max() <= 1e-4 * scale
+    assert (theirs(input_ids=ids).logits - base).abs().max() > 1e-2 * scale
+    assert answer.tolist() == theirs.generate(input_ids=ids, max_new_tokens=6, do_sample=False).tolist()
