@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
@@ -30,7 +30,7 @@ class DictSource:
         return self.arrays[name]
 
 
-def transformers_model(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> PreTrainedModel:
+def transformers_model(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> Any:
     """transformers' model of a config.json's family holding `weights`, float32, in evaluation mode."""
     fields = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
     made = AutoConfig.for_model(config["model_type"], **fields)
