@@ -79,6 +79,15 @@ class GgufSource:
         """The ggml type of a tensor's blocks."""
         return str(self._tensors[name].tensor_type.name)
 
+    def tokens(self) -> int:
+        """How many tokens the file's vocabulary has: rows of the embedding."""
+        return self.shape("model.embed_tokens.weight")[0]
+
+    def file_type(self) -> int | None:
+        """general.file_type: llama.cpp's number of the kind of file, where it says one."""
+        field = self._reader.fields.get("general.file_type")
+        return None if field is None else int(field.contents())
+
     def tokenizer_fields(self) -> dict[str, Any]:
         """The file's own tokenizer metadata, for another GGUF file of the same model."""
         return {name: field.contents() for name, field in self._reader.fields.items() if name.startswith("tokenizer.")}

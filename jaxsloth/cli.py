@@ -1,4 +1,4 @@
-"""The commands: train, generate, evaluate, convert, inspect, parity, info, schema."""
+"""The commands: train, generate, evaluate, convert, check, inspect, parity, info, schema."""
 
 from __future__ import annotations
 
@@ -175,17 +175,37 @@ def convert(
     shard_size: Annotated[str, typer.Option(help="The most that a file may hold, e.g. 4GB.")] = "4GiB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the destination.")] = False,
+    checked: Annotated[bool, typer.Option("--check", help="Run what was written beside the source; exit 1 on a miss.")] = False,
+    check_prompts: Annotated[Path | None, typer.Option(help="Of --check: a file with a prompt a line.")] = None,
 ) -> None:
     """Write a checkpoint in another format, tensor by tensor."""
+    from jaxsloth.convert.check_report import checks_out, prepared
     from jaxsloth.convert.files import parse_size
     from jaxsloth.convert.report import converted, show_plan
     from jaxsloth.convert.run import Options, plan
 
     options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite, base=base)  # type: ignore[arg-type]
     found, screen = plan(source, destination, to, options), console()  # type: ignore[arg-type]
+    prompts = prepared(check_prompts, found) if checked or check_prompts else None
     show_plan(found, screen, whole=dry_run)
     if not dry_run:
-        converted(found, screen)
+        written = converted(found, screen)
+        if prompts is not None and not checks_out(source, written, merge, prompts, screen, written=True):
+            raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    source: Annotated[str, typer.Argument(help="What is right: a folder, a .gguf file, package:NAME/file, or a hub name.")],
+    destination: Annotated[Path, typer.Argument(help="What is to hold the same model in another format.")],
+    merge: Annotated[Path | None, typer.Option(help="The PEFT adapter that the destination holds merged.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line, instead of the default ones.")] = None,
+) -> None:
+    """Run both, each by its ecosystem's own reader, and compare: KL, likeliest tokens, token ids. Exit 1 on a miss."""
+    from jaxsloth.convert.check_report import checks_out, prepared
+
+    if not checks_out(source, destination, merge, prepared(prompts), console()):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -63,6 +63,10 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
         FRAMEWORKS,
     ),
     ("convert/report.py", NUMBERS | {"rich"}, ("convert", "foreign"), set()),
+    ("convert/llama_cpp_worker.py", NUMBERS, (), {"xllamacpp"}),
+    ("convert/check_readers.py", NUMBERS, ("convert",), {"torch", "transformers", "peft"}),
+    ("convert/check.py", NUMBERS, ("convert", "foreign", "extras"), set()),
+    ("convert/check_report.py", {"rich"}, ("convert",), set()),
     (
         "convert/*.py",
         NUMBERS | {"safetensors", "pydantic"},
