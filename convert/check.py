@@ -70,7 +70,7 @@ BARS: dict[str, Bar] = {
     "IQ4_NL": _NF4,
     "IQ4_XS": _NF4,
     "NF4": _NF4,
-    "INT8": Bar(0.07, 0.6, 0.8),
+    "INT8": Bar(0.09, 0.6, 0.75),
     "Q3_K": _4_0,
     "Q2_K": _4_0,
 }
@@ -141,8 +141,13 @@ def check_possible(source: Checkpoint, kind: str, merge: Path | None) -> None:
     Raises:
         MissingExtraError: names the packages and the extra. CheckpointError: there is no reader, or no tokenizer.
     """
-    if kind not in READERS:
-        raise CheckpointError(f"--check has no reader for {kind}; it has them for {', '.join(READERS)}")
+    for one in (source.kind, kind):
+        if one not in READERS:
+            raise CheckpointError(f"a check has no reader for {one}; it has them for {', '.join(READERS)}")
+    if merge is not None and not merge.is_dir():
+        raise CheckpointError(
+            f"a check applies PEFT's adapters, which are folders; {merge} must be one (convert it with --to peft)"
+        )
     first = MERGED.packages if merge is not None else READERS[source.kind].packages
     need = (*first, *READERS[source.kind].packages) if merge is not None and source.kind != "gguf" else first
     require("check", "the check", only=(*need, *READERS[kind].packages))
@@ -169,7 +174,7 @@ def check(
     Raises:
         CheckpointError: one of them can't be read, by us or by its own reader. MissingExtraError: a package is missing.
     """
-    one, other = find_checkpoint(source), find_checkpoint(destination)
+    one, other = (find_checkpoint(name, to_convert=True) for name in (source, destination))
     check_possible(one, other.kind, merge)
     texts = (*HARD_TEXTS, *(f"a {token} b{token}" for token in added_tokens(one)[:4]))
     first, second = MERGED if merge is not None else READERS[one.kind], READERS[other.kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging as logging_of_python
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ def read_by_transformers(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging_of_python.getLogger("bitsandbytes").setLevel(logging_of_python.ERROR)  # a warning a product of 8-bit layers
     where: dict[str, Any] = {"gguf_file": path.name} if path.is_file() else {}
     folder = str(path.parent if path.is_file() else path)
     try:
@@ -112,6 +114,7 @@ _TRANSFORMERS = ("torch", "accelerate")
 READERS: dict[str, Reader] = {
     "safetensors": Reader("transformers", _TRANSFORMERS, read_by_transformers),
     "bnb-4bit": Reader("transformers + bitsandbytes", (*_TRANSFORMERS, "bitsandbytes"), read_by_transformers),
+    "bnb-8bit": Reader("transformers + bitsandbytes", (*_TRANSFORMERS, "bitsandbytes"), read_by_transformers),
     "gguf": Reader("llama.cpp", ("xllamacpp",), read_by_llama_cpp),
 }
 # Who applies PEFT's adapter to a source: PEFT, on what transformers reads, whatever the source's kind.

@@ -52,7 +52,7 @@ def _tokenize(server: Any, text: str) -> list[int]:
 
 def _log_probs(server: Any, ids: list[int], request: dict[str, Any]) -> np.ndarray:
     """float32 ``[tokens, vocabulary]``: the server tells those of one next token at a time; it keeps the tokens before it."""
-    # No log-probabilities come with a token that is no whole character, or that ends the answer. They are those before any bias.
+    # None come with a token that is no whole character or that ends the answer, so another is forced; they are those before it.
     letter = _tokenize(server, "a")[-1]
     rows = np.full((len(ids), request["vocabulary"]), -np.inf, np.float32)
     for end in range(1, len(ids) + 1):
