@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import jaxsloth
 from jaxsloth.cli import app
+from jaxsloth.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -76,3 +78,30 @@ def test_commands_that_docstrings_and_messages_name():
             assert refusal([name]) is None, f"{file.relative_to(ROOT)}: jaxsloth {name}"
         for module in re.findall(r"python3? -m (benchmarks[\w.]*\w)", text):
             assert find_spec(module) is not None, f"{file.relative_to(ROOT)}: {module}"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_recipes_and_code_of_the_readme(tmp_path):
+    """Its recipes validate, and what its Python imports is there."""
+    recipes, code = blocks("yaml"), blocks("python")
+    assert recipes and code
+    for text in recipes:
+        (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+        assert load_recipe(tmp_path / "recipe.yaml", []).steps
+    for text in code:
+        compile(text, "README.md", "exec")
+        for names in re.findall(r"^from jaxsloth import (.+)$", text, re.MULTILINE):
+            assert set(names.split(", ")) <= set(jaxsloth.__all__)
+
+
+def test_backticked_names_of_the_documents_are_in_the_code():
+    """Functions, classes and settings that README and docs name; not those of other libraries."""
+    others = {"DistributedDataParallel"}
+    code = "\n".join(file.read_text(encoding="utf-8") for file in CODE)
+    for file in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for name in re.findall(r"`([A-Z]\w+|[a-z]+_[a-z_]+)(?:\(\))?`", text):
+            assert name in others or re.search(rf"\b{name}\b", code), f"{file.name}: {name}"
