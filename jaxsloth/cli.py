@@ -166,7 +166,10 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="A folder that is not there yet; for gguf a file.")],
     to: Annotated[
         str,
-        typer.Option(help="hf (safetensors), bnb-4bit, bnb-8bit, gguf, orbax, maxtext, tunix; of adapters peft, gguf-lora."),
+        typer.Option(
+            help="hf (safetensors), bnb-4bit, bnb-8bit, gguf, orbax, maxtext, tunix; of adapters peft, gguf-lora, orbax; "
+            "of a run's checkpoint orbax, and run-state from that."
+        ),
     ],
     merge: Annotated[Path | None, typer.Option(help="An adapter (PEFT folder, GGUF) to add to the weights first.")] = None,
     base: Annotated[str | None, typer.Option(help="The model that a converted adapter belongs to.")] = None,
@@ -183,7 +186,13 @@ def convert(
     from jaxsloth.convert.files import parse_size
     from jaxsloth.convert.report import converted, show_plan
     from jaxsloth.convert.run import Options, plan
+    from jaxsloth.training.state_formats import convert_state, is_state
 
+    if is_state(source, to):
+        if dry_run or check or merge is not None:
+            raise ValueError("a run's state or an adapter is converted as it is; leave --dry-run, --merge and --check out")
+        console().print(f"wrote {convert_state(Path(source), destination, to, overwrite=overwrite)}")  # type: ignore[arg-type]
+        return
     options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite, base=base)  # type: ignore[arg-type]
     found, screen = plan(source, destination, to, options), console()  # type: ignore[arg-type]
     prompts = prepared(check_prompts, found) if checked or check_prompts else None

@@ -1,0 +1,105 @@
+"""A run's state as an orbax tree and back, to the bit; what is resumed afterwards goes on as if it had not been away."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+from jaxsloth import cli
+from jaxsloth.convert.files import ExistsError
+from jaxsloth.convert.safetensors_source import CheckpointError
+from jaxsloth.models.registry import spec_from_config
+from jaxsloth.training import checkpoint as checkpoints
+from jaxsloth.training.checkpoint import TrainerState
+from jaxsloth.training.initialize import initial_adapters
+from jaxsloth.training.state_formats import convert_state
+from jaxsloth.transforms import add_lora
+from tests.support.tiny import CONFIG
+
+SPEC = add_lora(spec_from_config(CONFIG), r=2, alpha=4, targets=["q_proj"])
+ADAPTER = initial_adapters(SPEC, "kaiming", 0, lambda name: np.empty(0))
+FILES = ("adapter_model.safetensors", "state.safetensors")
+
+
+def saved(output, eight_bit=False):
+    generator = np.random.Generator(np.random.Philox(5))
+    optimizer: dict[str, np.ndarray] = {"count": np.array(3, np.int64)}
+    for name, value in ADAPTER.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if eight_bit:
+                optimizer[f"{name}.{moment}"] = generator.integers(0, 256, 256, dtype=np.uint8)
+                optimizer[f"{name}.{moment}_absmax"] = generator.random(1, np.float32)
+            else:
+                optimizer[f"{name}.{moment}"] = generator.random(value.shape, np.float32)
+    return checkpoints.save(output, TrainerState(3, "torch", {"seed": 1}, 100, 2.5), SPEC, ADAPTER, optimizer, "base")
+
+
+def equal(one, other, files=FILES):
+    for file in files:
+        before, after = load_file(one / file), load_file(other / file)
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert value.dtype == after[name].dtype and np.array_equal(value, after[name]), name
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_there_and_back_to_the_bit(eight_bit, tmp_path):
+    folder = saved(tmp_path / "run", eight_bit)
+    tree = convert_state(folder, tmp_path / "tree", "orbax")
+    back = tmp_path / "again" / "checkpoint-3"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", str(tree), str(back), "--to", "run-state"])
+    assert ended.value.code == 0
+    equal(folder, back)
+    assert {file.name for file in back.iterdir()} == {file.name for file in folder.iterdir()}
+    for name in ("trainer_state.json", "adapter_config.json"):
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
+    assert checkpoints.latest(tmp_path / "again").state == checkpoints.load(folder).state
+    read = ocp.StandardCheckpointer().restore(tree / "params")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    inner, moments = read["adapter"], read["optimizer"]
+    for key in name.split("."):
+        inner, moments = inner[key], moments[key]
+    assert np.array_equal(inner, ADAPTER[name]) and read["optimizer"]["count"] == 3
+    assert np.array_equal(moments["exp_avg"], load_file(folder / FILES[1])[f"{name}.exp_avg"])
+
+
+def test_a_peft_adapter_there_and_back_to_the_bit(tmp_path):
+    """Out of a run's state and through a tree of its own; nothing that only a run has comes along."""
+    folder = saved(tmp_path / "run")
+    adapter = convert_state(convert_state(folder, tmp_path / "tree", "orbax"), tmp_path / "adapter", "peft")
+    assert {file.name for file in adapter.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    again = convert_state(convert_state(adapter, tmp_path / "alone", "orbax"), tmp_path / "again", "peft")
+    equal(folder, again, FILES[:1])
+    assert (again / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"must hold an optimizer's state and trainer_state.json"):
+        convert_state(tmp_path / "alone", tmp_path / "checkpoint-3", "run-state")
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_what_is_damaged_or_there_is_refused(tmp_path):
+    folder = saved(tmp_path / "run")
+    with pytest.raises(ExistsError, match="--overwrite"):
+        convert_state(folder, tmp_path / "run", "orbax")
+    with pytest.raises(ValueError, match="must be one of orbax, run-state, peft; got 'zip'"):
+        convert_state(folder, tmp_path / "out", "zip")
+    tree = convert_state(folder, tmp_path / "tree", "orbax")
+    state = (tree / "trainer_state.json").read_text()
+    (tree / "trainer_state.json").write_text(state.replace('"step": 3', '"step": 4'))
+    with pytest.raises(CheckpointError, match="Adam's count must be the step, 4, got 3"):
+        convert_state(tree, tmp_path / "out", "run-state")
+    (tree / "trainer_state.json").write_text(state)
+    with pytest.raises(CheckpointError, match="must be called checkpoint-3, got out"):
+        convert_state(tree, tmp_path / "out", "run-state")
+    for data in (tree / "params" / "d", tree / "params" / "ocdbt.process_0"):
+        shutil.rmtree(data)
+    with pytest.raises(CheckpointError, match=r"can't be (read|opened)"):
+        convert_state(tree, tmp_path / "out", "peft")
+    (folder / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"state.safetensors is not a whole safetensors file"):
+        convert_state(folder, tmp_path / "out", "orbax")
+    assert not (tmp_path / "out").exists()
