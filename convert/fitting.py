@@ -107,8 +107,8 @@ def check_tensors(source: CheckpointSource, expected: Mapping[str, tuple[int, ..
     present = set(source.names())
     missing = [name for name in expected if name not in present]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise CheckpointError(f"{path}: the checkpoint lacks {', '.join(missing[:3])}{more}")
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise CheckpointError(f"{path}: the checkpoint lacks {', '.join(missing[:_SHOWN])}{more}")
     left = sorted(name for name in present if name not in expected and not _COMPUTED.fullmatch(name))
     if left:
         more = f", … ({len(left)} in all)" if len(left) > _SHOWN else ""

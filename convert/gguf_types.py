@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -110,6 +112,9 @@ def check_available(kind: OutType) -> None:
         raise ValueError(f"{kind.name} needs the package libgguf; run: pip install 'jaxsloth[gguf]'")
 
 
+_VALUES_A_THREAD = 1 << 18
+
+
 def encode(value: np.ndarray, kind: str) -> np.ndarray:
     """float32 ``[rows, columns]`` as ggml's bytes, uint8 ``[rows, bytes]`` (F32 and F16 as themselves)."""
     from gguf import GGMLQuantizationType
@@ -118,7 +123,14 @@ def encode(value: np.ndarray, kind: str) -> np.ndarray:
     if find_spec("libgguf") is not None and kind not in ("F32", "F16", "BF16"):
         import libgguf
 
-        return libgguf.quantize_rows(np.ascontiguousarray(value, np.float32), number)
+        def encode_rows(rows: np.ndarray) -> np.ndarray:
+            return libgguf.quantize_rows(np.ascontiguousarray(rows, np.float32), number)
+
+        parts = min(os.cpu_count() or 1, value.size // _VALUES_A_THREAD, value.shape[0])
+        if parts < 2:
+            return encode_rows(value)
+        with ThreadPoolExecutor(parts) as threads:  # libgguf's calls leave Python's lock
+            return np.concatenate(list(threads.map(encode_rows, np.array_split(value, parts))))
     from gguf.quants import quantize
 
     return quantize(np.ascontiguousarray(value, np.float32), number)

@@ -127,15 +127,17 @@ def test_greedy_tokens_are_transformers(backend, family):
 @pytest.mark.slow
 @every_family
 def test_quantized_training_is_the_same_on_both_backends(family):
+    """Of a model of two layers, one of each kind."""
     windows = stream(examples(24, VOCAB), batch_size=2)
+    changes = changes_of(family) | {"num_hidden_layers": 2, "max_window_layers": 1}
+    options = BuildOptions(implementations={"train_pass": "written"})
     losses = []
     for backend in ("torch", "jax"):
-        model, *_ = build(
-            backend, changes_of(family), nested=True, options=BuildOptions(implementations={"train_pass": "written"})
-        )
+        model, *_ = build(backend, changes, nested=True, options=options)
         losses.append(losses_of(model, windows, 10, OptimizerOptions(), rate=1e-3)[0])
-    np.testing.assert_allclose(losses[0], losses[1], atol=1e-3, rtol=0)
-    assert losses[0][-1] != losses[0][0]
+    # Of a loss near 7. AdamW's first steps make much of gradients that are all but 0: up to 2e-4 in gemma3_text.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3, atol=0)
+    assert np.abs(losses[0] - losses[0][0]).max() > 0.1
 
 
 # A field of a family's config -> another value than its default. Names that say nothing of the forward pass are left out.
