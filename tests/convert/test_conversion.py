@@ -102,6 +102,19 @@ def test_gguf_blocks_are_ggmls(kind, tmp_path):
         assert error < {"q8_0": 0.006, "bf16": 0.004, "q4_0": 0.14, "q5_1": 0.06, "q4_k_m": 0.1}[kind]
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+def test_rows_encoded_on_several_cores_are_those_of_one(kind, monkeypatch):
+    value = np.random.Generator(np.random.Philox(3)).normal(size=(7, 512)).astype(np.float32)
+    whole = gguf_types.encode(value, kind)
+    monkeypatch.setattr(gguf_types, "_VALUES_A_THREAD", 512)
+    monkeypatch.setattr(gguf_types.os, "cpu_count", lambda: 3)
+    pools = []
+    pool = gguf_types.ThreadPoolExecutor
+    monkeypatch.setattr(gguf_types, "ThreadPoolExecutor", lambda count: pools.append(count) or pool(count))
+    np.testing.assert_array_equal(gguf_types.encode(value, kind), whole)
+    assert pools == [3]
+
+
 def test_bnb_4bit_is_bitsandbytes_own(folder, tmp_path):
     """Codes and maxima are those that bitsandbytes makes; transformers loads the folder; a second pass changes no bit."""
     written = run(folder, tmp_path / "bnb", "bnb-4bit")
