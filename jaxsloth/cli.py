@@ -189,7 +189,7 @@ def convert(
     from jaxsloth.training.state_formats import convert_state, is_state
 
     if is_state(source, to):
-        if dry_run or check or merge is not None:
+        if dry_run or checked or check_prompts or merge is not None:
             raise ValueError("a run's state or an adapter is converted as it is; leave --dry-run, --merge and --check out")
         console().print(f"wrote {convert_state(Path(source), destination, to, overwrite=overwrite)}")  # type: ignore[arg-type]
         return
