@@ -131,7 +131,18 @@ def described_model(name: str) -> ModelSpec:
     path = resolve_path(name, allow_patterns=["config.json"])
     if path.is_file():
         return open_checkpoint(path).spec()
+    if not (path / "config.json").exists():
+        refuse_adapter(path)
     return spec_from_config(read_object(path / "config.json", CheckpointError), path / "config.json")
+
+
+def refuse_adapter(path: Path) -> None:
+    """CheckpointError where the folder of a model was asked for and this is an adapter's."""
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} is a PEFT adapter, not a model: name its base model here, and the adapter by --merge (convert, check) or "
+            "--adapter (generate); convert --to gguf-lora and --to peft take an adapter itself"
+        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -147,6 +158,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} must be a folder with config.json and safetensors or an orbax tree, or a .gguf file")
     file = path / "config.json"
     if not file.exists():
+        refuse_adapter(path)
         raise CheckpointError(
             f"{path} has no config.json; MaxText's and Tunix's checkpoints have none: put the model's beside them"
         )

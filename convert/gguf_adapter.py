@@ -18,7 +18,7 @@ from jaxsloth.convert.adapter_rules import AdapterConfig
 from jaxsloth.convert.fitting import check_cast
 from jaxsloth.convert.gguf_source import hf_name, open_gguf, unpermute
 from jaxsloth.convert.gguf_types import encode
-from jaxsloth.convert.gguf_writer import ggml_name, permute
+from jaxsloth.convert.gguf_writer import check_family, ggml_name, permute
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.foreign import Schema, shown, validated
 from jaxsloth.models.names import linears, lora_names, own_name, trainable_shapes
@@ -113,8 +113,7 @@ def check_gguf_adapter(spec: ModelSpec, outtype: str) -> None:
     assert spec.lora is not None
     if outtype not in OUT_TYPES:
         raise ValueError(f"outtype of a GGUF adapter must be one of {', '.join(OUT_TYPES)}; got {outtype!r}")
-    if spec.family != "llama":
-        raise ValueError(f"GGUF files are written for the llama family so far, and this model's is {spec.family}")
+    check_family(spec)
     adapters = {name for module in spec.lora.modules for name in lora_names(module)}
     more = [own_name(name) for name in trainable_shapes(spec) if name not in adapters]
     if more:

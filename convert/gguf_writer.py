@@ -40,8 +40,23 @@ def ggml_name(name: str) -> str:
     return f"blk.{layer}.{_BLOCK[rest]}.{kind}"
 
 
+def check_family(spec: ModelSpec) -> None:
+    """ValueError where llama.cpp's llama architecture would not run the model."""
+    alike = all(block == spec.layers[0] for block in spec.layers)
+    if spec.family != "llama" or not alike or spec.layers[0].attention.rope is None or spec.norm is None:
+        raise ValueError(
+            f"GGUF files are written for the llama family so far, and this model's is {spec.family}; save it merged "
+            "(save_pretrained_merged, or --to hf --merge) and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+        )
+
+
 def plan_tensors(spec: ModelSpec, kind: OutType) -> list[GgufTensor]:
-    """What a model's file holds, in the model's order. Vectors are float32, as llama.cpp has them."""
+    """What a model's file holds, in the model's order. Vectors are float32, as llama.cpp has them.
+
+    Raises:
+        ValueError: as `check_family`.
+    """
+    check_family(spec)
     found, layers = [], len(spec.layers)
     for name, shape in tensor_shapes(spec).items():
         own = ggml_name(name)
@@ -66,10 +81,9 @@ def model_fields(spec: ModelSpec, name: str, kind: OutType) -> dict[str, Any]:
     Raises:
         ValueError: the model is none that llama.cpp's llama architecture can run.
     """
+    check_family(spec)
     attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
-    alike = all(block == spec.layers[0] for block in spec.layers)
-    if spec.family != "llama" or not alike or attention.rope is None or spec.norm is None:
-        raise ValueError(f"GGUF files are written for the llama family so far, and this model's is {spec.family}")
+    assert attention.rope is not None and spec.norm is not None
     fields = {
         "general.name": name,
         "general.file_type": kind.file_type,

@@ -69,6 +69,7 @@ _LOAD_UNUSED: dict[str, tuple[Any, str]] = {
     },
 }
 # What transformers once called an argument -> its name here.
+DEFAULT_LENGTH = 2048  # Unsloth's
 _LOAD_RENAMED = {"torch_dtype": "dtype", "use_auth_token": "token"}
 _BY_PEFT = "write peft.get_peft_model(model, peft.LoraConfig(…)), which takes it"
 # Keywords of peft.LoraConfig for other adapters than LoRA, with what turns them off.
@@ -93,7 +94,7 @@ _ADAPT_REFUSED: dict[str, tuple[Any, str]] = {
 }
 _ADAPT_UNUSED: dict[str, tuple[Any, str]] = {
     "temporary_location": ("_unsloth_temporary_saved_buffers", "nothing is put aside on disk"),
-    "max_seq_length": (2048, "from_pretrained's counts"),
+    "max_seq_length": (DEFAULT_LENGTH, "from_pretrained's counts"),
     "finetune_vision_layers": (True, "the model has none"),
     "task_type": ("CAUSAL_LM", "the model is a causal language model"),
     "inference_mode": (False, "a new adapter is trained; load a saved one to answer only"),
@@ -108,7 +109,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str,
-        max_seq_length: int | None = 2048,
+        max_seq_length: int | None = DEFAULT_LENGTH,
         dtype: Any = None,
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
@@ -309,6 +310,8 @@ def _as_module(loaded: Any, max_seq_length: int | None, adapter: Path | None) ->
     from jaxsloth.frontend.peft_models import load_adapter, set_checkpointing
 
     longest = loaded.model.spec.max_positions
+    if max_seq_length == DEFAULT_LENGTH:  # nobody asked for it
+        max_seq_length = min(max_seq_length, longest)
     if max_seq_length is not None and max_seq_length > longest:
         warn_once(
             f"max_seq_length={max_seq_length} is more than the {longest} positions that the model was made for; longer rows "
