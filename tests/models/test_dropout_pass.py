@@ -58,7 +58,6 @@ def test_torch(mode, packing, tile, judges, monkeypatch):
     [
         ("none", False, None, "scan"),
         pytest.param("none", True, None, "unrolled", marks=pytest.mark.slow),
-        pytest.param("selective", False, 13, "scan", marks=pytest.mark.slow),
         pytest.param("full", True, 13, "scan", marks=pytest.mark.slow),
     ],
 )
