@@ -89,7 +89,7 @@ def _folded(base: Any, active: Active, more: Sequence[str]) -> tuple[ModelSpec, 
     """The largest rank, with every scaling folded into its B; zeros in the modules of `more` that have no active adapter."""
     adapters, model = active.adapters, base.engine.model
     rank = max((adapter.a.shape[0] for adapter in adapters.values()), default=1)
-    scale = next((adapter.scaling for adapter in adapters.values()), 1.0)
+    scale = next((adapter.scaling for adapter in adapters.values() if adapter.scaling), 1.0)
     bias = "all" if _biased(active) else "none"
     modules = _ordered(model.spec, {*adapters, *more})
     lora = Lora(rank, scale * rank, scale, 0.0, modules, modules_to_save=_saved(active), bias=bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import Field
 
@@ -83,6 +83,8 @@ _NULL_MEANS_NONE = (
 
 class DecoderFields(Schema):
     """The fields of a config that decoders share; a family adds its own and sets other defaults."""
+
+    ROTATES_PARTS: ClassVar[bool] = False  # whether transformers' model looks at partial_rotary_factor
 
     hidden_size: Size
     intermediate_size: Size
@@ -197,7 +199,10 @@ def make_rope(fields: DecoderFields, given: dict[str, Any], head_dim: int, place
         raise ConfigError(f"{place} must hold settings such as rope_type and rope_theta, got {shown(given)}")
     rope = validated(RopeFields, given, place, ConfigError)
     theta = rope.rope_theta or default_theta
-    dim = int(head_dim * (rope.partial_rotary_factor or fields.partial_rotary_factor or 1.0))
+    part = rope.partial_rotary_factor or fields.partial_rotary_factor or 1.0
+    if part != 1.0 and not fields.ROTATES_PARTS:
+        raise ConfigError(f"{place}: partial_rotary_factor must be 1, as this family rotates whole heads, got {part}")
+    dim = int(head_dim * part)
     if dim < 2 or dim % 2:
         raise ConfigError(f"{place}: the rotated part of a head must be of an even number of channels, got {dim} of {head_dim}")
     return Rope(theta=theta, rotary_dim=dim, scaling=_scaling(fields, rope, dim, place))

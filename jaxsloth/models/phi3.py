@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxsloth.foreign import Size
 from jaxsloth.models.config import PadId, TokenIds, WindowedFields, read_fields, rope_of
@@ -15,6 +15,7 @@ from jaxsloth.models.spec import Block, ModelSpec
 class Phi3Fields(WindowedFields):
     """Of ``Phi3Config``."""
 
+    ROTATES_PARTS: ClassVar[bool] = True
     original_max_position_embeddings: Size | None = 4096
     bos_token_id: TokenIds | None = 1
     eos_token_id: TokenIds | None = 32000

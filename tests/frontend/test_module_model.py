@@ -215,6 +215,15 @@ def test_scaling_rank_and_checkpointing_settings(backend):
     assert_same_gradients(ours, theirs)
 
 
+def test_a_scaling_of_zero_turns_the_first_adapter_off():
+    ours, theirs = pair("torch")
+    for one in (ours, theirs):
+        next(module for module in one.modules() if hasattr(module, "lora_A")).scaling["default"] = 0.0
+    ids = batch()["input_ids"][:1, :8]
+    answers = [one.eval().generate(ids, max_new_tokens=8, do_sample=False).tolist() for one in (ours, theirs)]
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_is_drawn_from_torchs_seed(backend):
     ours, theirs = pair(backend, lora_dropout=0.3)

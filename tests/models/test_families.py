@@ -169,6 +169,13 @@ def test_configs_of_transformers_4_and_5_are_the_same(family):
     assert spec_from_config(four) == spec_from_config(config_of(family))
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
+def test_parts_of_heads_are_rotated_by_phi3_alone(family):
+    """transformers' other classes do not look at the field."""
+    with pytest.raises(ConfigError, match="partial_rotary_factor must be 1"):
+        spec_from_config(config_of(family) | {"partial_rotary_factor": 0.5})
+
+
 def test_what_transformers_writes_is_read(tmp_path):
     """A config.json of the class's defaults, as save_pretrained has it."""
     for family in FAMILIES:
