@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import resource
@@ -24,7 +25,16 @@ def join_processes() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl")
+        return
+    dist.init_process_group("gloo")
+    # Threads of gloo that still run when the interpreter ends abort the process: «terminate called without an active exception».
+    atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def device() -> torch.device:

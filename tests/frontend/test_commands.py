@@ -151,7 +151,10 @@ def test_front_end_round_trip(tmp_path, checkpoint, backend):
     [
         (lambda c: FastLanguageModel.from_pretrained(c, load_in_4bits=True), "did you mean 'load_in_4bit'?"),
         (lambda c: FastLanguageModel.from_pretrained(c, torch_dtype="int8"), "dtype must be one of"),
-        (lambda c: FastLanguageModel.from_pretrained(c, quantization_config=1), "other quantizations are not here; give load_in_4bit=True"),
+        (
+            lambda c: FastLanguageModel.from_pretrained(c, quantization_config=1),
+            "other quantizations are not here; give load_in_4bit=True",
+        ),
         (lambda c: FastLanguageModel.from_pretrained(c, dtype="int8"), "dtype must be one of"),
         (lambda c: FastLanguageModel.from_pretrained(c, backend="tensorflow"), "backend must be one of"),
     ],
