@@ -28,7 +28,7 @@ def join_processes() -> None:
         dist.init_process_group("nccl")
         return
     dist.init_process_group("gloo")
-    # Threads of gloo that still run when the interpreter ends abort the process: «terminate called without an active exception».
+    # gloo's threads that still run when the interpreter ends abort the process: «terminate called without an active exception».
     atexit.register(_leave_processes)
 
 
