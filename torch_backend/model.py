@@ -40,16 +40,20 @@ from jaxsloth.torch_backend.written_pass import describe
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def make_ops(spec: ModelSpec, options: BuildOptions) -> Ops:
+    """The ops of a model; RefusedError where the options ask for what is not here."""
+    check_requested(options.implementations or {})
+    device = placement.device()
+    fp8.check_options(options, device)
+    return Ops(Facts(device.type, options.dtype, {"hidden": spec.hidden}), options.implementations or {})  # type: ignore[arg-type]
+
+
 class TorchModel(ModelState):
     """See `jaxsloth.backend.Model`. `decoder` is the nn.Module."""
 
     def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
-        device = placement.device()
-        facts = Facts(device.type, options.dtype, {"hidden": spec.hidden})  # type: ignore[arg-type]
-        get_weight = loader(spec, source, device, DTYPES[options.dtype])
-        check_requested(options.implementations or {})
-        fp8.check_options(options, device)
-        ops = Ops(facts, options.implementations or {})
+        get_weight = loader(spec, source, placement.device(), DTYPES[options.dtype])
+        ops = make_ops(spec, options)
         recompute = options.gradient_checkpointing not in ("none", "auto")
         super().__init__(spec, options, Decoder(spec, get_weight, ops, DTYPES[options.dtype], recompute))
 
@@ -157,11 +161,7 @@ class TorchModel(ModelState):
 
 def training_passes(spec: ModelSpec, options: BuildOptions) -> list[str]:
     """See `jaxsloth.backend.Backend`; its modules hold tensors without storage."""
-    shapes, dtype, device = tensor_shapes(spec), DTYPES[options.dtype], placement.device()
-    check_requested(options.implementations or {})
-    fp8.check_options(options, device)
-    facts = Facts(device.type, options.dtype, {"hidden": spec.hidden})  # type: ignore[arg-type]
-    ops = Ops(facts, options.implementations or {})
+    shapes, dtype, ops = tensor_shapes(spec), DTYPES[options.dtype], make_ops(spec, options)
     decoder = Decoder(spec, lambda name: torch.empty(shapes[name], dtype=dtype, device="meta"), ops, dtype, recompute=False)
     adapters = trainable_shapes(spec)
     for module in spec.lora.modules if spec.lora is not None else ():

@@ -29,16 +29,8 @@ from jaxsloth.models.registry import spec_from_config
 from jaxsloth.parity.subjects import SMOLLM2
 from jaxsloth.transforms import add_lora
 from tests.support.families import config_of
+from tests.support.small_models import LLAMA3
 from tests.support.tiny import write_checkpoint
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def run(source, destination, to, **options):

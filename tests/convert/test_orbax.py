@@ -21,16 +21,9 @@ from jaxsloth.convert.orbax_source import OrbaxSource
 from jaxsloth.convert.report import describe
 from jaxsloth.convert.run import Options, convert, plan
 from jaxsloth.convert.safetensors_source import CheckpointError
+from tests.support.small_models import LLAMA3
 from tests.support.tiny import CONFIG, write_checkpoint
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, EPS = 4, 2, 16, 4, CONFIG["rms_norm_eps"]
 IDS = np.arange(40)[None] % 260
 
