@@ -33,15 +33,18 @@ from jaxsloth.transforms import add_lora
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTENDERS = ("torch", "jax", "unsloth")
+FAMILIES = ("qwen2.5-7b", "qwen3-8b", "gemma2-9b", "gemma3-4b")
 
 
 @dataclass(frozen=True)
 class Cliff:
     """One row of the table. lora: get_peft_model's arguments beside r=16, alpha=16 on all projections. lengths: of the rows of
-    a micro-batch, in turn; trainer: ours, or TRL's over our module. upper: adapters in the upper half of the layers only."""
+    a micro-batch, in turn; trainer: ours, or TRL's over our module. upper: adapters in the upper half of the layers only.
+    shape: what follows the size's name, as in "-bias"; model: a shape of its own, whatever the size that is asked for."""
 
     name: str
-    shape: str = ""  # with biases: "-bias"
+    shape: str = ""
+    model: str = ""
     lengths: tuple[int, ...] = (1024, 1024, 1024, 1024)
     accumulation: int = 1
     dtype: str = "bfloat16"
@@ -67,12 +70,15 @@ ROWS = {
         Cliff("short-row", lengths=(1024, 1024, 1024, 60)),
         Cliff("trl", trainer="trl"),
         Cliff("accumulation", lengths=(512,), accumulation=8),
+        Cliff("qk-norm", shape="-qk_norm"),
+        Cliff("sandwich", shape="-sandwich"),
+        *(Cliff(name, model=name.replace("-", "_"), lengths=(2048,) * 4) for name in FAMILIES),
     )
 }
 
 
 def shape_of(cliff: Cliff, size: str) -> str:
-    return size + cliff.shape
+    return cliff.model or size + cliff.shape
 
 
 def arguments(cliff: Cliff, layers: int) -> dict[str, Any]:
@@ -318,7 +324,9 @@ def print_table(found: dict[str, dict[str, Any]], title: str) -> None:
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="comma-separated; default: all")] = ",".join(ROWS),
+    rows: Annotated[str, typer.Option(help="comma-separated; default: all but whole families")] = ",".join(
+        name for name, cliff in ROWS.items() if not cliff.model
+    ),
     contenders: Annotated[str, typer.Option(help="comma-separated, of torch, jax, unsloth")] = ",".join(CONTENDERS),
     size: Annotated[str, typer.Option(help="tiny, 1b, 3b or 8b")] = "3b",
     warmup: Annotated[int, typer.Option(help="steps before the clock starts; losses are read every so many")] = 4,
