@@ -50,14 +50,20 @@ def show_backend(base: Any) -> None:
 
 
 def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
-    """What is active in `base` as a spec and float32 values by PEFT name.
+    """What is active in `base` as a spec (`native_spec`) and float32 values by PEFT name."""
+    active = active_parts(base, base.engine.model.spec)
+    spec = native_spec(base, active)
+    return spec, _values(base, spec, active)
+
+
+def native_spec(base: Any, active: Active) -> ModelSpec:
+    """How the backend trains what is active in `base`.
 
     Raises:
-        ValueError: there is none, or ranks, scalings or dropout rates differ among them, or biases are trained that are neither
-            all nor those of the adapted layers.
+        ValueError: nothing is, or ranks, scalings or dropout rates differ, or biases are trained that are neither all nor those
+            of the adapted layers.
     """
     model: Model = base.engine.model
-    active = active_parts(base, model.spec)
     adapters = active.adapters
     if not adapters:
         raise ValueError("the model has no active adapter; call FastLanguageModel.get_peft_model first")
@@ -73,8 +79,7 @@ def native_adapter(base: Any) -> tuple[ModelSpec, Values]:
     modules = _ordered(model.spec, set(adapters))
     bias = _bias(model.spec, active)
     lora = Lora(rank, alpha, scale, dropout, modules, modules_to_save=_saved(active), bias=bias, rslora=rslora)
-    spec = replace(model.spec, lora=lora)
-    return spec, _values(base, spec, active)
+    return replace(model.spec, lora=lora)
 
 
 def folded_adapter(base: Any) -> tuple[ModelSpec, Values]:
@@ -95,6 +100,11 @@ def _folded(base: Any, active: Active, more: Sequence[str]) -> tuple[ModelSpec, 
     lora = Lora(rank, scale * rank, scale, 0.0, modules, modules_to_save=_saved(active), bias=bias)
     spec = replace(model.spec, lora=lora)
     return spec, _values(base, spec, active)
+
+
+def scaled(values: Mapping[str, np.ndarray], factor: float) -> Values:
+    """The same adapters for a backend whose scaling is so many times smaller."""
+    return {name: own * np.float32(factor) if ".lora_B." in name else own for name, own in values.items()}
 
 
 def take_back(base: Any, values: Mapping[str, np.ndarray]) -> None:
@@ -158,7 +168,8 @@ def _values(base: Any, spec: ModelSpec, active: Active) -> Values:
         adapter = adapters[module]
         # Copies: the backend may keep what it gets, and an optimizer writes PEFT's parameters in place.
         a, b = (np.array(part.detach().float().cpu().numpy()) for part in (adapter.a, adapter.b))
-        found[a_name], found[b_name] = at_rank(a, b, spec.lora.r, adapter.scaling / spec.lora.scale)
+        same = adapter.scaling == spec.lora.scale  # both may be zero
+        found[a_name], found[b_name] = at_rank(a, b, spec.lora.r, 1.0 if same else adapter.scaling / spec.lora.scale)
     for name in trainable_shapes(spec):
         tensor = own_name(name)
         if tensor in active.whole:

@@ -6,7 +6,8 @@ import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_o
 from jaxsloth.frontend.language_model import FastModelForCausalLM
 from jaxsloth.frontend.metrics import predictions
 from jaxsloth.frontend.module.peft_adoption import check_wrappers
+from jaxsloth.frontend.optimizer_view import BackendOptimizer, optimizer_options, scheduler_of
 from jaxsloth.frontend.peft_models import set_checkpointing
 from jaxsloth.frontend.rows import check_rows, rows_needed
 from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights, Step
@@ -41,8 +43,6 @@ from jaxsloth.frontend.trainer_run import (
     checkpoint_to_resume,
     deciding,
     in_order,
-    learning_rates,
-    optimizer_options,
     visiting_order,
 )
 from jaxsloth.frontend.trainer_surface import ABSENT, Batches, TrainerSurface, refuse_overrides
@@ -117,8 +117,8 @@ class BaseTrainer(TrainerSurface):
         self._order = in_order if limit is not None else visiting_order(self.args)  # as transformers' samplers
         if self._evaluates() and eval_dataset is None:
             raise ValueError(f"eval_strategy is {self.args.eval_strategy}, and there is no eval_dataset; give one, or set 'no'")
-        optimizer_options(self.args, "float32")
-        learning_rates(self.args, 10)
+        options = optimizer_options(self.args, "float32")
+        scheduler_of(self.args, BackendOptimizer(options, self.args.learning_rate, {}), 10)
         held_out = None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
         self.replace_examples(self._encode(train_dataset, "train_dataset", limit), held_out)
         self.state, self.control = TrainerState(), TrainerControl()
@@ -238,11 +238,12 @@ class BaseTrainer(TrainerSurface):
         marks = fingerprints(
             self.base.loaded.checkpoint, self.processing_class, None, self.examples, self.held_out, deciding(self.args)
         )
-        self._run = TrainerRun(self, model, backend, weights, self._windows(), name, marks, anyway)
+        optimizer = BackendOptimizer(options, self.args.learning_rate, weights.held)
+        self._run = TrainerRun(self, model, backend, weights, optimizer, self._windows(), name, marks, anyway)
         self.base.shared = self.callback_handler.weights = weights
         self.is_in_train = True
         try:
-            weights.begin(partial(self._make_step, options))
+            weights.begin(lambda: self._make_step(replace(options, max_grad_norm=self.args.max_grad_norm or None)))
             done = TrainOutput(*self._run.train(resume))
             self._kept = weights.end()
             return done
@@ -341,12 +342,6 @@ class BaseTrainer(TrainerSurface):
 
     def get_test_dataloader(self, test_dataset: Rows) -> Batches:
         return self.get_eval_dataloader(test_dataset)
-
-    def get_learning_rates(self) -> list[float]:
-        """The rate of the step that comes next, in a list, as there is one for all."""
-        if "_run" not in vars(self):
-            raise ValueError("the learning rate depends on the run; call train() first, or ask in a callback")
-        return [self._run.learning_rate()]
 
     def _eval_batches(self, held_out: list[Example], size: int) -> list[Batch]:
         return eval_batches(held_out, size, PAD, longest(held_out), self._devices.count)

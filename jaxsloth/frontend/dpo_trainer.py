@@ -13,7 +13,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import eval_batches
 from jaxsloth.frontend import base_trainer
-from jaxsloth.frontend.adapters import native_adapter, show_backend
+from jaxsloth.frontend.adapters import native_adapter, scaled, show_backend
 from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, check_collator, longest, ours, real_rows
 from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, preference_options
 from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
@@ -101,6 +101,7 @@ class DPOTrainer(BaseTrainer):
                 f"bias={spec.lora.bias!r} trains the base's own biases, so the model itself can't stand for the reference; "
                 "give ref_model, another model of FastLanguageModel.from_pretrained, or take bias='none'"
             )
+        self._scale = spec.lora.scale
         names = [lora_names(module)[1] for module in spec.lora.modules]
         if fresh:
             values |= {name: np.zeros_like(values[name]) for name in names}
@@ -115,8 +116,9 @@ class DPOTrainer(BaseTrainer):
             return score_rows(reference.engine.model.row_log_probs(), batches)
         if self._starting is None:
             return score_rows(model.row_log_probs(adapters=False), batches)
-        current = model.trainable()
-        model.load_trainable(self._starting)
+        current, lora = model.trainable(), model.spec.lora
+        assert lora is not None
+        model.load_trainable(scaled(self._starting, self._scale / lora.scale if self._scale != lora.scale else 1.0))
         try:
             return score_rows(model.row_log_probs(), batches)
         finally:

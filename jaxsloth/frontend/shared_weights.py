@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from jaxsloth.batch import Window
-from jaxsloth.frontend.adapters import Values, native_adapter, parts_by_name
+from jaxsloth.frontend.adapters import Values, native_adapter, native_spec, parts_by_name
 from jaxsloth.frontend.arguments import warn_once
-from jaxsloth.frontend.module.peft_adoption import active_parts
+from jaxsloth.frontend.module.peft_adoption import Active, active_parts
 from jaxsloth.models.names import trainable_shapes
 
 ELSEWHERE = "TRL's trainer drives this module unchanged"
@@ -97,9 +97,14 @@ class SharedWeights:
         self._rebuild()
         self.to_backend()
 
-    def _now(self) -> dict[str, nn.Parameter]:
+    @property
+    def held(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains, by PEFT name."""
+        return {name: parameter for name, parameter in self._parameters.items() if name in self._held}
+
+    def _now(self, active: Active | None = None) -> dict[str, nn.Parameter]:
         """What is active, by name."""
-        return parts_by_name(active_parts(self._base, self._model.spec), trainable_shapes(self.spec))
+        return parts_by_name(active or active_parts(self._base, self._model.spec), trainable_shapes(self.spec))
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self._parameters.items() if parameter.requires_grad}
@@ -120,6 +125,12 @@ class SharedWeights:
             self.step.load_state(self._suspended)
         self._suspended, self._frozen = None, frozenset()
 
+    def renew(self) -> None:
+        """Makes the step anew; its optimizer goes on."""
+        self._suspended = self.step.state()
+        self._rebuild()
+        self._freeze()
+
     def stepped(self) -> None:
         """The backend's weights are new."""
         self._behind, self._seen = True, {}
@@ -139,11 +150,17 @@ class SharedWeights:
         """Takes over what the user's code did since `to_module`.
 
         Raises:
-            ValueError: the adapter is not the active one any more, or was replaced; a tensor was frozen and is trained again.
+            ValueError: the adapter is not the active one any more, or was replaced; its layers were given scalings or dropout
+                rates that differ; a tensor was frozen and is trained again.
         """
         if self._behind:
             return
-        self._check_active()
+        active = active_parts(self._base, self._model.spec)
+        self._check_active(active)
+        spec = native_spec(self._base, active)
+        if spec != self.spec:  # another scaling, another dropout rate
+            self.lend(rebuilds=True)
+            self.spec = spec
         written = [name for name, own in self._parameters.items() if not torch.equal(own.detach(), self._seen[name])]
         for name in written:
             self._values[name] = np.array(self._parameters[name].detach().float().cpu().numpy())
@@ -173,8 +190,8 @@ class SharedWeights:
             self.step.freeze(frozen)
             self._frozen = frozen
 
-    def _check_active(self) -> None:
-        now = self._now()
+    def _check_active(self, active: Active) -> None:
+        now = self._now(active)
         changed = next((name for name, own in self._parameters.items() if now.get(name) is not own), None)
         if changed is None and now.keys() == self._parameters.keys():
             return

@@ -14,16 +14,17 @@ import torch
 from pydantic import Field
 from safetensors.numpy import save_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerControl, TrainerState, get_scheduler
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from jaxsloth.backend import Backend, Model, OptimizerOptions
+from jaxsloth.backend import Backend, Model
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.peft_adapter import check_values, read_adapter, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.windows import WindowStream
 from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.frontend.arguments import warn_once
+from jaxsloth.frontend.optimizer_view import OPTIMIZERS, BackendOptimizer, go_on_from, scheduler_of
 from jaxsloth.frontend.shared_weights import Result, SharedWeights
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.training.checkpoint import (
@@ -39,41 +40,7 @@ from jaxsloth.training.checkpoint import (
 from jaxsloth.training.fingerprints import Fingerprints, check_fingerprints
 from jaxsloth.training.loop import NonFiniteLossError
 
-_OPTIMIZERS = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), "adamw"),
-    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
-}
 _SAVE_BEST = "best"
-
-
-def optimizer_options(args: Any, dtype: str) -> OptimizerOptions:
-    """args.optim and its numbers as a backend takes them; ValueError for an optimizer that is not AdamW."""
-    name = str(getattr(args.optim, "value", args.optim))
-    if name not in _OPTIMIZERS:
-        raise ValueError(f"optim must be one of {', '.join(_OPTIMIZERS)}, and {name!r} came; others train with TRL's trainer")
-    if name.startswith("paged_"):
-        warn_once(f"optim={name!r}: nothing is paged, as the states of adapters are small; they stay on the device")
-    return OptimizerOptions(
-        name=_OPTIMIZERS[name],  # type: ignore[arg-type]
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm or None,
-        loss_scaling=dtype == "float16",
-    )
-
-
-def learning_rates(args: Any, total_steps: int) -> Callable[[int], float]:
-    """The rate of a step (from 0), by transformers' own scheduler of args.lr_scheduler_type."""
-    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    warmup = args.get_warmup_steps(total_steps)
-    scheduler = get_scheduler(args.lr_scheduler_type, nothing, warmup, total_steps, args.lr_scheduler_kwargs)
-    if not isinstance(scheduler, LambdaLR):
-        raise ValueError(
-            f"lr_scheduler_type {args.lr_scheduler_type} looks at the loss, and this trainer's rates come from the step alone; "
-            "choose another, or train with TRL's trainer"
-        )
-    return lambda step: args.learning_rate * scheduler.lr_lambdas[0](step)
 
 
 def in_order(count: int, *, epoch: int) -> np.ndarray:
@@ -135,7 +102,7 @@ def deciding(args: Any) -> dict[str, Any]:
     """The arguments that decide a run's numbers, as plain values."""
     values = {name: getattr(args, name, None) for name in _DECIDING}
     plain = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
-    return plain | {"optim": _OPTIMIZERS.get(str(plain.get("optim")), plain.get("optim"))}
+    return plain | {"optim": OPTIMIZERS.get(str(plain.get("optim")), plain.get("optim"))}
 
 
 class Owner(Protocol):
@@ -165,12 +132,14 @@ class Owner(Protocol):
 
 @dataclass
 class TrainerRun:
-    """One `train()`. weights: what is trained, and the step that trains it; base_model: what checkpoints call the base."""
+    """One `train()`. weights: what is trained, and the step that trains it; optimizer: how it steps, as callbacks see it;
+    base_model: what checkpoints call the base."""
 
     owner: Owner
     model: Model
     backend: Backend
     weights: SharedWeights
+    optimizer: BackendOptimizer
     windows: WindowStream
     base_model: str
     fingerprints: Fingerprints
@@ -182,6 +151,9 @@ class TrainerRun:
     _grad_norm: float = math.nan
     _all_losses: float = 0.0
     _logged: int = 0
+    _rate: float = 0.0
+    _max_norm: float | None = None
+    scheduler: LambdaLR = field(init=False)
 
     @property
     def args(self) -> Any:
@@ -201,14 +173,16 @@ class TrainerRun:
         state.max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         state.num_train_epochs = math.ceil(state.max_steps / per_epoch)
         state.compute_steps(args, state.max_steps)
-        self.rate_of = learning_rates(args, state.max_steps)
+        self.scheduler = scheduler_of(args, self.optimizer, state.max_steps)
+        handler: Any = self.owner.callback_handler
+        handler.optimizer, handler.lr_scheduler, self._max_norm = self.optimizer, self.scheduler, args.max_grad_norm
         if resume is not None:
             self._resume(resume)
         first, start = state.global_step, time.perf_counter()
         self._logged, self._begun = first, (start, state.num_input_tokens_seen)
         self._tell("on_train_begin")
         if args.eval_on_start and self.owner.held_out:
-            self.owner.evaluate()  # as in transformers, it is no candidate for the best
+            self._evaluate()  # as in transformers, it is no candidate for the best
         while state.global_step < state.max_steps and not self.owner.control.should_training_stop:
             self._epoch()
         self._settle()
@@ -223,7 +197,7 @@ class TrainerRun:
             "train_tokens": float(state.num_input_tokens_seen),
             "train_loss": loss,
         }
-        self.owner.log(metrics)
+        self._log(metrics)
         self._tell("on_train_end")
         return state.global_step, loss, metrics | {"epoch": state.epoch or 0.0}
 
@@ -237,45 +211,58 @@ class TrainerRun:
                 self._tell("on_substep_end")
             self._tell("on_pre_optimizer_step")
             self.weights.to_backend()
-            rate = self.rate_of(step)
-            self._pending.append(self.weights.step(window, learning_rate=rate, step=step, seed=self.args.seed))
+            if self.args.max_grad_norm != self._max_norm:  # it counts at every step, as in transformers
+                self._max_norm = self.args.max_grad_norm
+                self.weights.renew()
+            self._rate = self.optimizer.rate()
+            self._pending.append(self.weights.step(window, learning_rate=self._rate, step=step, seed=self.args.seed))
             self.weights.stepped()
             self._tell("on_optimizer_step")
+            self.scheduler.step()
             state.global_step, state.epoch = step + 1, self._epochs(step + 1)
             state.num_input_tokens_seen += window.tokens
             self._tell("on_step_end")
-            self._act(rate)
+            self._act()
             if self.owner.control.should_epoch_stop or self.owner.control.should_training_stop:
                 break
         self._tell("on_epoch_end")
-        self._act(self.rate_of(max(state.global_step - 1, 0)))
-
-    def learning_rate(self) -> float:
-        """Of the step that comes next."""
-        return self.rate_of(self.state.global_step)
+        self._act()
 
     def _epochs(self, steps: int) -> float:
         """How many epochs these steps are, counted in micro-batches, as transformers does."""
         whole, rest = divmod(steps, self.windows.steps_per_epoch)
         return whole + rest * self.windows.accumulation / self.windows.batches_per_epoch
 
-    def _act(self, rate: float) -> None:
+    def _act(self) -> None:
         """Logs, evaluates and saves, where the flow or a callback asked for it."""
         state, owner = self.state, self.owner
         if owner.control.should_log and state.global_step > self._logged:
             self._settle()
-            own = {"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": rate}
-            owner.log(own | means(self._measured) | {"num_tokens": float(state.num_input_tokens_seen)})
+            own = {"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": self._rate}
+            self._log(own | means(self._measured) | {"num_tokens": float(state.num_input_tokens_seen)})
             self._losses, self._measured, self._logged = [], [], state.global_step
         if owner.control.should_evaluate and owner.held_out:
             self._settle()
-            improved = self._decide(owner.evaluate())
+            improved = self._decide(self._evaluate())
             if self.args.save_strategy == _SAVE_BEST:
                 owner.control.should_save = improved
         if owner.control.should_save:
             self._settle()
             self._save()
             self._tell("on_save")
+
+    def _log(self, logs: dict[str, float]) -> None:
+        self._show_to("log")
+        self.owner.log(logs)
+
+    def _evaluate(self) -> Metrics:
+        self._show_to("evaluate")
+        return self.owner.evaluate()
+
+    def _show_to(self, method: str) -> None:
+        """Brings the module up to date for a subclass' own method, which may look at weights."""
+        if getattr(self.owner, method).__module__.partition(".")[0] != __name__.partition(".")[0]:
+            self.weights.to_module()
 
     def _settle(self) -> None:
         """Waits for the steps that were handed to the device."""
@@ -358,6 +345,7 @@ class TrainerRun:
         self.model.load_trainable(adapter)
         self.weights.stepped()
         self.weights.step.load_state(optimizer)
+        go_on_from(self.scheduler, saved.global_step)
         for name in SavedState.model_fields:
             setattr(self.state, name, getattr(saved, name))
         best = self.state.best_model_checkpoint

@@ -17,7 +17,7 @@ from jaxsloth.frontend.saving import upload
 from jaxsloth.frontend.shared_weights import ELSEWHERE
 
 _LOSS = "the loss and its gradients are formed inside the backend's step"
-_OPTIMIZER = "the optimizer is the backend's; args choose it (optim, learning_rate, …), and get_learning_rates() says its rate"
+_OPTIMIZER = "the optimizer is the backend's; args choose it (optim, learning_rate, …), and trainer.optimizer shows it"
 _DATA = "batches are made from tokens in memory; get_train_dataloader() shows them"
 _EVALUATION = "evaluate() and predict() run the backend's own passes; compute_metrics is called with their logits"
 _SEARCH = "make a model and a trainer for each trial"
@@ -26,9 +26,9 @@ _DEVICES = "accelerate takes no part: data parallel training runs by torchrun, o
 ABSENT: dict[str, str] = {
     **dict.fromkeys(("compute_loss", "training_step", "compute_loss_context_manager", "autocast_smart_context_manager"), _LOSS),
     **dict.fromkeys(("compute_loss_func", "loss_is_scaled_for_ga", "label_smoother", "get_batch_samples"), _LOSS),
-    **dict.fromkeys(("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler", "optimizer"), _OPTIMIZER),
-    **dict.fromkeys(("lr_scheduler", "get_optimizer_cls_and_kwargs", "optimizer_cls_and_kwargs"), _OPTIMIZER),
-    **dict.fromkeys(("get_optimizer_group", "get_decay_parameter_names"), _OPTIMIZER),
+    **dict.fromkeys(("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler"), _OPTIMIZER),
+    **dict.fromkeys(("get_optimizer_cls_and_kwargs", "optimizer_cls_and_kwargs", "get_optimizer_group"), _OPTIMIZER),
+    "get_decay_parameter_names": _OPTIMIZER,
     **dict.fromkeys(("set_initial_training_values", "compute_ref_log_probs"), _DATA),
     **dict.fromkeys(("prediction_step", "evaluation_loop", "gather_function"), _EVALUATION),
     **dict.fromkeys(("hyperparameter_search", "call_model_init", "model_init"), _SEARCH),
@@ -42,6 +42,8 @@ _CALLED = {
     *("add_callback", "pop_callback", "remove_callback", "is_world_process_zero", "is_local_process_zero"),
     *("log_metrics", "save_metrics", "metrics_format", "get_num_trainable_parameters", "get_learning_rates"),
 }
+# What a trainer has to be read, and nobody gives it.
+_READ = {"optimizer", "lr_scheduler"}
 # Of TRL's trainers, which need not be installed, beside transformers'.
 _OF_TRL = {
     *("_prepare_dataset", "_prepare_model_for_training", "_create_model_from_path", "_precompute_ref_logps"),
@@ -64,7 +66,7 @@ class NotHereError(AttributeError):
 
 @cache
 def _theirs() -> frozenset[str]:
-    return frozenset((set(dir(Trainer)) - set(dir(object))) | set(ABSENT) | _OF_TRL | _ONCE)
+    return frozenset((set(dir(Trainer)) - set(dir(object))) | set(ABSENT) | _READ | _OF_TRL | _ONCE)
 
 
 def refuse_overrides(trainer: Any) -> None:
@@ -137,6 +139,30 @@ class TrainerSurface:
     def hub_model_id(self) -> str:
         """Where push_to_hub() goes."""
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    @property
+    def optimizer(self) -> Any:
+        """Of the run at hand or the last one (`BackendOptimizer`); None before the first, as in transformers."""
+        return self._run.optimizer if "_run" in vars(self) else None
+
+    @optimizer.setter
+    def optimizer(self, value: Any) -> None:
+        raise ValueError(f"trainer.optimizer can't be set: {_OPTIMIZER}")
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """That of `optimizer`."""
+        return self._run.scheduler if "_run" in vars(self) else None
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, value: Any) -> None:
+        raise ValueError(f"trainer.lr_scheduler can't be set: {_OPTIMIZER}")
+
+    def get_learning_rates(self) -> list[float]:
+        """Each group's rate, of the step that comes next."""
+        if self.optimizer is None:
+            raise ValueError("the learning rate depends on the run; call train() first, or ask in a callback")
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def add_callback(self, callback: Any) -> None:
         self.callback_handler.add_callback(callback)

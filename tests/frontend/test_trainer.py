@@ -24,7 +24,7 @@ from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.data.errors import DataError
 from jaxsloth.frontend import arguments, sft_config
 from jaxsloth.frontend.adapters import base_of
-from jaxsloth.frontend.trainer_run import learning_rates
+from jaxsloth.frontend.optimizer_view import go_on_from, scheduler_of
 from jaxsloth.kernels.dropout.contract import key_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from tests.support.modules import BACKENDS, TRAINING, their_base
@@ -343,11 +343,14 @@ def test_rates_are_transformers(name, tmp_path):
     args = SFTConfig(str(tmp_path), lr_scheduler_type=name, learning_rate=0.1, warmup_ratio=0.15)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     scheduler = transformers.get_scheduler(name, optimizer, math.ceil(20 * 0.15), 20)
-    rate = learning_rates(args, 20)
+    ours = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1) for _ in range(2)]
+    stepped, resumed = (scheduler_of(args, own, 20) for own in ours)
     for step in range(20):
-        assert rate(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
-        optimizer.step()
-        scheduler.step()
+        go_on_from(resumed, step)
+        assert [own.param_groups[0]["lr"] for own in ours] == pytest.approx([scheduler.get_last_lr()[0]] * 2, rel=1e-12)
+        for own, rates in ((optimizer, scheduler), (ours[0], stepped)):
+            own.step()
+            rates.step()
 
 
 def test_every_field_is_accounted_for():

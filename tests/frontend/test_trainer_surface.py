@@ -141,10 +141,12 @@ def test_methods_of_a_subclass_are_called(kind, backend, checkpoint, tmp_path):
     """log, evaluate and save_model; what the module holds there is what was trained up to then."""
     calls: list[str] = []
     seen: list[torch.Tensor] = []
+    logged: list[torch.Tensor] = []
 
     class Mine(kind):
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             calls.append("log")
+            logged.append(next(own.detach().clone() for name, own in self.model.named_parameters() if "lora_B" in name))
             super().log(logs | {"mine": 1.0}, start_time)
 
         def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
@@ -166,6 +168,7 @@ def test_methods_of_a_subclass_are_called(kind, backend, checkpoint, tmp_path):
     assert seen[0].any() and not torch.equal(seen[0], seen[1])
     last = next(own for name, own in trainer.model.named_parameters() if "lora_B" in name)
     assert torch.equal(seen[1], last)
+    assert torch.equal(logged[0], seen[0]) and torch.equal(logged[1], last)
 
 
 @both
@@ -178,7 +181,7 @@ def test_metrics_batches_and_predictions(backend, checkpoint, tmp_path, capsys):
     done = trainer.train()
     logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     assert logged == pytest.approx(losses[0], abs=1e-5)
-    assert trainer.get_learning_rates() == [0.0] and trainer.is_world_process_zero() and trainer.is_local_process_zero()
+    assert trainer.get_learning_rates() == [0.0, 0.0] and trainer.is_world_process_zero() and trainer.is_local_process_zero()
     trained = sum(own.numel() for own in trainer.model.parameters() if own.requires_grad)
     assert trainer.get_num_trainable_parameters() == trained > 0
     trainer.log_metrics("train", done.metrics)

@@ -82,14 +82,42 @@ def freezing(model: Any, step: int) -> None:
         freeze(model, "layers.1.")
 
 
+def scale(model: Any, by: float) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling["default"] = by
+
+
+def undropped(model: Any, step: int) -> None:
+    """The rate of the model's dropout is 0 from the first step on."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and "lora_dropout" in name:
+            module.p = 0.0
+
+
+def other_rates(args: Any, optimizer: Any, step: int) -> None:
+    """A written lr is the next step's."""
+    for group in optimizer.param_groups:
+        group["lr"] *= (3.0, 0.1)[step % 2]
+
+
+def other_arguments(args: Any, optimizer: Any, step: int) -> None:
+    """The rate was chosen when the run began; the norm counts at every step."""
+    args.learning_rate, args.max_grad_norm = 0.5, 0.02 * step
+
+
 @dataclass(frozen=True)
 class Case:
-    """before: done to the model; during: done in a callback's on_step_end. others: a second adapter of this rank."""
+    """before: done to the model; during: done in a callback's on_step_end (at_first: in its on_train_begin), and told: to the
+    arguments and the optimizer. others: a second adapter of this rank; settings: of the adapter."""
 
     before: Callable[[Any], None] | None = None
     during: Callable[[Any, int], None] | None = None
+    at_first: bool = False
+    told: Callable[[Any, Any, int], None] | None = None
     others: int | None = None
     trainer: str = "SFT"
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 CASES = {
@@ -101,17 +129,46 @@ CASES = {
     "answers with one of another rank": Case(during=with_another, others=2),
     "weights are halved": Case(during=halved),
     "weights are averaged": Case(during=averaged),
+    "scaled before": Case(before=lambda model: scale(model, 0.5)),
+    "scaled on the way": Case(during=lambda model, step: scale(model, (0.0, 8.0, 1)[step % 3])),
+    "never dropped": Case(during=undropped, at_first=True, settings=(("lora_dropout", 0.4),)),
+    "rates are written": Case(told=other_rates),
+    "arguments are written": Case(told=other_arguments),
+    "dpo, scaled on the way": Case(during=lambda model, step: scale(model, 5.0), trainer="DPO"),
     "dpo, answers without the adapter": Case(during=without_adapter, trainer="DPO"),
     "dpo, weights are halved": Case(during=halved, trainer="DPO"),
 }
 
 
 class Does(TrainerCallback):
-    def __init__(self, what: Callable[[Any, int], None]) -> None:
-        self._what = what
+    def __init__(
+        self,
+        what: Callable[[Any, int], None] | None,
+        at_first: bool = False,
+        told: Callable[[Any, Any, int], None] | None = None,
+    ) -> None:
+        self._what, self._at_first, self._told = what, at_first, told
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **others: Any) -> None:
-        self._what(model, state.global_step)
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **others: Any) -> None:
+        if self._at_first and self._what:
+            self._what(model, 0)
+
+    def on_step_end(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        if self._what and not self._at_first:
+            self._what(model, state.global_step)
+        assert lr_scheduler.get_last_lr()[0] == optimizer.param_groups[0]["lr"]
+        if self._told:
+            self._told(args, optimizer, state.global_step)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -141,7 +198,7 @@ def ran(case: Case, model: Any, tokenizer: Any, folder: Path, ours: bool) -> tup
         args=configs[not ours](str(folder), **SETTINGS, **({} if ours else THEIRS)),
         train_dataset=Dataset.from_list(ROWS if case.trainer == "SFT" else PAIRS),
         processing_class=tokenizer,
-        callbacks=[Does(case.during)] if case.during else None,
+        callbacks=[Does(case.during, case.at_first, case.told)] if case.during or case.told else None,
     )
     trainer.train()
     moved = {name: own - before[name] for name, own in weights(model).items() if name in before}
@@ -153,15 +210,15 @@ def judges_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("judge")
 
 
-def theirs(checkpoint: str) -> tuple[Any, Any]:
-    ours, tokenizer = native_model(checkpoint, "torch", **TARGETS)
+def theirs(checkpoint: str, **settings: Any) -> tuple[Any, Any]:
+    ours, tokenizer = native_model(checkpoint, "torch", **TARGETS, **settings)
     config = CONFIG | {"num_hidden_layers": 2}
     return under_their_peft(ours, transformers_model(config, random_weights(config, 0))), tokenizer
 
 
 @cache
 def judged(name: str, checkpoint: str, folder: Path) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-    return ran(CASES[name], *theirs(checkpoint), folder, ours=False)[:2]
+    return ran(CASES[name], *theirs(checkpoint, **dict(CASES[name].settings)), folder, ours=False)[:2]
 
 
 def assert_moved_alike(ours: dict[str, torch.Tensor], judge: dict[str, torch.Tensor]) -> None:
@@ -184,7 +241,7 @@ FIRST = ("lora_A is frozen", "answers with one of another rank", "weights are ha
 )
 def test_what_the_user_does_counts_as_in_trl(name, backend, checkpoint, tmp_path, judges_folder):
     losses, moved = judged(name, checkpoint, judges_folder)
-    model, tokenizer = native_model(checkpoint, backend, **TARGETS)
+    model, tokenizer = native_model(checkpoint, backend, **TARGETS, **dict(CASES[name].settings))
     found, ours, trainer = ran(CASES[name], model, tokenizer, tmp_path, ours=True)
     assert len(found) == 4 and np.ptp(losses) > 0.01
     assert np.abs(found - losses).max() < BAR
@@ -260,6 +317,42 @@ def test_another_adapter_left_active_ends_the_run(name, backend, checkpoint, tmp
     with pytest.raises(ValueError, match=r"must be active when a step begins.*lora_A.weight is not the same any more"):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+def scaled_apart(model: Any, optimizer: Any) -> None:
+    next(module for module in model.modules() if hasattr(module, "lora_A")).scaling["default"] = 7.0
+
+
+WRITTEN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "one layer's scaling": (scaled_apart, r"adapters must have one rank, alpha and dropout here"),
+    "a scaling of NaN": (lambda model, optimizer: scale(model, float("nan")), "scaling must be a finite number"),
+    "decay": (
+        lambda model, optimizer: optimizer.param_groups[0].update(weight_decay=0.5),
+        r"weight_decay was 0\.1 when train\(\) began and is 0\.5; of a group only its lr",
+    ),
+    "a rate of NaN": (lambda model, optimizer: optimizer.param_groups[0].update(lr=float("nan")), "got nan"),
+    "another group": (lambda model, optimizer: optimizer.add_param_group({"params": []}), "a group can't be added"),
+    "a step": (lambda model, optimizer: optimizer.step(), "steps are the backend's"),
+    "moments": (lambda model, optimizer: optimizer.state_dict(), "moments are the backend's"),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_can_not_be_written_in_a_callback_ends_the_run(name, checkpoint, tmp_path):
+    """Above the backends: what they are given is tested with what can be written."""
+    what, message = WRITTEN[name]
+
+    class Writes(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **others: Any) -> None:
+            what(model, optimizer)
+
+    model, tokenizer = native_model(checkpoint, "torch", **TARGETS)
+    trainer = trainer_of(model, tokenizer, tmp_path, callbacks=[Writes()])
+    assert trainer.optimizer is None and trainer.lr_scheduler is None
+    with pytest.raises((ValueError, RuntimeError, AttributeError), match=message):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"trainer\.optimizer can't be set"):
+        trainer.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
 
 
 @both

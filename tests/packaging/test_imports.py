@@ -123,6 +123,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/trainer_config.py", {"transformers"}, ("*",), set()),
     ("jaxsloth/frontend/dpo_trainer.py", NUMBERS | {"torch"}, ("*",), set()),
     ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors", "pydantic"}, ("*",), set()),
+    ("jaxsloth/frontend/optimizer_view.py", {"torch", "transformers"}, ("*",), set()),
     ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
     ("jaxsloth/frontend/module/cached_rows.py", NUMBERS | {"torch"}, ("frontend.module", "backend", "batch"), set()),

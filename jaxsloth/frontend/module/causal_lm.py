@@ -203,7 +203,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         """The batch and what PEFT has active now, ready to be run."""
         bridge = self.engine.bridge
         active = active_parts(self, self.engine.model.spec)
-        rates = {adapter.dropout for adapter in active.adapters.values()} or {0.0}
+        rates = {adapter.dropout if adapter.training else 0.0 for adapter in active.adapters.values()} or {0.0}
         if len(rates) > 1:
             raise ValueError(f"all adapters must have one dropout rate, and these came: {sorted(rates)}")
         rate = rates.pop()

@@ -3,10 +3,12 @@ What the backends can't do is refused here, with the reason, before anything is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from jaxsloth.frontend.module.placeholders import HollowBias, Placeholder
@@ -32,12 +34,14 @@ class RowAdaptersError(PeftFeatureError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """The active adapter of one layer: A ``[r, in]`` and B ``[out, r]``, PEFT's own parameters."""
+    """The active adapter of one layer: A ``[r, in]`` and B ``[out, r]``, PEFT's own parameters. dropout: the rate in training,
+    which the layer is in or not."""
 
     a: nn.Parameter
     b: nn.Parameter
     scaling: float
     dropout: float
+    training: bool
 
     def versions(self) -> tuple[int, int]:
         """Other ones after A or B were written in place."""
@@ -269,9 +273,22 @@ def _active(name: str, lora: Any) -> Adapter | None:
         if type(module) is not plain:
             raise PeftFeatureError(f"{name}.{part}.{chosen} was replaced by a {type(module).__name__}; {_ONLY}")
         _check_hooks(f"{name}.{part}.{chosen}", module)
-    rate = dropout.p if lora.training and type(dropout) is nn.Dropout else 0.0
+    rate = dropout.p if type(dropout) is nn.Dropout else 0.0
     a, b = of_a[chosen]._parameters["weight"], of_b[chosen]._parameters["weight"]
-    return Adapter(a, b, lora.scaling[chosen], rate)
+    return Adapter(a, b, _scaling(name, lora.scaling[chosen]), rate, lora.training)
+
+
+def _scaling(name: str, value: Any) -> float:
+    if type(value) is float and math.isfinite(value):
+        return value
+    learnt = isinstance(value, torch.Tensor) and value.requires_grad
+    try:
+        number = math.nan if learnt else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise PeftFeatureError(f"{name}: scaling must be a finite number that is not learnt, got {value!r}")
+    return number
 
 
 def _plain_lora(name: str, layer: nn.Module) -> Any:
