@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxsloth.convert.checkpoint import Checkpoint
 from jaxsloth.convert.safetensors_source import SafetensorsFile
@@ -45,14 +47,30 @@ def base_digest(opened: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def values_digest(values: Mapping[str, np.ndarray]) -> str:
+    """A digest of every array's name, dtype, shape and samples of its bytes, as `base_digest` takes them of tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(values):
+        value = np.ascontiguousarray(values[name])
+        digest.update(repr((name, str(value.dtype), np.shape(values[name]))).encode())
+        content = value.reshape(-1).view(np.uint8)
+        for begin, size in _sampled(content.size, _PAGES_OF_A_TENSOR):
+            digest.update(content[begin : begin + size].tobytes())
+    return digest.hexdigest()
+
+
+def _sampled(size: int, pages: int) -> list[tuple[int, int]]:
+    """(first byte, bytes) of what counts of so many bytes."""
+    if size <= pages * _PAGE:
+        return [(0, size)]
+    step = (size - _PAGE) / (pages - 1)
+    return [(int(page * step), _PAGE) for page in range(pages)]
+
+
 def _samples(file: Path, begin: int, size: int, pages: int) -> Iterator[bytes]:
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        if size <= pages * _PAGE:
-            yield os.pread(descriptor, size, begin)
-            return
-        step = (size - _PAGE) / (pages - 1)
-        for page in range(pages):
-            yield os.pread(descriptor, _PAGE, begin + int(page * step))
+        for first, count in _sampled(size, pages):
+            yield os.pread(descriptor, count, begin + first)
     finally:
         os.close(descriptor)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxsloth.foreign import check_writable_folder
+
 TEMPORARY_PREFIX = ".tmp-"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -25,10 +27,12 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         ExistsError: target exists and overwrite is False; nothing is written.
+        ForeignError: the folder that it is to lie in can't be written.
     """
     target = Path(target)
     if target.exists() and not overwrite:
         raise ExistsError(f"{target} exists already; choose another folder or ask for it to be overwritten")
+    check_writable_folder(target.parent, f"the folder of {target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -58,6 +62,7 @@ def write_whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not overwrite:
         raise ExistsError(f"{target} exists already; choose another file or ask for it to be overwritten")
+    check_writable_folder(target.parent, f"the folder of {target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
     try:

@@ -98,10 +98,14 @@ def write_adapter_files(folder: Path, spec: ModelSpec, values: Mapping[str, np.n
     check_values(values, trainable_shapes(spec), "the adapter to write")
     if spec.lora is None:
         raise ValueError("the model has no adapter to write")
-    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
-    save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(stored(values), folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(peft_config(spec.lora, base_model), indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def stored(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An adapter's tensors as its file holds them."""
+    return {name: np.ascontiguousarray(value, np.float32) for name, value in values.items()}
 
 
 def peft_config(lora: Lora, base_model: str) -> dict[str, Any]:

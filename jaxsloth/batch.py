@@ -56,7 +56,9 @@ class Window:
 
 
 def check_ids(ids: np.ndarray, vocab: int, what: str = "input_ids") -> np.ndarray:
-    """Token ids as int32; ValueError names the first that the vocabulary has not."""
+    """Token ids as int32; ValueError names the first that the vocabulary has not, and a dtype that is not of whole numbers."""
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be whole numbers, got {ids.dtype}")
     outside = (ids < 0) | (ids >= vocab)
     if outside.any():
         place = tuple(int(index) for index in np.argwhere(outside)[0])

@@ -33,7 +33,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     resume_anyway: Annotated[
         list[str] | None,
-        typer.Option(help="What may have changed since: data, base, template or recipe; may be given again."),
+        typer.Option(help="What may have changed since: data, base, template, recipe or files; may be given again."),
     ] = None,
     stop_after: Annotated[int | None, typer.Option(help="Stop at this step; the schedule stays the whole run's.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show nothing but errors.")] = False,

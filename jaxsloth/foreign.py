@@ -13,6 +13,7 @@ import re
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,7 +165,7 @@ def present(path: Path) -> bool:
 
 
 def check_writable_folder(folder: Path, what: str, error: ErrorType = ForeignError) -> None:
-    """That a folder is there and can be written into, or could be made; nothing is made."""
+    """That a folder is there and can be written into, or could be made; nothing stays there."""
     for place in (folder, *folder.parents):
         try:
             mode = place.stat().st_mode
@@ -180,6 +181,12 @@ def check_writable_folder(folder: Path, what: str, error: ErrorType = ForeignErr
             raise error(f"{what} must be a folder that can be written, and {place} is a file: name another")
         if not os.access(place, os.W_OK | os.X_OK):
             raise error(f"{what} must be a folder that can be written, and {place} can't be: name another, or change its mode")
+        try:  # some file systems (/proc) say that they can be written
+            tempfile.TemporaryDirectory(prefix=".tmp-", dir=place).cleanup()
+        except OSError as cause:
+            raise error(
+                f"{what} must be a folder that can be written, and {place} can't be: {cause.strerror}; name another"
+            ) from cause
         return
 
 
@@ -324,6 +331,18 @@ def _without_twice(loader: Any) -> Any:
             return super().construct_mapping(node, deep)
 
     return Loader
+
+
+def check_text(text: str, error: ErrorType = ForeignError) -> str:
+    """The text, where UTF-8 can write it; an error names the half of a character (a lone surrogate) that it can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise error(
+            f"a text must be of whole characters, got the lone surrogate {text[cause.start]!r} at {cause.start} of "
+            f"{text[max(cause.start - 10, 0) : cause.start + 10]!r}; it was cut in the middle of a character"
+        ) from cause
+    return text
 
 
 def is_number(value: Any) -> bool:

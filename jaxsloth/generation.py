@@ -6,7 +6,7 @@ that neither the backend nor the other rows of a batch change what a row says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxsloth.backend import DecodeState, Model
 from jaxsloth.batch import check_ids, check_length
+from jaxsloth.foreign import check_text
 
 # What tokenizers put in place of bytes that are no whole UTF-8 character yet.
 _INCOMPLETE = "\ufffd"
@@ -174,12 +175,12 @@ def generate(
         raise ValueError("generate needs prompts of at least one token each")
     if tokenizer is None and (settings.stop or on_text is not None):
         raise ValueError("stop strings and streaming need the tokenizer; pass tokenizer=")
-    eos = set(model.spec.eos_ids if settings.eos_ids is None else settings.eos_ids)
+    eos = set(check_ends(model.spec.eos_ids if settings.eos_ids is None else settings.eos_ids, model.spec.embedding.vocab))
     rows = [_Row(list(prompt)) for prompt in prompts]
     lengths = np.array([len(row.prompt) for row in rows], np.int32)
     padded = np.zeros((len(rows), int(lengths.max())), np.int32)
     for place, row in enumerate(rows):
-        ids = np.array(row.prompt, np.int64)
+        ids = np.asarray(row.prompt)
         padded[place, -len(ids) :] = check_ids(ids, model.spec.embedding.vocab, f"prompt {place}")
     check_length(padded.shape[1] + settings.max_new_tokens, model.spec.max_positions)
     state, logits = model.start_decode(padded, lengths, padded.shape[1] + settings.max_new_tokens)
@@ -225,6 +226,16 @@ def likeliest(state: DecodeState, logits: np.ndarray, count: int) -> Iterator[np
             yield from burst.T
 
 
+def check_ends(ends: Iterable[Any], vocab: int) -> tuple[int, ...]:
+    """Tokens that end an answer; ValueError for what the vocabulary has not, which would end none. Negative ones, by which
+    scripts say that nothing ends an answer, stay."""
+    found = tuple(ends)
+    wrong = [end for end in found if not isinstance(end, int) or end >= vocab]
+    if wrong:
+        raise ValueError(f"eos_token_id must be token ids of the model, from 0 to {vocab - 1}, got {wrong[0]!r}")
+    return found
+
+
 def answer_texts(
     model: Model,
     tokenizer: Any,
@@ -233,7 +244,7 @@ def answer_texts(
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Answers texts as they are written: special tokens in them (a rendered chat template) count as such, none are added."""
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = [tokenizer(check_text(text), add_special_tokens=False)["input_ids"] for text in texts]
     answers = ["" for _ in rows]
 
     def collect(row: int, text: str) -> None:

@@ -12,6 +12,7 @@ from rich.progress import track
 from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.formats import Text, Tokens, row_reader
 from jaxsloth.data.templates import ChatTemplate
+from jaxsloth.foreign import check_text
 from jaxsloth.recipe import DataRecipe
 from jaxsloth.terminal import console
 
@@ -82,7 +83,7 @@ def _encode_all(rows: Sequence[Mapping[str, Any]], tokenizer: Any, data: DataRec
 def _encode_text(content: Text, tokenizer: Any) -> Example:
     # A text that a chat template wrote begins with BOS already.
     begins = tokenizer.bos_token is not None and content.text.startswith(tokenizer.bos_token)
-    tokens = tokenizer(content.text, add_special_tokens=not begins)["input_ids"]
+    tokens = tokenizer(check_text(content.text, DataError), add_special_tokens=not begins)["input_ids"]
     end = tokenizer.eos_token_id
     if end is not None and (not tokens or tokens[-1] != end):
         tokens = [*tokens, end]

@@ -75,6 +75,11 @@ def row_reader(data: DataRecipe, row: Mapping[str, Any]) -> Callable[[Mapping[st
                 f"data.columns maps an expected field to the file's field, and no format expects {expected!r}; "
                 f"expected fields are {', '.join(known)}"
             )
+    for expected, of_file in data.columns.items():
+        if of_file not in row:
+            raise DataError(
+                f"data.columns says that {expected} is the file's field {of_file!r}, and the first row has {', '.join(row)}"
+            )
     first = _rename(row, data.columns)
     name = data.format if data.format != "auto" else _detect(first)
     if name == "messages" and "messages" not in first and "conversations" in first:
@@ -98,7 +103,8 @@ def row_reader(data: DataRecipe, row: Mapping[str, Any]) -> Callable[[Mapping[st
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    renamed = {name: value for name, value in row.items() if name not in columns.values()}
+    """A field that is mapped is the file's other one, or none."""
+    renamed = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
     return renamed | {expected: row[name] for expected, name in columns.items() if name in row}
 
 

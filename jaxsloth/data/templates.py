@@ -16,7 +16,7 @@ from jaxsloth.data.catalogue import TEMPLATES, template_name, template_source
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation, Message, content_text
 from jaxsloth.data.limited import TemplateLimitError, check_size, check_template, limited
-from jaxsloth.foreign import shown
+from jaxsloth.foreign import check_text, shown
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
@@ -131,7 +131,7 @@ class ChatTemplate:
         render = partial(self.render, settings=conversation.settings)
         text = render(conversation.messages)
         if not response_only:
-            tokens = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+            tokens = np.array(self.tokenizer(check_text(text, DataError), add_special_tokens=False)["input_ids"], np.int32)
             return tokens, np.ones(tokens.shape, bool)
         spans = answer_spans(render, conversation, text)
         return tokenize_spans(self.tokenizer, text, spans)
@@ -210,6 +210,7 @@ def answer_spans(render: Callable[..., str], conversation: Conversation, text: s
 
 def tokenize_spans(tokenizer: Any, text: str, spans: Sequence[Span]) -> Encoded:
     """The text's tokens, and which of them hold a part of one of the spans (those across a border do)."""
+    check_text(text, DataError)
     if not tokenizer.is_fast:
         return _tokenize_spans_by_prefix(tokenizer, text, spans)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

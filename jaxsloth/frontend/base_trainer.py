@@ -33,7 +33,7 @@ from jaxsloth.frontend.language_model import FastModelForCausalLM
 from jaxsloth.frontend.metrics import predictions
 from jaxsloth.frontend.module.peft_adoption import check_wrappers
 from jaxsloth.frontend.optimizer_view import BackendOptimizer, optimizer_options, scheduler_of
-from jaxsloth.frontend.peft_models import set_checkpointing
+from jaxsloth.frontend.peft_models import adopted, set_checkpointing
 from jaxsloth.frontend.rows import check_rows, rows_needed
 from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights, Step
 from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
@@ -96,7 +96,7 @@ class BaseTrainer(TrainerSurface):
             import peft
 
             model = peft.get_peft_model(model, peft_config)
-        self.model: Any = model
+        self.model: Any = adopted(model)
         if self.args.gradient_checkpointing and self.base.engine.model.options.gradient_checkpointing == "none":
             set_checkpointing(model, "full")
         self.processing_class = processing_class or self.base.tokenizer
@@ -207,8 +207,8 @@ class BaseTrainer(TrainerSurface):
         call goes on with the optimizer of the first, as transformers' does.
 
         Args:
-            resume_anyway: of "data", "base", "template" and "recipe" (the arguments), what may have changed since the
-                checkpoint that is gone on from.
+            resume_anyway: of "data", "base", "template", "recipe" (the arguments) and "files" (the checkpoint's own), what may
+                have changed since the checkpoint that is gone on from was saved.
 
         Raises:
             ValueError: nothing to train (`SharedWeights`), a callback left another adapter active than train() began with, or

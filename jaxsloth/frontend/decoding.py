@@ -19,7 +19,7 @@ from jaxsloth.convert.generation_config import FILE
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.frontend.arguments import refuse_unknown
 from jaxsloth.frontend.module.cached_rows import follows_on
-from jaxsloth.generation import GenerationSettings, choose, likeliest
+from jaxsloth.generation import GenerationSettings, check_ends, choose, likeliest
 
 # Fields of a GenerationConfig that the cached decoder reads.
 _READ = {
@@ -110,6 +110,7 @@ def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str,
     asked = [name for name in _ARGUMENTS if rest.get(name) is not None and rest.get(name) is not False]
     rest = {name: value for name, value in rest.items() if name not in _ARGUMENTS}
     config, tensors = model._prepare_generation_config(generation_config, **rest)
+    check_ends(end_ids(config), model.engine.model.spec.embedding.vocab)
     for name, reason in _REFUSED.items():
         if getattr(config, name, None):
             raise ValueError(f"generate can't take {name}={getattr(config, name)!r}: {reason}")
@@ -198,7 +199,7 @@ def end_ids(config: Any) -> tuple[int, ...]:
     """The tokens that end an answer by a GenerationConfig."""
     if config.eos_token_id is None:
         return ()
-    return tuple(int(token) for token in np.atleast_1d(np.asarray(config.eos_token_id)))
+    return tuple(np.atleast_1d(np.asarray(config.eos_token_id)).tolist())
 
 
 def _mask(ids: torch.Tensor, mask: Any, pad: Any, eos: tuple[int, ...]) -> np.ndarray:
@@ -214,14 +215,13 @@ def decode(model: Model, call: Prepared) -> torch.Tensor:
     """int64 ``[batch, prompt + answer]`` on the prompt's device: the prompts, what was chosen (an end token with it), and
     padding behind the ends. The streamer gets the prompts first and then each token, as transformers hands them."""
     device, settings, ends = call.ids.device, call.settings, bool(call.eos)  # without ends, stopped rows go on as the others
-    rows = call.ids.cpu().numpy().astype(np.int64)
+    ids = check_ids(call.ids.cpu().numpy(), model.spec.embedding.vocab)
+    rows = ids.astype(np.int64)
     streamer: Any = call.streamer
     if streamer is not None:
         streamer.put(call.ids.cpu())
     check_length(rows.shape[1] + settings.max_new_tokens, model.spec.max_positions)
-    state, logits = model.start_decode(
-        check_ids(rows, model.spec.embedding.vocab), call.mask.sum(1).astype(np.int32), rows.shape[1] + settings.max_new_tokens
-    )
+    state, logits = model.start_decode(ids, call.mask.sum(1).astype(np.int32), rows.shape[1] + settings.max_new_tokens)
     running, first = np.ones(len(rows), bool), (call.mask == 0).sum(1)  # padding counts as no repetition
     # A user's own criteria may look at the logits, which stay on the device where tokens are chosen there.
     own = any(not isinstance(stop, StopStringCriteria | MaxTimeCriteria) for stop in call.stops)

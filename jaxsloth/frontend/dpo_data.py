@@ -13,6 +13,7 @@ from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.formats import Conversation, row_reader
 from jaxsloth.data.templates import ChatTemplate
+from jaxsloth.foreign import check_text
 from jaxsloth.frontend.rows import as_row
 from jaxsloth.frontend.sft_data import Row, ended, read_rows, shared_length, tokenize
 from jaxsloth.recipe import DataRecipe
@@ -115,7 +116,7 @@ def _reader(tokenizer: Any, max_prompt_length: int | None) -> Callable[[Row], li
 
 def _plain(text: str, tokenizer: Any) -> np.ndarray:
     """The tokens of what a template wrote, which has every special token that it wants."""
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    return np.array(tokenizer(check_text(text, DataError), add_special_tokens=False)["input_ids"], np.int32)
 
 
 def _with_prompt(row: Row) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from jaxsloth.frontend import decoding, saving
 from jaxsloth.frontend.adapters import show_backend
-from jaxsloth.frontend.arguments import refuse_unknown
+from jaxsloth.frontend.arguments import refuse_unknown, warn_once
 from jaxsloth.frontend.loading import Loaded
 from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
@@ -46,10 +46,12 @@ class FastModelForCausalLM(JaxslothForCausalLM):
             made.__dict__["hf_device_map"] = {"": made.device}
         return made
 
-    def prepare(self, *arguments: Any, **settings: Any) -> Prepared:
+    def prepare(self, input_ids: torch.Tensor, *arguments: Any, **settings: Any) -> Prepared:
         if self.shared is not None:
             self.shared.to_module()
-        return super().prepare(*arguments, **settings)
+        if self.max_seq_length < min(input_ids.shape[1], self.engine.model.spec.max_positions):
+            warn_once(f"rows longer than max_seq_length={self.max_seq_length}, which the model was loaded with, are run whole")
+        return super().prepare(input_ids, *arguments, **settings)
 
     @property
     def loaded(self) -> Loaded:
@@ -94,19 +96,15 @@ class FastModelForCausalLM(JaxslothForCausalLM):
     def _prepare_cache_for_generation(self, generation_config: Any, *others: Any) -> None:
         inputs, mode, _, capacity = others
         if isinstance(inputs.get("past_key_values"), WholeRows):
+            super()._prepare_cache_for_generation(generation_config, *others)
             return
         if generation_config.use_cache and decoding.drafts(generation_config, mode):
-            inputs["past_key_values"] = WholeRows(self._logits)
+            inputs["past_key_values"] = WholeRows()
             return
         generation_config.use_cache = decoding.caches(generation_config, inputs, mode)
         if generation_config.use_cache:
             show_backend(self)
             inputs["past_key_values"] = CachedRows(self.engine.model, capacity)
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Of whole rows, in the positions that transformers' generate gives them."""
-        positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return self.prepare(ids, mask, positions).run("logits", 0).to(ids.device)
 
     def _answer(self, prompts: Any, settings: dict[str, Any]) -> Any:
         refuse_unknown("generate", _TEXT_SETTINGS, {k: v for k, v in settings.items() if k not in _TEXT_SETTINGS})

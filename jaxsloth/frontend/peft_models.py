@@ -68,6 +68,11 @@ def _ours(wrapped: Any) -> Any:
     return wrapped
 
 
+def adopted(model: Any) -> Any:
+    """A model that PEFT itself wrapped, with what FastLanguageModel's have besides (save_format); others as they are."""
+    return _ours(model) if type(model) is peft.PeftModelForCausalLM else model
+
+
 def _refuse_merge(*arguments: Any, **settings: Any) -> NoReturn:
     raise HollowWriteError(
         "merge_and_unload can't write the base, whose weights are not in torch; save_pretrained_merged writes the merged "

@@ -14,6 +14,7 @@ from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.formats import Conversation, Tokens, row_reader
 from jaxsloth.data.packing import BUFFER, pack
 from jaxsloth.data.templates import ChatTemplate
+from jaxsloth.foreign import check_text
 from jaxsloth.frontend.rows import as_row
 from jaxsloth.recipe import DataRecipe
 
@@ -179,7 +180,7 @@ def tokenize(text: str, tokenizer: Any) -> np.ndarray:
     """int32 ``[length]``, with the special tokens that the tokenizer puts around a text."""
     # A text that a chat template wrote begins with BOS already.
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return np.array(tokenizer(text, add_special_tokens=not begins)["input_ids"], np.int32)
+    return np.array(tokenizer(check_text(text, DataError), add_special_tokens=not begins)["input_ids"], np.int32)
 
 
 def _read_tokens(row: Row) -> Encoded:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from jaxsloth.backend import Backend, Model
 from jaxsloth.convert.files import whole_folder
-from jaxsloth.convert.peft_adapter import check_values, read_adapter, write_adapter_files
+from jaxsloth.convert.peft_adapter import check_values, read_adapter, stored, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.windows import WindowStream
 from jaxsloth.foreign import Count, Schema, read_object, validated
@@ -306,15 +306,19 @@ class TrainerRun:
         if state.is_world_process_zero:
             self.output.mkdir(parents=True, exist_ok=True)
             with whole_folder(self.output / f"checkpoint-{state.global_step}", overwrite=True) as folder:
-                write_adapter_files(folder, self.model.spec, self.model.trainable(), self.base_model)
+                adapter = self.model.trainable()
+                write_adapter_files(folder, self.model.spec, adapter, self.base_model)
+                parts = {"adapter": stored(adapter)}
                 if optimizer:
-                    save_file({name: np.asarray(value) for name, value in optimizer.items()}, folder / STATE)
-                self.fingerprints.write(folder)
+                    parts["optimizer"] = {name: np.asarray(value) for name, value in optimizer.items()}
+                    save_file(parts["optimizer"], folder / STATE)
                 state.save_to_json(str(folder / TRAINER_STATE))
                 self.owner.processing_class.save_pretrained(str(folder))
                 if self.owner.saves_itself():
                     self.weights.to_module()
                     self.owner.save_model(str(folder), _internal_call=True)
+                    parts["adapter"] = read_adapter(folder)[1]
+                self.fingerprints.write(folder, parts)
             if self.args.save_total_limit:
                 prune(self.output, self.args.save_total_limit, state.best_global_step)
         self.backend.barrier()
@@ -341,7 +345,8 @@ class TrainerRun:
         check_saved(folder, saved.global_step, config, adapter, optimizer)
         check_lora(folder, config, self.model.spec)
         check_values(adapter, trainable_shapes(self.model.spec), str(folder))
-        check_fingerprints(folder, self.fingerprints, self.resume_anyway, "train(…, resume_anyway=[{kind!r}])")
+        parts, how = {"adapter": adapter, "optimizer": optimizer}, "train(…, resume_anyway=[{kind!r}])"
+        check_fingerprints(folder, self.fingerprints, parts, self.resume_anyway, how)
         self.model.load_trainable(adapter)
         self.weights.stepped()
         self.weights.step.load_state(optimizer)

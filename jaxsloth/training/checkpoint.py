@@ -22,7 +22,7 @@ from pydantic import Field
 from safetensors.numpy import save_file
 
 from jaxsloth.convert.files import TEMPORARY_PREFIX, remove_folder, whole_folder
-from jaxsloth.convert.peft_adapter import AdapterConfig, read_adapter, write_adapter_files
+from jaxsloth.convert.peft_adapter import AdapterConfig, read_adapter, stored, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
 from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.models.spec import ModelSpec
@@ -102,9 +102,10 @@ def save(
         on_stage("begun")
         write_adapter_files(folder, spec, adapter, base_model)
         on_stage("adapter")
-        save_file({name: np.asarray(value) for name, value in optimizer.items()}, folder / STATE)
+        moments = {name: np.asarray(value) for name, value in optimizer.items()}
+        save_file(moments, folder / STATE)
         if fingerprints is not None:
-            fingerprints.write(folder)
+            fingerprints.write(folder, {"adapter": stored(adapter), "optimizer": moments})
         on_stage("state")
         (folder / TRAINER_STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         on_stage("described")

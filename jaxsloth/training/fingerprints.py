@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from jaxsloth.convert.checkpoint import Checkpoint
-from jaxsloth.convert.digest import base_digest
+from jaxsloth.convert.digest import base_digest, values_digest
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.encode import Example
 from jaxsloth.foreign import Schema, read_object, shown, validated
@@ -23,12 +23,18 @@ from jaxsloth.foreign import Schema, read_object, shown, validated
 logger = logging.getLogger("jaxsloth.training")
 
 FILE = "fingerprints.json"
-KINDS = ("data", "base", "template", "recipe")
+KINDS = ("data", "base", "template", "recipe", "files")
+# What a checkpoint holds by the names of its parts -> in which file.
+_FILES = {"adapter": "adapter_model.safetensors", "optimizer": "state.safetensors"}
 _PACKAGES = ("jaxsloth", "numpy", "transformers", "tokenizers", "torch", "jax")
 
 
 class ForeignCheckpointError(CheckpointError):
     """A whole checkpoint, of something else than what is to go on: never passed over, as a broken one is."""
+
+
+# "adapter" and "optimizer" -> arrays by name, as they are stored.
+Parts = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class Rows(Schema):
@@ -41,7 +47,8 @@ class Rows(Schema):
 
 
 class Fingerprints(Schema):
-    """What a checkpoint belongs to. recipe: the settings that decide numbers, where trainer_state.json holds none."""
+    """What a checkpoint belongs to. recipe: the settings that decide numbers, where trainer_state.json holds none; files: what
+    its own adapter and optimizer are, which only a checkpoint that was written knows."""
 
     data: Rows
     held_out: Rows | None = None
@@ -49,9 +56,12 @@ class Fingerprints(Schema):
     template: str
     recipe: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
+    def write(self, folder: Path, parts: Parts) -> None:
+        """Beside the files of a checkpoint's parts."""
+        values = self.model_dump() | {"files": {part: values_digest(arrays) for part, arrays in parts.items()}}
+        (folder / FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprints(
@@ -107,12 +117,21 @@ def read_fingerprints(folder: Path) -> Fingerprints | None:
     return validated(Fingerprints, read_object(file, CheckpointError), file, CheckpointError) if file.exists() else None
 
 
+def foreign_files(saved: Fingerprints, parts: Parts) -> str:
+    """What parts of a checkpoint are not those that it was saved with, in words; "" where all are, or nobody noted them."""
+    changed = [_FILES[part] for part, noted in saved.files.items() if part in parts and values_digest(parts[part]) != noted]
+    if not changed:
+        return ""
+    return f"{' and '.join(changed)} hold{'s' if len(changed) == 1 else ''} other values than the checkpoint was saved with"
+
+
 def check_fingerprints(
-    folder: Path, now: Fingerprints, anyway: Collection[str] = (), how: str = "--resume-anyway {kind}"
+    folder: Path, now: Fingerprints, parts: Parts, anyway: Collection[str] = (), how: str = "--resume-anyway {kind}"
 ) -> None:
-    """That a checkpoint belongs to what is about to go on.
+    """That a checkpoint belongs to what is about to go on, and is whole.
 
     Args:
+        parts: what was read of it.
         anyway: kinds of `KINDS` that may differ.
         how: what lets a kind differ, for the error.
 
@@ -123,17 +142,21 @@ def check_fingerprints(
     if saved is None:
         logger.warning("%s has no %s (it is of an older version): whether it belongs to this run is not checked", folder, FILE)
         return
-    found = {kind: text for kind, text in differences(saved, now).items() if kind not in anyway}
+    found = differences(saved, now)
+    changed = foreign_files(saved, parts)
+    if changed:
+        found["files"] = changed
+    found = {kind: text for kind, text in found.items() if kind not in anyway}
     if found:
         lines = "".join(f"\n  {text}; to go on all the same: {how.format(kind=kind)}" for kind, text in found.items())
         raise ForeignCheckpointError(f"{folder} does not belong to what is to go on:{lines}")
-    changed = [
+    others = [
         f"{name} {saved.versions.get(name, 'none')} -> {now.versions.get(name, 'none')}"
         for name in sorted({*saved.versions, *now.versions})
         if saved.versions.get(name) != now.versions.get(name)
     ]
-    if changed:
-        logger.warning("%s was trained with other versions: %s", folder, ", ".join(changed))
+    if others:
+        logger.warning("%s was trained with other versions: %s", folder, ", ".join(others))
 
 
 def differences(saved: Fingerprints, now: Fingerprints) -> dict[str, str]:

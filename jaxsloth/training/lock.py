@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jaxsloth.foreign import check_writable_folder
+
 LOCK = ".running"  # holds the process' id
 _held: set[Path] = set()  # by this process, whose own locks do not keep it out
 
@@ -22,7 +24,9 @@ def lock(output: Path) -> Iterator[None]:
 
     Raises:
         RunningError: a living process holds it; the message names it.
+        ForeignError: it can't be written.
     """
+    check_writable_folder(output, "the output folder")
     output.mkdir(parents=True, exist_ok=True)
     path = output.resolve() / LOCK
     _refuse(output, os.getpid() if path in _held else None)

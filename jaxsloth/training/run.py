@@ -84,7 +84,8 @@ def train(
 
     Args:
         resume: go on from the output folder's newest whole checkpoint.
-        resume_anyway: of "data", "base", "template" and "recipe", what may have changed since that checkpoint.
+        resume_anyway: of "data", "base", "template", "recipe" and "files" (the checkpoint's own), what may have changed since
+            that checkpoint was saved.
         stop_after: stop at this step (from 1; saved and evaluated), with the schedule of the whole run.
         on_stage: told where each save stands; see `checkpoints.save`.
 
@@ -111,7 +112,7 @@ def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False, resum
     now = fingerprints(opened, tokenizer, recipe.data.template, train_examples, held_out)
     if saved is not None:
         check_lora(saved.folder, saved.config, spec)
-        check_fingerprints(saved.folder, now, anyway)
+        check_fingerprints(saved.folder, now, {"adapter": saved.adapter, "optimizer": saved.optimizer}, anyway)
     return replace(
         plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved), fingerprints=now, goes_on=resume
     )

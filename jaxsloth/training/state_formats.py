@@ -21,6 +21,7 @@ from jaxsloth.convert.safetensors_writer import SHARD_BYTES
 from jaxsloth.foreign import read_object, validated
 from jaxsloth.training.checkpoint import STATE, TRAINER_STATE, TrainerStateFields, check_saved, load
 from jaxsloth.training.fingerprints import FILE as FINGERPRINTS
+from jaxsloth.training.fingerprints import foreign_files, read_fingerprints
 
 StateFormat = Literal["orbax", "run-state", "peft"]
 TREE = "params"
@@ -55,6 +56,10 @@ def convert_state(source: Path, destination: Path, to: StateFormat, *, overwrite
         raise ExistsError(f"{destination} exists already; choose another place, or ask for it to be overwritten (--overwrite)")
     config = read_config(source)
     values = _read(source)
+    noted = read_fingerprints(source) if to != "peft" else None
+    changed = foreign_files(noted, values) if noted is not None else ""
+    if changed:
+        raise CheckpointError(f"{source}: {changed}; restore them, or remove {FINGERPRINTS} to take them as they are")
     whole = "optimizer" in values and (source / TRAINER_STATE).is_file()
     if to == "run-state" and not whole:
         raise CheckpointError(
@@ -77,6 +82,8 @@ def convert_state(source: Path, destination: Path, to: StateFormat, *, overwrite
         for root in ("adapter",) if to == "peft" else ("adapter", "optimizer"):
             metadata = {"format": "pt"} if root == "adapter" else None
             save_file(values[root], temporary / _ROOTS[root], metadata=metadata)
+        if to == "run-state" and noted is not None:  # of an older version, it knows nothing of its files
+            noted.write(temporary, values)
     return destination
 
 

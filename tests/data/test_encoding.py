@@ -216,6 +216,19 @@ def test_rows_without_anything_to_learn(tiny):
         encode_rows([{"input_ids": [5, 6], "labels": [5, IGNORE]}], tiny, recipe())
 
 
+@pytest.mark.parametrize("row", [{"text": "cut \ud83d"}, {"messages": [{"role": "user", "content": "cut \ud83d"}, CHAT[2]]}])
+def test_halves_of_characters_are_named(tiny, row):
+    for only_answers in (True, False):
+        with pytest.raises(DataError, match=r"row 0 \(counted from 0\): .*the lone surrogate '\\ud83d' at \d+"):
+            encode_rows([row], tiny, recipe(template="chatml", response_only=only_answers))
+
+
+def test_a_row_without_a_mapped_field_does_not_take_another(tiny):
+    rows = [{"question": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]
+    with pytest.raises(DataError, match=r"row 1 .*expects the fields prompt, completion, and prompt is missing"):
+        encode_rows(rows, tiny, recipe(template="chatml", columns={"prompt": "question", "completion": "answer"}))
+
+
 def test_tokens_outside_the_vocabulary(tiny):
     with pytest.raises(DataError, match=r"1 of 2 rows hold tokens.*largest id 70, vocabulary of 60\): rows 1\."):
         encode_rows([{"input_ids": [1, 2]}, {"input_ids": [3, 70]}], tiny, recipe(), vocab_size=60)

@@ -71,6 +71,7 @@ def test_tokens():
             r"expects the fields prompt, completion, and completion is missing; the row has prompt, answer\..*completion: <",
         ),
         ({"text": None}, {"format": "text"}, "text is missing"),
+        ({"text": "a"}, {"columns": {"text": "body"}}, r"text is the file's field 'body', and the first row has text"),
         ({"text": "a"}, {"columns": {"question": "text"}}, "no format expects 'question'; expected fields are input_ids, "),
         ({"messages": "hello"}, {}, "messages must be a list of messages with role and content, and str 'hello' came"),
         ({"messages": []}, {}, "messages must be a list"),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 from pydantic import Field
 
 from jaxsloth import foreign
+from jaxsloth.convert.files import whole_folder
 from jaxsloth.foreign import (
     ForeignError,
     Schema,
@@ -23,6 +25,7 @@ from jaxsloth.foreign import (
     validated,
 )
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.training.lock import lock
 from jaxsloth.transforms import match_modules
 from tests.support.tiny import CONFIG
 
@@ -100,6 +103,16 @@ def test_documents_that_are_refused(value, message):
 
 def test_null_is_a_key_that_is_absent():
     assert validated(Fields, {"size": 4, "rate": None, "other": 5}, "file") == Fields(size=4)
+
+
+def test_a_file_system_that_only_says_that_it_can_be_written():
+    for place in ("/proc/out", "/proc/self/deep/out"):
+        with pytest.raises(OwnError, match=r"output must be a folder that can be written, and /proc(/self)? can't be"):
+            check_writable_folder(Path(place), "output", OwnError)
+        with pytest.raises(ForeignError, match="the output folder must be a folder that can be written"), lock(Path(place)):
+            pass
+        with pytest.raises(ForeignError, match="the folder of out must be a folder"), whole_folder(Path(place)):
+            pass
 
 
 def test_files_that_are_none(tmp_path):

@@ -127,9 +127,9 @@ def whole_passes(monkeypatch):
     passes: list[int] = []
     prepare = JaxslothForCausalLM.prepare
 
-    def counted(self: Any, ids: torch.Tensor, *others: Any) -> Any:
+    def counted(self: Any, ids: torch.Tensor, *others: Any, **settings: Any) -> Any:
         passes.append(ids.shape[1])
-        return prepare(self, ids, *others)
+        return prepare(self, ids, *others, **settings)
 
     monkeypatch.setattr(JaxslothForCausalLM, "prepare", counted)
     return passes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from jaxsloth import FastLanguageModel
 from jaxsloth.batch import _warn_of_length
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import row_reader
+from jaxsloth.frontend import arguments
 from jaxsloth.generation import GenerationSettings, generate
 from jaxsloth.recipe import DataRecipe
 from tests.support.modules import BACKENDS
@@ -43,6 +45,35 @@ def test_ids_outside_the_vocabulary_are_named(model, wrong):
         model(torch.ones_like(ids), labels=labels)
 
 
+def test_ids_that_are_no_whole_numbers_are_not_cut(model):
+    """Of the module, which transformers refuses too, and of rows of ids."""
+    for door in (lambda: model(torch.tensor([[5.7]])), lambda: model.generate(torch.tensor([[5.7]]), max_new_tokens=2)):
+        with pytest.raises(ValueError, match=r"input_ids must be whole numbers"):
+            door()
+    with pytest.raises(ValueError, match=r"prompt 1 must be whole numbers, got float64"):
+        model.generate([[5], [5.7]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"), [(10**20, str(10**20)), (260, "260"), ([1, 300], "300"), (1.5, "1.5"), ("a", "'a'")]
+)
+def test_ends_outside_the_vocabulary_are_named(model, wrong, shown):
+    """They would end no answer, and nobody would know."""
+    message = rf"eos_token_id must be token ids of the model, from 0 to 259, got {shown}"
+    ids = torch.tensor([[5, 6]])
+    for more in ({}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, max_new_tokens=2, eos_token_id=wrong, **more)
+    with pytest.raises(ValueError, match=message):
+        model.generate([[5, 6]], max_new_tokens=2, eos_ids=tuple(wrong) if isinstance(wrong, list) else (wrong,))
+    assert model.generate(ids, max_new_tokens=2, eos_token_id=-1).shape == (1, 4)  # scripts say so that nothing ends it
+
+
+def test_halves_of_characters_in_a_prompt_are_named(model):
+    with pytest.raises(ValueError, match=r"of whole characters, got the lone surrogate '\\ud800' at 2 of"):
+        model.generate("ab\ud800", max_new_tokens=2)
+
+
 def test_ids_of_training_rows_do_not_wrap():
     row = {"input_ids": [5, WRAPS]}
     with pytest.raises(DataError, match=f"input_ids must hold token ids, got {WRAPS}, which no vocabulary has"):
@@ -62,3 +93,15 @@ def test_rows_longer_than_the_positions_are_told_of_once(model, caplog):
     with caplog.at_level(logging.WARNING, "jaxsloth"):
         model.generate(torch.ones(1, 63, dtype=torch.long), max_new_tokens=2)
     assert caplog.text.count("more than the 64 positions") == 2
+
+
+def test_rows_longer_than_max_seq_length_are_told_of_once(model, monkeypatch):
+    monkeypatch.setattr(arguments, "_said", set())
+    monkeypatch.setattr(model, "max_seq_length", 8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for length in (8, 9, 10):
+            model(torch.ones(1, length, dtype=torch.long))
+    assert [str(warning.message) for warning in said] == [
+        "rows longer than max_seq_length=8, which the model was loaded with, are run whole"
+    ]

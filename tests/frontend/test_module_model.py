@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,14 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+from transformers.utils import TransformersKwargs
 from trl.trainer.utils import hash_module
 
 from jaxsloth.backend import BuildOptions, load_backend
+from jaxsloth.frontend import arguments
+from jaxsloth.frontend.module import inputs
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from jaxsloth.frontend.module.peft_adoption import PeftFeatureError
 from jaxsloth.models.names import tensor_shapes
@@ -66,24 +72,132 @@ def test_padding_that_is_scored_is_scored_as_transformers_does(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_documents_do_not_see_each_other(backend):
+def test_packed_documents_do_not_see_each_other_where_transformers_tells_them_apart(backend, monkeypatch):
+    """Without a mask, and without a cache: the config's use_cache counts where nobody says."""
     ours, theirs = pair(backend)
     ids = batch((40,))["input_ids"]
     positions = torch.cat([torch.arange(15), torch.arange(25)])[None]
     labels = ids.masked_fill(positions == 0, -100)
     rows = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    judge = theirs(**rows, use_cache=False).loss
-    mine = ours(**rows).loss
-    assert abs(float(mine.detach() - judge.detach())) < 2e-6
+    losses = []
+    for cached in (False, True, None):
+        monkeypatch.setattr(arguments, "_said", set())
+        judge = theirs(**rows, use_cache=cached).loss
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            losses.append(ours(**rows, use_cache=cached).loss)
+        assert abs(float(losses[-1].detach() - judge.detach())) < 2e-6
+        assert any("begin anew within a row" in str(warning.message) for warning in said) == (cached is not False)
+    for model in (ours, theirs):
+        monkeypatch.setattr(model.config, "use_cache", False)
+    judge = theirs(**rows).loss
+    assert abs(float(ours(**rows).loss.detach() - judge.detach())) < 2e-6
     together = ours(input_ids=ids, labels=labels).loss
-    assert abs(float(mine.detach() - together.detach())) > 1e-3
-    mine.backward()
+    assert min(abs(float(losses[0].detach() - other.detach())) for other in (losses[1], together)) > 1e-3
+    losses[0].backward()
     judge.backward()
     assert_same_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_names_shapes_and_counts_are_those_of_transformers(backend, capsys):
+def test_a_decoding_loop_of_ones_own_goes_on_where_it_ended(backend):
+    """With padded rows, positions of its own, several tokens at once, tokens taken back, rows in another order, a copy."""
+
+    def answers(model: Any, cached: bool | None, positions: bool) -> list[torch.Tensor]:
+        rows = {name: value[:, :12] for name, value in batch((12, 9), left=True).items()}
+        ids, mask, found, past = rows["input_ids"], rows["attention_mask"], [], None
+        for step in range(5):
+            where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if positions else {}
+            labels = {"labels": rows["labels"]} if step == 0 else {}
+            with torch.no_grad():
+                out = model(ids, attention_mask=mask, past_key_values=past, use_cache=cached, **where, **labels)
+            past = copy.deepcopy(out.past_key_values)
+            assert past.get_seq_length() == mask.shape[1]
+            found.append(out.logits[:, -1])
+            ids = out.logits[:, -1:].argmax(-1) if step != 2 else torch.tensor([[7, 8, 9], [4, 5, 6]])
+            if step == 3:
+                past.crop(-2)
+                mask = mask[:, :-2]
+                past.reorder_cache(torch.tensor([1, 0]))
+                mask, ids = mask[[1, 0]], ids[[1, 0]]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        return found
+
+    ours, theirs = (model.eval() for model in pair(backend))
+    for cached, positions in ((None, False), (True, True)):
+        for mine, judge in zip(answers(ours, cached, positions), answers(theirs, cached, positions), strict=True):
+            torch.testing.assert_close(mine, judge, rtol=0, atol=2e-5)
+    ids = batch()["input_ids"][:1]
+    with torch.no_grad():
+        past = [model(ids[:, :9]).past_key_values for model in (ours, theirs)]
+        both = list(zip((ours, theirs), past, strict=True))
+        more = [model(ids[:, 9:12], past_key_values=kept, labels=ids[:, 9:12]) for model, kept in both]
+        assert more[0].logits.shape == (1, 3, 260) and abs(float(more[0].loss - more[1].loss)) < 2e-6
+        hidden = [model.base_model.model.model(ids[:, 12:14], past_key_values=kept)[0] for model, kept in both]
+        torch.testing.assert_close(*hidden, rtol=0, atol=2e-5)
+        assert ours(ids, use_cache=False).past_key_values is None
+        settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
+        went_on = [model.generate(ids, past_key_values=kept, **settings) for model, kept in both]
+        assert torch.equal(*went_on)
+    ours.train().base_model.model.model.gradient_checkpointing = True
+    assert ours(ids).past_key_values is None  # as in transformers
+
+
+WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
+    "bidirectional": ({"is_causal": False}, r"is_causal=False \(of forward, or in the model's config\)"),
+    "hidden states": ({"output_hidden_states": True}, r"forward got output_hidden_states \(bool\)"),
+    "attentions": ({"output_attentions": True}, r"forward got output_attentions \(bool\)"),
+    "a cache of transformers": ({"past_key_values": DynamicCache()}, r"past_key_values \(DynamicCache\).*leave it out of the"),
+    "ids of floats": ({"input_ids": torch.tensor([[5.7, 6.2]])}, r"input_ids must be whole numbers .*got torch.float32"),
+    "labels of floats": ({"labels": torch.tensor([[5.7, 6.2]])}, "labels must be whole numbers"),
+    "positions of floats": ({"position_ids": torch.tensor([[0.0, 0.5]])}, "position_ids must be whole numbers"),
+    "positions of another length": ({"position_ids": torch.arange(3)[None]}, r"position_ids must be \(1, 2\) like input_ids"),
+    "masks by kind": (
+        {"attention_mask": {"full_attention": None}},
+        r"attention_mask must be \(1, 2\) like input_ids, not dict",
+    ),
+    "a mask of four": ({"attention_mask": torch.ones(1, 1, 2, 2)}, r"like input_ids, not \(1, 1, 2, 2\)"),
+    "an ignored label": ({"ignore_index": 0}, "forward got ignore_index"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_would_change_the_answer_is_had_or_refused(backend, monkeypatch):
+    """Every keyword of transformers' forward (TransformersKwargs), given or asked for in the config."""
+    ours, theirs = (model.eval() for model in pair(backend))
+    given: dict[str, Any] = {"input_ids": torch.tensor([[5, 6]])}
+    for door in (ours, ours.base_model.model.model):
+        for settings, message in WRONG_INPUTS.values():
+            if "labels" not in settings or door is ours:
+                with pytest.raises(ValueError, match=message):
+                    door(**given | settings)
+    base = ours.base_model.model  # PEFT's forward hands on None, which counts in transformers too
+    for name, value in (("is_causal", False), ("output_hidden_states", True)):
+        monkeypatch.setattr(base.config, name, value, raising=False)
+        for door in (base, base.model):
+            with pytest.raises(ValueError, match=name):
+                door(**given)
+        monkeypatch.setattr(base.config, name, not value)
+        assert base(**given, is_causal=True).logits is not None
+    rows = batch()
+    chosen = torch.tensor([[1, 30], [0, 4], [7, 7]])
+    with torch.no_grad():
+        for keep in (chosen[0], chosen, rows["attention_mask"].bool(), 2):
+            mine, judge = (model(rows["input_ids"], logits_to_keep=keep).logits for model in (ours, theirs))
+            torch.testing.assert_close(mine, judge, rtol=0, atol=2e-5)
+    known = {
+        "num_items_in_batch",
+        "output_router_logits",
+        "position_ids",
+        "is_causal",
+        "output_hidden_states",
+        "output_attentions",
+    }
+    assert set(TransformersKwargs.__annotations__) == known | inputs._PACKING  # a new one is looked at
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_names_shapes_and_counts_are_those_of_transformers(backend, capsys, monkeypatch):
     ours, theirs = pair(backend)
     assert [(n, p.shape, p.requires_grad) for n, p in ours.named_parameters()] == [
         (n, p.shape, p.requires_grad) for n, p in theirs.named_parameters()
@@ -94,7 +208,15 @@ def test_names_shapes_and_counts_are_those_of_transformers(backend, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
     assert (ours.device, ours.dtype) == (torch.device("cpu"), torch.float32)
-    ours.to("cpu").half()
+    before = ours(**batch(), use_cache=False).loss
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ours.to("cpu").float()
+    monkeypatch.setattr(arguments, "_said", set())
+    for cast in (lambda: ours.half(), lambda: ours.to(torch.bfloat16), lambda: ours.double()):
+        with pytest.warns(UserWarning, match=r"casts adapters alone: the base computes in torch.float32"):
+            cast()
+    assert ours(**batch(), use_cache=False).loss.dtype == before.dtype == torch.float32
 
 
 def test_no_base_weight_of_jax_is_held_in_torch():
@@ -266,7 +388,8 @@ def test_outputs(backend):
     rows = batch()
     judge = theirs(**rows)
     output = ours(**rows)
-    assert set(output.keys()) == {"loss"}  # no logits until they are read
+    assert set(output.keys()) == {"loss", "past_key_values"}  # no logits until they are read
+    torch.testing.assert_close(ours(**rows)[1], judge[1], rtol=0, atol=2e-5)
     torch.testing.assert_close(output.logits, judge.logits, rtol=0, atol=2e-5)
     stale = ours(**rows)
     with torch.no_grad():
@@ -280,8 +403,11 @@ def test_outputs(backend):
         assert abs(float(scored.loss - theirs(**rows).loss)) < 2e-6 and scored.logits.shape == (3, 37, 260)
         last = ours(rows["input_ids"], logits_to_keep=2).logits
         torch.testing.assert_close(last, theirs(rows["input_ids"]).logits[:, -2:], rtol=0, atol=2e-5)
-        loss, logits = ours(**rows, return_dict=False)
-        assert loss == scored.loss and torch.equal(logits, scored.logits)
+        for mine, their in ((ours(**rows, return_dict=False), theirs(**rows, return_dict=False)), (scored.to_tuple(), judge)):
+            assert len(mine) == len(their) == 3
+            assert mine[0] == scored.loss and torch.equal(mine[1], scored.logits)
+    loss, logits, _ = ours(**rows, return_dict=False)
+    assert loss.requires_grad and logits.shape == (3, 37, 260)
 
 
 def test_copies_share_the_base_and_own_their_adapters():
@@ -307,6 +433,36 @@ def test_saved_adapters_are_pefts(tmp_path):
     expected = theirs(**batch()).loss.detach()
     for model in (loaded, again):
         assert abs(float(model(**batch()).loss.detach() - expected)) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_comes_in_by_no_door(backend, wrong, tmp_path):
+    ours = adapted(our_base(backend), modules_to_save=["lm_head"])
+    ours.save_pretrained(tmp_path)
+    whole, own = load_file(tmp_path / "adapter_model.safetensors"), ours.state_dict()
+    for part in ("lora_B", "lm_head"):
+        name = next(name for name in whole if part in name)
+        values = whole | {name: whole[name].index_fill(0, torch.tensor([1]), wrong)}
+        save_file(values, tmp_path / "adapter_model.safetensors")
+        message = rf"{part}.* must hold finite values, got \d+ others, the first {wrong}"
+        for door in (
+            lambda: peft.PeftModel.from_pretrained(our_base(backend), str(tmp_path)),
+            lambda: ours.load_adapter(str(tmp_path), "another"),
+            lambda: peft.set_peft_model_state_dict(ours, values),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=message):
+                door()
+        name = next(key for key in own if part in key and "default" in key)
+        with pytest.raises(ValueError, match=message):
+            ours.load_state_dict(own | {name: torch.full_like(own[name], wrong)})
+    ours.load_state_dict(own, strict=False)  # the other that was refused stays as it was made
+
+
+def test_repeated_layers_are_refused():
+    ours = peft.get_peft_model(our_base("torch"), lora(layer_replication=[[0, 2], [1, 4]]))
+    with pytest.raises(PeftFeatureError, match=r"model\.layers\.2\.\w+ is model\.layers\.1\.\w+.*layers swapped or shared"):
+        ours(**batch())
 
 
 def test_bases_that_differ_have_other_placeholders():

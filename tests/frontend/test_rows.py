@@ -106,6 +106,7 @@ ROWS = [{"text": "the duck lays eggs"}] * 4
         ([], "has no rows"),
         (["the duck"], r"row 0 \(counted from 0\) must be a dict of fields, got str"),
         ([*ROWS, {"text": None}], r"row 4 \(counted from 0\): a text must be a string"),
+        ([*ROWS, {"text": "cut \ud83d"}], r"row 4 \(counted from 0\): a text must be of whole characters, got the lone"),
         ([{"words": "the duck"}], "has no field 'text'.*its fields are: words"),
     ],
 )

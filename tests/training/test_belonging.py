@@ -15,7 +15,7 @@ from jaxsloth.backend import BACKENDS
 from jaxsloth.convert.checkpoint import find_checkpoint
 from jaxsloth.convert.digest import base_digest
 from jaxsloth.recipe import Recipe
-from jaxsloth.training.fingerprints import ForeignCheckpointError
+from jaxsloth.training.fingerprints import KINDS, ForeignCheckpointError
 from jaxsloth.training.run import RunError, make_plan, train
 from tests.support.tiny import tiny_recipe
 
@@ -84,6 +84,21 @@ def another_template(folder):
             file.write_text(file.read_text().replace("':'", "'-'").replace("a:", "a-"))
 
 
+def move_first(file, part):
+    """Of the same shapes, as another run's would be."""
+    values = load_file(file)
+    name = next(name for name in values if part in name)
+    save_file(values | {name: values[name] + np.float32(0.5)}, file)
+
+
+def another_adapter(folder):
+    move_first(folder / "run" / "checkpoint-2" / "adapter_model.safetensors", "lora_A")
+
+
+def other_moments(folder):
+    move_first(folder / "run" / "checkpoint-2" / "state.safetensors", "exp_avg_sq")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("change", "kinds", "message"),
@@ -93,6 +108,8 @@ def another_template(folder):
         (another_order, ("data",), "the order of the rows has changed"),
         (trained_base, ("base",), "the base's weights or config.json have changed .*: --resume-anyway base"),
         (another_theta, ("base",), "the base's weights or config.json have changed"),
+        (another_adapter, ("files",), r"adapter_model.safetensors holds other values than .*: --resume-anyway files"),
+        (other_moments, ("files",), r"state.safetensors holds other values than the checkpoint was saved with"),
         (another_template, ("template", "data"), "the chat template or its special tokens have changed .*anyway template"),
     ],
 )
@@ -100,7 +117,7 @@ def test_what_has_changed_is_named_and_allowed_by_its_flag(run, backend, change,
     change(run)
     with pytest.raises(ForeignCheckpointError, match=message):
         resumed(run, backend=backend)
-    others = [kind for kind in ("data", "base", "template", "recipe") if kind not in kinds]
+    others = [kind for kind in KINDS if kind not in kinds]
     with pytest.raises(ForeignCheckpointError, match=message):
         resumed(run, *others, backend=backend)
     plan = resumed(run, *kinds, backend=backend)
@@ -140,6 +157,10 @@ def test_old_checkpoints_and_other_versions_only_warn(run, caplog):
     with caplog.at_level(logging.WARNING):
         assert resumed(run).resume.state.step == 2
     assert f"trained with other versions: numpy 1.0 -> {np.__version__}" in caplog.text
+    del saved["files"]  # it was saved before they were noted
+    file.write_text(json.dumps(saved))
+    another_adapter(run)
+    assert resumed(run).resume.state.step == 2
     file.unlink()
     with caplog.at_level(logging.WARNING):
         assert resumed(run).resume.state.step == 2

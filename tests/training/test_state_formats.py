@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import TrainerState
+from jaxsloth.training.fingerprints import Fingerprints, Rows
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.training.state_formats import convert_state
 from jaxsloth.transforms import add_lora
@@ -35,7 +37,9 @@ def saved(output, eight_bit=False):
                 optimizer[f"{name}.{moment}_absmax"] = generator.random(1, np.float32)
             else:
                 optimizer[f"{name}.{moment}"] = generator.random(value.shape, np.float32)
-    return checkpoints.save(output, TrainerState(3, "torch", {"seed": 1}, 100, 2.5), SPEC, ADAPTER, optimizer, "base")
+    state, nothing = TrainerState(3, "torch", {"seed": 1}, 100, 2.5), Rows(rows=0, tokens=0, digest="", mixture=0)
+    marks = Fingerprints(data=nothing, base="b", template="t")
+    return checkpoints.save(output, state, SPEC, ADAPTER, optimizer, "base", fingerprints=marks)
 
 
 def equal(one, other, files=FILES):
@@ -56,7 +60,7 @@ def test_there_and_back_to_the_bit(eight_bit, tmp_path):
     assert ended.value.code == 0
     equal(folder, back)
     assert {file.name for file in back.iterdir()} == {file.name for file in folder.iterdir()}
-    for name in ("trainer_state.json", "adapter_config.json"):
+    for name in ("trainer_state.json", "adapter_config.json", "fingerprints.json"):
         assert (back / name).read_bytes() == (folder / name).read_bytes()
     assert checkpoints.latest(tmp_path / "again").state == checkpoints.load(folder).state
     read = ocp.StandardCheckpointer().restore(tree / "params")
@@ -88,6 +92,15 @@ def test_what_is_damaged_or_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be one of orbax, run-state, peft; got 'zip'"):
         convert_state(folder, tmp_path / "out", "zip")
     tree = convert_state(folder, tmp_path / "tree", "orbax")
+    marks = json.loads((tree / "fingerprints.json").read_text())
+    assert set(marks["files"]) == {"adapter", "optimizer"}
+    (tree / "fingerprints.json").write_text(json.dumps(marks | {"files": {**marks["files"], "optimizer": "0" * 32}}))
+    with pytest.raises(CheckpointError, match=r"tree: state.safetensors holds other values than the checkpoint was saved with"):
+        convert_state(tree, tmp_path / "checkpoint-3", "run-state")
+    del marks["files"]  # of an older version: what is written knows its files all the same
+    (tree / "fingerprints.json").write_text(json.dumps(marks))
+    made = convert_state(tree, tmp_path / "checkpoint-3", "run-state")
+    assert (made / "fingerprints.json").read_bytes() == (folder / "fingerprints.json").read_bytes()
     state = (tree / "trainer_state.json").read_text()
     (tree / "trainer_state.json").write_text(state.replace('"step": 3', '"step": 4'))
     with pytest.raises(CheckpointError, match="Adam's count must be the step, 4, got 3"):
