@@ -248,6 +248,11 @@ class Model(Protocol):
         """Every trained tensor by PEFT name, float32; the keys of `trainable_shapes(spec)`."""
         ...
 
+    def trained_arrays(self) -> dict[str, tuple[Any, int | None]]:
+        """`trainable` where it lies on the first device: (an array that has DLPack, the place in its first axis or None). It is
+        the memory itself, for who reads it before the next step and lets go of it."""
+        ...
+
     def load_trainable(self, values: Mapping[str, np.ndarray]) -> None: ...
 
     def base_tensor(self, name: str) -> np.ndarray:

@@ -85,6 +85,10 @@ class TorchModel(ModelState):
         values = flat.read(flat.buffer)
         return {name: values[name] for name in trainable_shapes(self.spec)}
 
+    def trained_arrays(self) -> dict[str, tuple[Any, int | None]]:
+        flat = self.flat()
+        return {name: (flat.view(flat.buffer, name), None) for name in trainable_shapes(self.spec)}
+
     def load_trainable(self, values: Mapping[str, np.ndarray]) -> None:
         check_values(values, trainable_shapes(self.spec), "the adapter")
         flat = self.flat()

@@ -14,8 +14,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from jaxsloth.batch import Window
-from jaxsloth.frontend.adapters import Values, native_adapter, native_spec, parts_by_name
+from jaxsloth.frontend.adapters import native_adapter, native_spec, parts_by_name
 from jaxsloth.frontend.arguments import warn_once
+from jaxsloth.frontend.module.passes import to_torch
 from jaxsloth.frontend.module.peft_adoption import Active, active_parts
 from jaxsloth.models.names import trainable_shapes
 
@@ -86,14 +87,15 @@ class SharedWeights:
         self._held = frozenset(trained) if kept is None else kept.held
         self._paused = frozenset() if kept is None else kept.paused
         self._frozen: frozenset[str] | None = None
-        self._values, self._suspended = values, None if kept is None else kept.state
+        self._suspended = None if kept is None else kept.state
+        self._values = {name: torch.from_numpy(value) for name, value in values.items()}
         self._seen = self._copies()
         self._behind, self._elsewhere = False, True  # the module lags; the backend holds something else
 
     def begin(self, make_step: Callable[[], Step]) -> None:
         """Gives the backend what is to be trained, and makes the step."""
         self._make_step = make_step
-        self._load(self._values)
+        self._load()
         self._rebuild()
         self.to_backend()
 
@@ -112,12 +114,26 @@ class SharedWeights:
     def _copies(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
-    def _load(self, values: Values) -> None:
+    def _load(self) -> None:
+        values = {name: value.cpu().numpy() for name, value in self._values.items()}
         if self._model.spec == self.spec:
             self._model.load_trainable(values)
         else:
             self._model.add_adapters(self.spec, values)
         self._elsewhere = False
+
+    def _backends(self) -> dict[str, torch.Tensor]:
+        """What the backend holds, float32: its own memory where torch sees the device, to be let go of before the next step."""
+        base: Any = self._base
+        if base.engine.bridge.device.startswith("cuda") and not torch.cuda.is_available():
+            return {name: torch.from_numpy(value) for name, value in self._model.trainable().items()}
+        stacks: dict[int, torch.Tensor] = {}
+        found = {}
+        for name, (array, place) in self._model.trained_arrays().items():
+            if id(array) not in stacks:
+                stacks[id(array)] = to_torch(array)
+            found[name] = stacks[id(array)] if place is None else stacks[id(array)][place]
+        return found
 
     def _rebuild(self) -> None:
         self.step = self._make_step()
@@ -133,18 +149,21 @@ class SharedWeights:
 
     def stepped(self) -> None:
         """The backend's weights are new."""
-        self._behind, self._seen = True, {}
+        self._behind, self._seen, self._values = True, {}, {}
         if self._frozen:
             self._paused |= self._frozen & self._held
 
     def to_module(self) -> None:
         if not self._behind:
             return
-        self._values = self._model.trainable()
+        held = self._backends()
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(torch.from_numpy(np.array(self._values[name])))
-        self._seen, self._behind = self._copies(), False
+            torch._foreach_copy_(list(self._parameters.values()), [held[name] for name in self._parameters])
+            self._seen = self._copies()
+            self._values = {name: own if own.dtype == torch.float32 else held[name].clone() for name, own in self._seen.items()}
+        if any(own.is_cuda for own in held.values()):
+            torch.cuda.synchronize()  # the backend may give that memory away, and knows nothing of torch's stream
+        self._behind = False
 
     def to_backend(self) -> None:
         """Takes over what the user's code did since `to_module`.
@@ -161,15 +180,23 @@ class SharedWeights:
         if spec != self.spec:  # another scaling, another dropout rate
             self.lend(rebuilds=True)
             self.spec = spec
-        written = [name for name, own in self._parameters.items() if not torch.equal(own.detach(), self._seen[name])]
+        written = self._written()
         for name in written:
-            self._values[name] = np.array(self._parameters[name].detach().float().cpu().numpy())
             self._seen[name] = self._parameters[name].detach().clone()
+            self._values[name] = self._seen[name].float()
         if written or self._elsewhere:
-            self._load(self._values)
+            self._load()
         if self._suspended is not None:
             self._rebuild()
         self._freeze()
+
+    def _written(self) -> list[str]:
+        """What differs from what `to_module` left there."""
+        own = [parameter.detach() for parameter in self._parameters.values()]
+        with torch.no_grad():
+            apart = torch._foreach_norm(torch._foreach_sub(own, list(self._seen.values())), float("inf"))
+        # One number for each, in one transfer; not a number, where something isn't, is a difference too.
+        return [name for name, most in zip(self._parameters, torch.stack(apart).tolist(), strict=True) if most != 0]
 
     def _freeze(self) -> None:
         trained = self._trained()

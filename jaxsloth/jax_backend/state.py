@@ -84,6 +84,7 @@ class ModelState:
     def _assemble(self, trained: Mapping[str, Any]) -> None:
         """Makes the module of the base weights and of what is trained, and splits it."""
         self.structure, self.trained, self.frozen = self.split(self.spec, trained)
+        self._places = _places(self.spec)
 
     def split(self, spec: ModelSpec, trained: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """The module of the base weights and `spec`'s adapters: (structure, state of what is trained, frozen state)."""
@@ -136,20 +137,16 @@ class ModelState:
 
     def unstack(self, state: Any) -> dict[str, np.ndarray]:
         """A state like that of the trained variables as arrays by PEFT name, in `trainable_shapes`' order."""
-        period, arrays = self.spec.layer_period(), {}
-        for path, leaf in nnx.to_flat_state(state):
-            arrays[_path_name(path)] = np.asarray(leaf[...])
-        found = {}
-        for name in trainable_shapes(self.spec):
-            own = own_name(name)
-            if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
-                own = own.removesuffix(".weight")
-            key, place = stacked_name(own, period)
-            found[name] = np.array(arrays[key][place] if own.startswith("model.layers.") else arrays[key])
-        return found
+        arrays = {_path_name(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+        return {name: np.array(arrays[key] if at is None else arrays[key][at]) for name, (key, at) in self._places.items()}
 
     def trainable(self) -> dict[str, np.ndarray]:
         return self.unstack(self.trained)
+
+    def trained_arrays(self) -> dict[str, tuple[Any, int | None]]:
+        flat = nnx.to_flat_state(self.trained)
+        arrays = {_path_name(path): leaf[...].addressable_data(0) for path, leaf in flat}
+        return {name: (arrays[key], place) for name, (key, place) in self._places.items()}
 
     def load_trainable(self, values: Mapping[str, np.ndarray]) -> None:
         check_values(values, trainable_shapes(self.spec), "the adapter")
@@ -287,6 +284,18 @@ class ModelState:
             self._assemble({})
         else:
             self.add_adapters(self.spec, self.trainable())
+
+
+def _places(spec: ModelSpec) -> dict[str, tuple[str, int | None]]:
+    """Where what is trained stands, by PEFT name: (the module's own name, the place in its stack, where it is one)."""
+    period, found = spec.layer_period(), dict[str, tuple[str, int | None]]()
+    for name in trainable_shapes(spec):
+        own = own_name(name)
+        if own.rpartition(".")[0].rpartition(".")[2] in _ADAPTERS:
+            own = own.removesuffix(".weight")
+        key, place = stacked_name(own, period)
+        found[name] = key, place if own.startswith("model.layers.") else None
+    return found
 
 
 def _path_name(path: tuple[Any, ...]) -> str:
