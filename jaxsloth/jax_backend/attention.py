@@ -191,7 +191,13 @@ class _Between:
     @property
     def _heads(self) -> rope_kernel.Heads:
         spec = self.body.spec
-        return rope_kernel.Heads(spec.heads, spec.kv_heads, spec.head_dim, platform() != "cuda")
+        norm = None if spec.qk_norm is None else rope_kernel.HeadNorm(spec.qk_norm.eps, spec.qk_norm.weight_offset)
+        return rope_kernel.Heads(spec.heads, spec.kv_heads, spec.head_dim, platform() != "cuda", norm)
+
+    @property
+    def _norm_weights(self) -> tuple[Any, ...]:
+        body = self.body
+        return () if body.spec.qk_norm is None else (body.q_norm.own(self.run.layer), body.k_norm.own(self.run.layer))
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -200,7 +206,8 @@ class _Between:
     def _flat_tables(self) -> list[Any] | None:
         """(cos, sin) by token where the kernel can turn the heads; None where ops do it."""
         spec, tables = self.body.spec, self.run.tables_of(self.body.spec.rope)
-        if tables is None or spec.qk_norm is not None or rope_kernel.refuses(spec.head_dim, tables[0].shape[-1]) is not None:
+        refused = tables is None or rope_kernel.refuses(spec.head_dim, tables[0].shape[-1]) is not None
+        if refused or (spec.qk_norm is not None and self.body.q_norm.written_refusal() is not None):
             return None
         return [table.reshape(self.run.segments.size, -1) for table in tables]
 
@@ -211,7 +218,7 @@ class _Between:
         """q and k, normed and turned, and v, ``[batch, length, heads, head_dim]``, of the merged projection."""
         tables = self._flat_tables()
         if tables is not None:
-            q, k, v = rope_kernel.split(self._heads, qkv, *tables)
+            q, k, v = rope_kernel.split(self._heads, qkv, *tables, self._norm_weights)
             return q.reshape(self._shape), k.reshape(self._shape), v.reshape(self._shape)
         q, k, v = self._cut(qkv)
         return *self.body._turn(q, k, self.run), v
@@ -220,7 +227,8 @@ class _Between:
         """The gradient of the merged projection, padded; qkv: itself, where q and k have a norm."""
         tables, tokens = self._flat_tables(), dq.shape[0] * dq.shape[1]
         if tables is not None:
-            return rope_kernel.merge(self._heads, pad, *(d.reshape(tokens, -1) for d in (dq, dk, dv)), *tables)
+            flat = (d.reshape(tokens, -1) for d in (dq, dk, dv))
+            return rope_kernel.merge(self._heads, pad, *flat, *tables, qkv, self._norm_weights)
         if self.body.spec.qk_norm is not None:
             q, k, _ = self._cut(qkv)
             dq, dk = jax.vjp(lambda q, k: self.body._turn(q, k, self.run), q, k)[1]((dq, dk))

@@ -23,7 +23,8 @@ class RMSNorm(nnx.Module):
         self.weight = Frozen(get(f"{name}.weight"))
         self._eps, self._offset, self._ops = norm.eps, norm.weight_offset, ops
 
-    def _own(self, layer: Any) -> Any:
+    def own(self, layer: Any) -> Any:
+        """Its weight in one layer."""
         return self.weight[...] if layer is None else self.weight[...][layer]
 
     def written_refusal(self) -> str | None:
@@ -34,7 +35,7 @@ class RMSNorm(nnx.Module):
         return asked
 
     def forward(self, x: Any, layer: Any = None) -> Any:
-        return self._ops.rms_norm(x, self._own(layer), eps=self._eps, offset=self._offset)
+        return self._ops.rms_norm(x, self.own(layer), eps=self._eps, offset=self._offset)
 
     def forward_keeping(self, x: Any, delta: Any, pad: int, layer: Any = None) -> tuple[Any, Any, Any]:
         """(the sum normed, ``[tokens, hidden + pad]``; ``x + delta``; the reciprocals that the backward takes)."""
@@ -42,7 +43,7 @@ class RMSNorm(nnx.Module):
             total = x if delta is None else x + delta
             return pad_columns(self.forward(total, layer), pad), total, jnp.zeros(x.shape[0])
         total, normed, rstd = add_norm(
-            x, delta, self._own(layer), eps=self._eps, offset=self._offset, room=pad, interpret=platform() != "cuda"
+            x, delta, self.own(layer), eps=self._eps, offset=self._offset, room=pad, interpret=platform() != "cuda"
         )
         return normed, total, rstd
 
@@ -53,6 +54,4 @@ class RMSNorm(nnx.Module):
             dx = jax.vjp(lambda x: self.forward(x, layer), x)[1](dnormed[:, : x.shape[1]])[0]
             return pad_columns(dx, pad) if residual is None else residual.at[:, : x.shape[1]].add(dx)
         interpret = platform() != "cuda"
-        return add_norm_backward(
-            x, self._own(layer), rstd, dnormed, residual, offset=self._offset, pad=pad, interpret=interpret
-        )
+        return add_norm_backward(x, self.own(layer), rstd, dnormed, residual, offset=self._offset, pad=pad, interpret=interpret)

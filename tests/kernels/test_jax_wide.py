@@ -26,7 +26,7 @@ from jaxsloth.kernels.nf4 import xla_ops as nf4
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
 from jaxsloth.kernels.rms_norm.pallas_kernel import add_norm, add_norm_backward
 from jaxsloth.kernels.rms_norm.xla_ops import rms_norm
-from jaxsloth.kernels.rope.pallas_kernel import Heads, merge, split
+from jaxsloth.kernels.rope.pallas_kernel import HeadNorm, Heads, merge, split
 from jaxsloth.kernels.rope.pallas_kernel import refuses as rope_refuses
 from jaxsloth.kernels.rope.xla_ops import rope
 from tests.support.lowering import lowered_for_cuda
@@ -89,23 +89,27 @@ def test_add_norm(offset):
     assert error(dx[:, :96], along + plain(dy)[0]) <= BAR
 
 
+@pytest.mark.parametrize("norm", [None, HeadNorm(1e-2, 0.0), HeadNorm(1e-6, 1.0)], ids=["plain", "normed", "one more"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (6, 1)])
-def test_split_and_merge(heads, kv_heads):
+def test_split_and_merge(heads, kv_heads, norm):
     tokens, dim = 7, 16
-    layout = Heads(heads, kv_heads, dim, interpret=True)
+    layout = Heads(heads, kv_heads, dim, interpret=True, norm=norm)
+    weights = () if norm is None else (normal(dim, seed=7), normal(dim, seed=8))
     qkv, angles = normal(tokens, sum(layout.widths)), normal(tokens, dim // 2, seed=1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     dq, dk, dv = slopes = tuple(normal(tokens, width, seed=2 + place) for place, width in enumerate(layout.widths))
 
     def plain(qkv):
         q, k, v = jnp.split(qkv, [layout.widths[0], layout.widths[0] + layout.widths[1]], axis=1)
-        turned = (rope(t.reshape(1, tokens, -1, dim), cos[None], sin[None]).reshape(t.shape) for t in (q, k))
-        return *turned, v
+        q, k = (t.reshape(1, tokens, -1, dim) for t in (q, k))
+        if norm is not None:
+            q, k = (rms_norm(t, w, eps=norm.eps, offset=norm.offset) for t, w in zip((q, k), weights, strict=True))
+        return *(rope(t, cos[None], sin[None]).reshape(tokens, -1) for t in (q, k)), v
 
     expected, plain_pull = jax.vjp(plain, qkv)
-    for got, right in zip(split(layout, poisoned(qkv), cos, sin), expected, strict=True):
+    for got, right in zip(split(layout, poisoned(qkv), cos, sin, weights), expected, strict=True):
         assert error(got, right) <= BAR
-    dmerged = merge(layout, ROOM, dq, dk, dv, cos, sin)
+    dmerged = merge(layout, ROOM, dq, dk, dv, cos, sin, poisoned(qkv), weights)
     assert dmerged.shape == (tokens, sum(layout.widths) + ROOM)
     assert error(dmerged[:, : sum(layout.widths)], plain_pull(slopes)[0]) <= BAR
 
@@ -221,9 +225,11 @@ def test_everything_else_lowers_for_cuda():
     for kernel in ("add_rms_norm", "add_rms_norm_backward", "gated_activation", "gated_activation_backward"):
         assert kernel in text
 
-    def attention(merged, tables):
-        layout = Heads(32, 8, 128)
-        return merge(layout, ROOM, *split(layout, merged, tables, tables), tables, tables)
+    def attention(merged, tables, weight, norm):
+        layout, weights = Heads(32, 8, 128, norm=norm), () if norm is None else (weight, weight)
+        heads = split(layout, merged, tables, tables, weights)
+        return merge(layout, ROOM, *heads, tables, tables, merged, weights)
 
-    text = lowered_for_cuda(attention, half((64, 48 * 128)), normal(64, 64))
-    assert "rope_split" in text and "rope_merge" in text
+    for norm in (None, HeadNorm(1e-6, 1.0)):
+        text = lowered_for_cuda(partial(attention, norm=norm), half((64, 48 * 128)), normal(64, 64), half((128,)))
+        assert "rope_split" in text and "rope_merge" in text

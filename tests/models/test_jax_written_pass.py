@@ -329,7 +329,7 @@ def test_a_request_that_nothing_would_follow_is_refused():
     [
         ("nested", {}, ("add_rms_norm_backward", "lora_append", "gated_activation_backward", "rope_split")),
         ("sandwich", {}, ("add_rms_norm_backward", "lora_append", "gated_activation_backward", "rope_split")),
-        ("qk_norm", {"dropout": 0.1}, ("add_rms_norm_backward",)),
+        ("qk_norm", {"dropout": 0.1}, ("add_rms_norm_backward", "rope_split", "rope_merge")),
         ("unnormed", {"r": 257}, ("add_rms_norm_backward", "gated_activation_backward")),
     ],
 )
