@@ -206,8 +206,9 @@ class _Between:
     def _flat_tables(self) -> list[Any] | None:
         """(cos, sin) by token where the kernel can turn the heads; None where ops do it."""
         spec, tables = self.body.spec, self.run.tables_of(self.body.spec.rope)
-        refused = tables is None or rope_kernel.refuses(spec.head_dim, tables[0].shape[-1]) is not None
-        if refused or (spec.qk_norm is not None and self.body.q_norm.written_refusal() is not None):
+        if tables is None or rope_kernel.refuses(spec.head_dim, tables[0].shape[-1]) is not None:
+            return None
+        if spec.qk_norm is not None and self.body.q_norm.written_refusal() is not None:
             return None
         return [table.reshape(self.run.segments.size, -1) for table in tables]
 
