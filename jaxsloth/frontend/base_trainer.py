@@ -30,11 +30,11 @@ from jaxsloth.data.windows import FILLER_ROW, WindowStream, eval_batches
 from jaxsloth.frontend.adapters import base_of, show_backend
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.language_model import FastModelForCausalLM
-from jaxsloth.frontend.metrics import predictions
+from jaxsloth.frontend.metrics import asks_for_logits, check_best, predictions, token_metrics
 from jaxsloth.frontend.module.peft_adoption import check_wrappers
 from jaxsloth.frontend.optimizer_view import BackendOptimizer, optimizer_options, scheduler_of
 from jaxsloth.frontend.peft_models import adopted, set_checkpointing
-from jaxsloth.frontend.rows import check_rows, rows_needed
+from jaxsloth.frontend.rows import Held, all_of, check_rows, each, one_of, rows_needed
 from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights, Step
 from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
 from jaxsloth.frontend.trainer_run import (
@@ -45,11 +45,12 @@ from jaxsloth.frontend.trainer_run import (
     in_order,
     visiting_order,
 )
-from jaxsloth.frontend.trainer_surface import ABSENT, Batches, TrainerSurface, refuse_overrides
+from jaxsloth.frontend.trainer_surface import ABSENT, Batches, TrainerSurface, overridden, refuse_overrides
 from jaxsloth.training.fingerprints import check_kinds, fingerprints
 from jaxsloth.training.lock import lock
 
 Rows = Iterable[Mapping[str, Any]]
+RowSets = Rows | Mapping[str, Rows]
 PAD = 64  # few lengths, so that a compiling backend compiles few programs
 REFUSED: Reasons = {
     "compute_loss_func": (None, "the loss is formed inside the backend's step; use TRL's trainer"),
@@ -65,7 +66,8 @@ class BaseTrainer(TrainerSurface):
     eval_dataset show them as dicts.
 
     A trainer says which config it takes (rules, config), which arguments of its own it refuses or names in a warning, those of
-    today's config that notebooks gave to the trainer (taken_over), and how many examples make one sample (together).
+    today's config that notebooks gave to the trainer (taken_over), how many examples make one sample (together), and which
+    metrics its evaluations have without being asked (metrics).
     """
 
     rules: ClassVar[Rules]
@@ -74,9 +76,10 @@ class BaseTrainer(TrainerSurface):
     unused: ClassVar[Reasons] = {}
     taken_over: ClassVar[tuple[str, ...]] = ()
     together: ClassVar[int] = 1
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "num_tokens")
 
     examples: list[Example]
-    held_out: list[Example] | None
+    held_out: Held | None
     compute_metrics: Callable[[Any], dict[str, float]] | None
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
 
@@ -106,12 +109,11 @@ class BaseTrainer(TrainerSurface):
             warn_once(f"use_cpu=True changes nothing: the model was loaded on {self._devices.name}")
         self._kept: Kept | None = None
 
-    def _begin(self, train_dataset: Rows | None, eval_dataset: Rows | None, callbacks: Sequence[Any] | None) -> None:
+    def _begin(self, train_dataset: Rows | None, eval_dataset: RowSets | None, callbacks: Sequence[Any] | None) -> None:
         """Reads the data, and tells the callbacks that the trainer is made."""
         if train_dataset is None:
             raise ValueError("train_dataset is needed")
         check_rows(train_dataset, "train_dataset")
-        check_rows(eval_dataset, "eval_dataset")
         rows_a_step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self._devices.count
         limit = rows_needed(train_dataset, self.args, rows_a_step)
         self._order = in_order if limit is not None else visiting_order(self.args)  # as transformers' samplers
@@ -119,7 +121,7 @@ class BaseTrainer(TrainerSurface):
             raise ValueError(f"eval_strategy is {self.args.eval_strategy}, and there is no eval_dataset; give one, or set 'no'")
         options = optimizer_options(self.args, "float32")
         scheduler_of(self.args, BackendOptimizer(options, self.args.learning_rate, {}), 10)
-        held_out = None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
+        held_out = None if eval_dataset is None else each(eval_dataset, "eval_dataset", self._encode)
         self.replace_examples(self._encode(train_dataset, "train_dataset", limit), held_out)
         self.state, self.control = TrainerState(), TrainerControl()
         self.state.is_local_process_zero = self.state.is_world_process_zero = self._devices.rank == 0
@@ -139,6 +141,12 @@ class BaseTrainer(TrainerSurface):
         refuse_unknown(cls.__name__, {*known, *cls.__init__.__annotations__} - {"return", "others"}, unknown, elsewhere)
         refuse_where_set(cls.__name__, others, cls.refused)
         warn_where_set(cls.__name__, others, cls.unused)
+
+    def _check_best(self) -> None:
+        """That evaluations will have metric_for_best_model, as far as their metrics are this trainer's own."""
+        asked, theirs = self.args.metric_for_best_model, overridden(self, "evaluate") or self.callback_handler.adds_metrics()
+        if asked is not None and self._evaluates() and self.compute_metrics is None and not theirs:
+            check_best(asked, self.metrics, self.together == 2, list(self.held_out) if isinstance(self.held_out, dict) else [])
 
     def _evaluates(self) -> bool:
         return str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no" or self.args.eval_on_start
@@ -162,7 +170,7 @@ class BaseTrainer(TrainerSurface):
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
         raise NotImplementedError
 
-    def replace_examples(self, examples: list[Example], held_out: list[Example] | None) -> None:
+    def replace_examples(self, examples: list[Example], held_out: Held | None) -> None:
         """Trains and evaluates on these from now on."""
         self.examples, self.held_out = examples, held_out
 
@@ -189,12 +197,14 @@ class BaseTrainer(TrainerSurface):
         self.replace_examples(self._encode(rows, "train_dataset"), self.held_out)
 
     @property
-    def eval_dataset(self) -> list[dict[str, Any]] | None:
+    def eval_dataset(self) -> list[dict[str, Any]] | dict[str, list[dict[str, Any]]] | None:
+        if isinstance(self.held_out, dict):
+            return {name: self._shown(examples) for name, examples in self.held_out.items()}
         return None if self.held_out is None else self._shown(self.held_out)
 
     @eval_dataset.setter
-    def eval_dataset(self, rows: Rows | None) -> None:
-        self.replace_examples(self.examples, None if rows is None else self._encode(rows, "eval_dataset"))
+    def eval_dataset(self, rows: RowSets | None) -> None:
+        self.replace_examples(self.examples, None if rows is None else each(rows, "eval_dataset", self._encode))
 
     def train(
         self,
@@ -223,6 +233,7 @@ class BaseTrainer(TrainerSurface):
         refuse_overrides(self)
         self.callback_handler.check()
         check_wrappers(self.model, self.base)
+        self._check_best()
         saves = self.args.save_strategy != "no" and self.state.is_world_process_zero
         with lock(Path(self.args.output_dir)) if saves else nullcontext():
             return self._train(checkpoint_to_resume(self.args, resume_from_checkpoint), anyway)
@@ -236,7 +247,7 @@ class BaseTrainer(TrainerSurface):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         model, backend, name = self.base.engine.model, self.base.loaded.backend, self.base.config.name_or_path or ""
         marks = fingerprints(
-            self.base.loaded.checkpoint, self.processing_class, None, self.examples, self.held_out, deciding(self.args)
+            self.base.loaded.checkpoint, self.processing_class, None, self.examples, all_of(self.held_out), deciding(self.args)
         )
         optimizer = BackendOptimizer(options, self.args.learning_rate, weights.held)
         self._run = TrainerRun(self, model, backend, weights, optimizer, self._windows(), name, marks, anyway)
@@ -273,16 +284,20 @@ class BaseTrainer(TrainerSurface):
 
     def evaluate(
         self,
-        eval_dataset: Rows | None = None,
+        eval_dataset: RowSets | str | None = None,
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The held-out loss and the trainer's other metrics; logged, and told to the callbacks."""
-        del ignore_keys
-        check_rows(eval_dataset, "eval_dataset")
-        held_out = self.held_out if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
-        if not held_out:
-            raise ValueError("there is nothing to evaluate on; give eval_dataset")
+        """The held-out loss and the trainer's other metrics; logged, and told to the callbacks. Of several data sets by name
+        one after the other, as ``eval_NAME_loss``; eval_dataset may name one of the trainer's own."""
+        several = self.held_out if eval_dataset is None else eval_dataset
+        if isinstance(several, Mapping):
+            metrics: dict[str, float] = {}
+            for name, rows in several.items():
+                own = name if eval_dataset is None else rows
+                metrics |= self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{name}")  # type: ignore[arg-type]
+            return metrics
+        held_out = one_of(self.held_out, eval_dataset, self._encode)
         metrics = self._measured(held_out, metric_key_prefix, predicts=self.compute_metrics is not None)[0]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -306,6 +321,8 @@ class BaseTrainer(TrainerSurface):
         start = time.perf_counter()
         batches = self._eval_batches(examples, self._eval_rows())
         found = self._evaluate(examples, batches)
+        if asks_for_logits(self.args.metric_for_best_model, pairs=self.together == 2):
+            found |= token_metrics(self.model, batches, pairs=self.together == 2)
         seen = predictions(self.model, batches, self.preprocess_logits_for_metrics) if predicts else None
         if self.compute_metrics is not None and seen is not None:
             found |= self.compute_metrics(seen)
@@ -333,10 +350,8 @@ class BaseTrainer(TrainerSurface):
 
         return Batches(windows.batches_per_epoch, make, self.train_dataset, windows.batch_size)
 
-    def get_eval_dataloader(self, eval_dataset: Rows | None = None) -> Batches:
-        held_out = self.held_out if eval_dataset is None else self._encode(eval_dataset, "eval_dataset")
-        if not held_out:
-            raise ValueError("there is nothing to evaluate on; give eval_dataset")
+    def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> Batches:
+        held_out = one_of(self.held_out, eval_dataset, self._encode)
         batches = self._eval_batches(held_out, self._eval_rows())
         return Batches(len(batches), batches.__getitem__, self._shown(held_out), self._eval_rows())
 

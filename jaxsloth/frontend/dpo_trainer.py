@@ -14,10 +14,11 @@ from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import eval_batches
 from jaxsloth.frontend import base_trainer
 from jaxsloth.frontend.adapters import native_adapter, scaled, show_backend
-from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, check_collator, longest, ours, real_rows
+from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, check_collator, longest, ours, real_rows
 from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, preference_options
 from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
 from jaxsloth.frontend.preference import Compared, References, ReferredStep, pair_losses, pair_metrics, score_rows
+from jaxsloth.frontend.rows import all_of
 from jaxsloth.frontend.shared_weights import Step
 from jaxsloth.frontend.trainer_run import Metrics, means
 from jaxsloth.models.names import lora_names
@@ -47,6 +48,10 @@ class DPOTrainer(BaseTrainer):
         *("precompute_ref_log_probs", "dataset_num_proc", "disable_dropout"),
     )
     together = 2
+    metrics = (
+        *("loss", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+        *("logps/chosen", "logps/rejected"),
+    )
 
     def __init__(
         self,
@@ -55,7 +60,7 @@ class DPOTrainer(BaseTrainer):
         args: Any = None,
         data_collator: Any = None,
         train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        eval_dataset: RowSets | None = None,
         processing_class: Any = None,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: Sequence[Any] | None = None,
@@ -81,7 +86,7 @@ class DPOTrainer(BaseTrainer):
         self._begin(train_dataset, eval_dataset, callbacks)
         if self.args.precompute_ref_log_probs:
             show_backend(self.base)
-            for examples in filter(None, (self.examples, self.held_out)):
+            for examples in filter(None, (self.examples, all_of(self.held_out))):
                 self._references.of(examples)
 
     def _take_collator(self, collator: Any) -> None:

@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError
+
+Held = list[Example] | dict[str, list[Example]]
+
+
+def each(rows: Any, name: str, made: Callable[[Any, str], list[Example]]) -> Held:
+    """What is made of the rows to evaluate on, which may be several data sets by name, as transformers takes them.
+
+    Raises:
+        DataError: there is none among them, or what is called one is none (`check_rows`).
+    """
+    if not isinstance(rows, Mapping):
+        check_rows(rows, name)
+        return made(rows, name)
+    if not rows:
+        raise DataError(f"{name} must be a data set or several by name, got none; leave it out")
+    for key, value in rows.items():
+        check_rows(value, f"{name}[{key!r}]")
+        if value is None:
+            raise DataError(f"{name}[{key!r}] must be a data set, got None")
+    return {str(key): made(value, f"{name}[{key!r}]") for key, value in rows.items()}
+
+
+def one_of(own: Held | None, rows: Any, made: Callable[[Any, str], list[Example]]) -> list[Example]:
+    """One data set to evaluate on: what is made of `rows`, or of one's own that of this name, or the only one.
+
+    Raises:
+        ValueError: there is none, or several and no name.
+    """
+    if isinstance(rows, str):
+        if not isinstance(own, dict) or rows not in own:
+            names = ", ".join(own) if isinstance(own, dict) else "none"
+            raise ValueError(f"eval_dataset must name one of the trainer's own ({names}), got {rows!r}")
+        own = own[rows]
+    elif rows is not None:
+        own = each(rows, "eval_dataset", made)
+    if isinstance(own, dict):
+        raise ValueError(f"there are several data sets to evaluate on, so name one: {', '.join(own)}")
+    if not own:
+        raise ValueError("there is nothing to evaluate on; give eval_dataset")
+    return own
+
+
+def all_of(held: Held | None) -> list[Example]:
+    """All of one data set or of several."""
+    if isinstance(held, dict):
+        return [example for examples in held.values() for example in examples]
+    return held or []
 
 
 def check_rows(rows: Any, name: str) -> None:

@@ -284,6 +284,10 @@ class LookingHandler(CallbackHandler):
             self.weights.to_module()
         return super().call_event(event, args, state, control, **others)
 
+    def adds_metrics(self) -> bool:
+        """Whether a callback of the user's sees an evaluation's metrics, which it may add to."""
+        return any(_looks(callback, "on_evaluate") for callback in self.callbacks)
+
     def check(self) -> None:
         """One warning where callbacks ask for gradients, which are never in the module."""
         for callback in self.callbacks:

@@ -11,7 +11,7 @@ from jaxsloth.backend import OptimizerOptions, Regularization
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import WindowStream
-from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, real_rows
+from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, real_rows
 from jaxsloth.frontend.collated import CollatedStream, Collator, has_masked, shown
 from jaxsloth.frontend.sft_config import RULES, SFTConfig
 from jaxsloth.frontend.sft_data import encode
@@ -51,7 +51,7 @@ class SFTTrainer(BaseTrainer):
         args: Any = None,
         data_collator: Any = None,
         train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        eval_dataset: RowSets | None = None,
         processing_class: Any = None,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
         callbacks: Sequence[Any] | None = None,
@@ -104,7 +104,8 @@ class SFTTrainer(BaseTrainer):
         step = self.base.engine.model.eval_step(self.args.label_smoothing_factor)  # as transformers evaluates
         results = [(step(batch), real_rows(batch)) for batch in batches]
         sums = [(float(total) / tokens if tokens else math.nan, rows) for (total, tokens), rows in results]
-        return {"loss": sum(mean * rows for mean, rows in sums) / sum(rows for _, rows in sums)}
+        loss = sum(mean * rows for mean, rows in sums) / sum(rows for _, rows in sums)
+        return {"loss": loss, "num_tokens": float(self.state.num_input_tokens_seen)}
 
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
         return [shown(example) for example in examples]

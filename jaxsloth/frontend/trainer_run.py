@@ -26,6 +26,7 @@ from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.frontend.arguments import warn_once
 from jaxsloth.frontend.optimizer_view import OPTIMIZERS, BackendOptimizer, go_on_from, scheduler_of
 from jaxsloth.frontend.shared_weights import Result, SharedWeights
+from jaxsloth.frontend.trainer_surface import overridden
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.training.checkpoint import (
     STATE,
@@ -261,7 +262,7 @@ class TrainerRun:
 
     def _show_to(self, method: str) -> None:
         """Brings the module up to date for a subclass' own method, which may look at weights."""
-        if getattr(self.owner, method).__module__.partition(".")[0] != __name__.partition(".")[0]:
+        if overridden(self.owner, method):
             self.weights.to_module()
 
     def _settle(self) -> None:

@@ -85,6 +85,11 @@ def refuse_overrides(trainer: Any) -> None:
         )
 
 
+def overridden(trainer: Any, method: str) -> bool:
+    """Whether a method is the user's own."""
+    return getattr(trainer, method).__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
 class Batches:
     """A trainer's batches as dicts of tensors, in transformers' terms, made when they are asked for."""
 

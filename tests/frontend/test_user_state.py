@@ -473,3 +473,61 @@ def test_the_best_of_a_run_that_was_moved(backend, checkpoint, tmp_path):
     with pytest.warns(UserWarning, match="best checkpoint of the resumed run, .*first.checkpoint-2, is gone"):
         again.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-4"))
     assert again.state.global_step == 6
+
+
+BEST = {"SFT": "b_mean_token_accuracy", "DPO": "eval_b_logits/chosen"}
+
+
+@cache
+def judged_evaluations(kind: str, checkpoint: str, folder: Path) -> dict[str, float]:
+    return evaluated(kind, *theirs(checkpoint), folder, "loss", ours=False)[1]
+
+
+def evaluated(kind: str, model: Any, tokenizer: Any, folder: Path, best: str, ours: bool) -> tuple[Any, dict[str, float]]:
+    """(the trainer after a run of two steps, what its evaluation of two data sets found)."""
+    rows = Dataset.from_list(ROWS if kind == "SFT" else PAIRS)
+    trainers = {"SFT": (SFTTrainer, trl.SFTTrainer), "DPO": (DPOTrainer, trl.DPOTrainer)}[kind]
+    configs = {"SFT": (SFTConfig, trl.SFTConfig), "DPO": (DPOConfig, trl.DPOConfig)}[kind]
+    settings = SETTINGS | {"max_steps": 2, "per_device_eval_batch_size": 2, "eval_strategy": "steps", "eval_steps": 2}
+    chosen = {"metric_for_best_model": best} if ours else {}
+    trainer: Any = trainers[not ours](
+        model,
+        args=configs[not ours](str(folder), **settings, **chosen, **({} if ours else THEIRS)),
+        train_dataset=rows,
+        eval_dataset={"a": rows.select(range(3)), "b": rows.select(range(4, 9))},
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    found = {}
+    for entry in trainer.state.log_history:
+        own = next((own for own in ("eval_a_", "eval_b_") if f"{own}loss" in entry), None)
+        if own is not None:  # TRL calls its own metrics alike for every data set
+            names = {name: own + name.removeprefix("eval_") if not name.startswith(own) else name for name in entry}
+            found |= {names[name]: value for name, value in entry.items() if name not in ("step", "epoch")}
+    return trainer, found
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_evaluations_of_several_data_sets_are_trls(kind, backend, checkpoint, tmp_path, judges_folder):
+    """The metrics that TRL makes of logits among them, where the best checkpoint is chosen by one."""
+    expected = judged_evaluations(kind, checkpoint, judges_folder)
+    model, tokenizer = native_model(checkpoint, backend, **TARGETS)
+    trainer, found = evaluated(kind, model, tokenizer, tmp_path, BEST[kind], ours=True)
+    assert expected.keys() <= found.keys() and "eval_a_loss" in found and f"eval_{BEST[kind].removeprefix('eval_')}" in found
+    for name, value in expected.items():
+        if "per_second" not in name and "runtime" not in name and "preparation" not in name:
+            assert found[name] == pytest.approx(value, abs=2e-5), name
+    assert trainer.state.best_metric == found["eval_" + BEST[kind].removeprefix("eval_")]
+    again = trainer.evaluate()
+    assert again["eval_a_loss"] == found["eval_a_loss"] != trainer.evaluate("b", metric_key_prefix="own")["own_loss"]
+    assert len(trainer.get_eval_dataloader("b").dataset) == len(trainer.eval_dataset["b"]) == 5
+    assert trainer.evaluate({"c": ROWS[:3] if kind == "SFT" else PAIRS[:3]})["eval_c_loss"] == found["eval_a_loss"]
+    for wrong, message in (("d", r"name one of the trainer's own \(a, b\), got 'd'"), ({}, "got none")):
+        with pytest.raises(ValueError, match=message):
+            trainer.get_eval_dataloader(wrong)
+    with pytest.raises(ValueError, match="several data sets to evaluate on, so name one: a, b"):
+        trainer.get_eval_dataloader()
+    trainer.args.metric_for_best_model = "loss"
+    with pytest.raises(ValueError, match=r"metric_for_best_model is 'loss', and evaluations here have: a_loss, .*b_loss"):
+        trainer.train()
