@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.parity_l5 import HELD_OUT_BAR
 from jaxsloth.backend import Model, OptimizerOptions
 from jaxsloth.convert.checkpoint import open_checkpoint, resolve_path
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.subjects import GSM8K, SMOLLM2
 from jaxsloth.recipe import make_recipe
 from jaxsloth.training.initialize import initial_adapters
@@ -75,7 +76,7 @@ def train(plan: Plan, moved: bool, most: int | None) -> dict[str, Any]:
         values = initial_adapters(plan.spec, "kaiming", plan.recipe.seed, model.base_tensor)
         model.load_trainable({n: np.nextafter(v, np.float32(np.inf), dtype=np.float32) for n, v in values.items()})
     before, losses = held_out_loss(model, plan, most), []
-    step_function, optimizer = model.train_step(OptimizerOptions()), plan.recipe.optimizer
+    step_function, optimizer = model.step(CausalLoss(), OptimizerOptions()), plan.recipe.optimizer
     for step in range(plan.total_steps):
         rate = learning_rate(step, plan.total_steps, optimizer.learning_rate, plan.recipe.schedule)
         losses.append(step_function(plan.windows.window(step), learning_rate=rate, step=step, seed=0).floats()[0])

@@ -44,6 +44,7 @@ def train(backend: str, shape: str, moved: bool) -> dict[str, Any]:
     """The loss of every step, and the mean held-out loss before and after."""
     from benchmarks.shapes import RandomSource, shape_spec
     from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
+    from jaxsloth.objectives.causal_lm import CausalLoss
     from jaxsloth.recipe import ScheduleRecipe
     from jaxsloth.training.initialize import initial_adapters
     from jaxsloth.training.schedule import learning_rate
@@ -60,7 +61,7 @@ def train(backend: str, shape: str, moved: bool) -> dict[str, Any]:
     model.add_adapters(spec, values)
     held_out = [window(ids) for ids in text(spec.embedding.vocab, HELD_OUT, 2)]
     before = evaluate(model, held_out)
-    step_function, losses = model.train_step(OptimizerOptions()), []
+    step_function, losses = model.step(CausalLoss(), OptimizerOptions()), []
     schedule = ScheduleRecipe(kind="cosine", warmup_steps=WARMUP)
     for step, ids in enumerate(text(spec.embedding.vocab, STEPS, 1)):
         rate = learning_rate(step, STEPS, LEARNING_RATE, schedule)

@@ -13,6 +13,7 @@ from jaxsloth.batch import Batch, Window
 from jaxsloth.bridge import Bridge
 from jaxsloth.extras import MissingExtraError, require
 from jaxsloth.models.spec import ModelSpec
+from jaxsloth.objectives.objective import Objective
 from jaxsloth.options import BACKENDS, BackendName, CheckpointingName, ComputeName, DtypeName
 
 
@@ -59,51 +60,6 @@ class OptimizerOptions:
     loss_scaling: bool = False
 
 
-@dataclass(frozen=True)
-class Regularization:
-    """What a train step adds to the plain loss. embedding_noise: NEFTune's alpha (`kernels/embedding_noise`), keyed by the
-    step's seed and number; 0 adds none. label_smoothing: as `kernels/linear_cross_entropy` has it."""
-
-    embedding_noise: float = 0.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, limit in (("embedding_noise", float("inf")), ("label_smoothing", 1.0)):
-            if not 0.0 <= getattr(self, name) < limit:
-                raise ValueError(f"{name} must be at least 0 and below {limit}, not {getattr(self, name)}")
-
-
-PLAIN = Regularization()
-
-
-@dataclass(frozen=True)
-class PreferenceOptions:
-    """The loss of a pair, of ``d = (policy - reference)`` of the chosen answer's log-prob minus the same of the rejected one's.
-
-    sigmoid: ``-(1 - e)·log sigmoid(beta·d) - e·log sigmoid(-beta·d)``, e the label_smoothing (DPO, Rafailov et al. 2023,
-    arXiv:2305.18290; e > 0: conservative DPO, which "sigmoid" of TRL 1.16 leaves out). ipo: ``(d - 1/(2·beta))²`` of log-probs
-    that are means over the answer's tokens, as TRL has them (Azar et al. 2023, arXiv:2310.12036). hinge: ``max(0, 1 - beta·d)``
-    (Zhao et al. 2023, arXiv:2305.10425).
-
-    Raises:
-        ValueError: no such loss; beta not positive; label_smoothing outside [0, 0.5), or with a loss that does not know it.
-    """
-
-    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.loss not in ("sigmoid", "ipo", "hinge"):
-            raise ValueError(f"loss must be sigmoid, ipo or hinge, not {self.loss!r}")
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta must be positive and finite, not {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, not {self.label_smoothing}")
-        if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError(f"label_smoothing belongs to the sigmoid loss; set it to 0 for {self.loss}")
-
-
 class TensorSource(Protocol):
     """A checkpoint's tensors under Hugging Face names, read one at a time.
 
@@ -120,17 +76,20 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a train step returns: scalars on the device (or floats), read only when logged.
+    """What a step returns: scalars on the device (or floats), read only when logged.
 
-    loss is summed over the window's valid tokens and divided by their count. skipped is nonzero where fp16 overflowed and
-    nothing was updated. together: the three in one array ``[3]``, where a backend has it: one transfer to the host, not three,
-    whose `tolist` and `block_until_ready` wait for this step and for none that was dispatched since.
+    loss is the objective's, over all devices. skipped is nonzero where fp16 overflowed and nothing was updated. together: the
+    three in one array ``[3]``, where a backend has it: one transfer to the host, not three, whose `tolist` and
+    `block_until_ready` wait for this step and for none that was dispatched since. log_probs: of a `RowObjective`,
+    ``[accumulation, batch]`` float32 on the device: the log-probs summed over each row's targets, before the update; 0 for rows
+    without any.
     """
 
     loss: Any
     grad_norm: Any
     skipped: Any
     together: Any = None
+    log_probs: Any = None
 
     def wait(self) -> None:
         """Waits for the device; in a thread too."""
@@ -145,27 +104,20 @@ class StepResult:
         loss, grad_norm, skipped = (float(value) for value in values)
         return loss, grad_norm, bool(skipped)
 
-
-@dataclass(frozen=True)
-class PreferenceResult(StepResult):
-    """What a preference step returns: loss is the mean over the window's pairs, on all devices.
-
-    log_probs ``[micro, rows]`` float32, on the device: the policy's summed log-probs of every row's targets, before the update;
-    0 for rows without any.
-    """
-
-    log_probs: Any = None
-
     def host_log_probs(self) -> np.ndarray:
-        """Waits for the device: float32 ``[micro, rows]``."""
+        """Waits for the device: float32 ``[accumulation, batch]``."""
         return np.array(self.log_probs.tolist(), np.float32)
 
 
-class TrainStep(Protocol):
-    """One optimizer step over a whole accumulation window, on all devices."""
+class Step(Protocol):
+    """One optimizer step over a whole accumulation window, on all devices, of one objective."""
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
-        """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks and the noise."""
+        """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks and the noise.
+
+        Raises:
+            ValueError: the window is not what the objective is defined on (`Objective.prepare`).
+        """
         ...
 
     def state(self) -> dict[str, np.ndarray]:
@@ -179,31 +131,6 @@ class TrainStep(Protocol):
     def freeze(self, names: Collection[str]) -> None:
         """From now on exactly these trained tensors (PEFT names) stay as they are: their gradients count as 0, also in the norm
         that is clipped, and they don't decay."""
-        ...
-
-
-class PreferenceStep(Protocol):
-    """One optimizer step over a window whose rows 2i and 2i + 1 of every micro-batch are the chosen and the rejected answer of
-    pair i. A pair without a target in either row only fills the shape and does not count."""
-
-    def __call__(
-        self, window: Window, reference: np.ndarray, *, learning_rate: float, step: int, seed: int
-    ) -> PreferenceResult:
-        """As `TrainStep`'s. reference ``[micro, rows]`` float32: the summed log-probs of the reference model.
-
-        Raises:
-            ValueError: the window is packed; a device's share of the rows is odd; reference has another shape.
-        """
-        ...
-
-    def state(self) -> dict[str, np.ndarray]:
-        """As `TrainStep.state`."""
-        ...
-
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
-
-    def freeze(self, names: Collection[str]) -> None:
-        """As `TrainStep.freeze`."""
         ...
 
 
@@ -275,9 +202,7 @@ class Model(Protocol):
         """Takes effect for the train steps and gradients that are asked for from now on."""
         ...
 
-    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep: ...
-
-    def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep: ...
+    def step(self, objective: Objective, optimizer: OptimizerOptions) -> Step: ...
 
     def eval_step(self, label_smoothing: float = 0.0) -> EvalStep: ...
 

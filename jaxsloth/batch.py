@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -33,13 +34,21 @@ class Batch:
         """How many positions have a target."""
         return int(np.count_nonzero(self.targets != IGNORE))
 
+    def take(self, rows: slice) -> Batch:
+        """Some of the rows."""
+        return Batch(*(getattr(self, name)[rows] for name in FIELDS))
+
+
+FIELDS = ("input_ids", "targets", "segments", "positions", "rows")
+
 
 @dataclass(frozen=True)
 class Window:
     """All micro-batches of one optimizer step, over all devices, with the count that the loss is divided by.
 
     The arrays are a Batch's with a leading accumulation axis: ``[accumulation, batch, length]`` and ``[accumulation, batch]``.
-    batch is the whole global micro-batch: a backend takes its devices' rows of it (axis 1, contiguous, equal shares).
+    batch is the whole global micro-batch: a backend takes its devices' rows of it (axis 1, contiguous, equal shares). values:
+    float32 ``[accumulation, batch]``, what the objective asks for beside targets (`objectives`).
     """
 
     input_ids: np.ndarray
@@ -48,11 +57,16 @@ class Window:
     positions: np.ndarray
     rows: np.ndarray
     valid_tokens: int  # targets that are not IGNORE, in the whole window
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """How many positions hold a token (not padding): what tokens/s counts."""
         return int(np.count_nonzero(self.segments != PADDING_SEGMENT))
+
+    def micro(self, index: int) -> Batch:
+        """One micro-batch."""
+        return Batch(*(getattr(self, name)[index] for name in FIELDS))
 
 
 def check_ids(ids: np.ndarray, vocab: int, what: str = "input_ids") -> np.ndarray:
@@ -82,29 +96,3 @@ def _warn_of_length(positions: int) -> None:
         "on, but it has not learnt them: shorten the rows, or stretch the positions with rope_scaling",
         positions,
     )
-
-
-def pairs_of(window: Window, devices: int) -> tuple[int, np.ndarray]:
-    """(how many pairs of rows 2i and 2i + 1 have a target, every row's count of targets: float32 ``[accumulation, batch]``).
-
-    Raises:
-        ValueError: rows are packed, or a device's share of them is odd.
-    """
-    if window.segments.max(initial=0) > 1:
-        raise ValueError("pairs of answers are trained a row an answer, and this window is packed; make it with packing off")
-    rows = window.targets.shape[1]
-    if rows % (2 * devices):
-        raise ValueError(
-            f"rows 2i and 2i + 1 are a pair, so a batch must have a multiple of {2 * devices} rows on {devices} device(s), "
-            f"and it has {rows}"
-        )
-    counts = np.count_nonzero(window.targets != IGNORE, axis=2).astype(np.float32)
-    return int(np.count_nonzero(counts.reshape(-1, 2).any(axis=1))), counts
-
-
-def check_reference(window: Window, reference: np.ndarray) -> None:
-    """ValueError where a reference is not one log-prob a row of the window."""
-    if reference.shape != window.rows.shape:
-        raise ValueError(
-            f"reference must have a log-prob for every row of the window, {window.rows.shape}, and it has {reference.shape}"
-        )

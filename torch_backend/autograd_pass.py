@@ -7,8 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from jaxsloth.batch import IGNORE, Batch
+from jaxsloth.objectives.objective import Objective, RowObjective
 from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.objective import Objective, Tensors
+from jaxsloth.torch_backend.objective import Tensors, weigh
 from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.run import DropoutKey, Run
 
@@ -68,10 +69,11 @@ def add_gradients(
     decoder: Decoder, batch: Batch, objective: Objective, dropout_words: torch.Tensor | None, tensors: Tensors
 ) -> torch.Tensor:
     """The objective's result; its gradients are added to those of what is trained. Among the tensors may be "noise"."""
-    found, positions = losses(decoder, batch, dropout_words, tensors.get("noise"), not objective.uniform, objective.smoothing)
-    if objective.uniform:
+    by_row = isinstance(objective, RowObjective)
+    found, positions = losses(decoder, batch, dropout_words, tensors.get("noise"), by_row, objective.smoothing)
+    if not by_row:
         (found * tensors["factor"]).backward()
         return found.detach()
-    result, grads = objective.weigh(found.detach(), positions, batch.input_ids.shape, tensors)
+    result, grads = weigh(objective, found.detach(), positions, batch.input_ids.shape, tensors)
     found.backward(grads)
     return result

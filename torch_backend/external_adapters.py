@@ -19,8 +19,9 @@ from jaxsloth.batch import Batch
 from jaxsloth.bridge import Weights
 from jaxsloth.models.names import lora_names
 from jaxsloth.models.spec import Lora, ModelSpec
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.objective import SUMMED, Tensors
+from jaxsloth.torch_backend.objective import Tensors
 from jaxsloth.torch_backend.optimizer import Flat
 from jaxsloth.torch_backend.written_program import WrittenProgram
 
@@ -80,7 +81,7 @@ class FunctionalPass:
         self._begin(weights, batch.input_ids.size)
         self._flat.gradient.zero_()
         inputs = {"factor": self._one} | self._inputs(words)
-        loss = self._program.add_gradients(batch, SUMMED, inputs).clone()
+        loss = self._program.add_gradients(batch, CausalLoss(), inputs).clone()
         return loss, self._stacked()
 
     def hidden(

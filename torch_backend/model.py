@@ -9,32 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from jaxsloth.backend import (
-    PLAIN,
-    BuildOptions,
-    CheckpointingName,
-    OptimizerOptions,
-    PreferenceOptions,
-    Regularization,
-    TensorSource,
-)
+from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, TensorSource
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4
 from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, resolve
 from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
+from jaxsloth.objectives.causal_lm import CausalLoss
+from jaxsloth.objectives.objective import Objective
 from jaxsloth.torch_backend import autograd_pass, fp8, placement
 from jaxsloth.torch_backend.bridge import Bridge
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.generate import DecodeState
 from jaxsloth.torch_backend.linear import Linear, Nf4Weight
-from jaxsloth.torch_backend.objective import SUMMED
 from jaxsloth.torch_backend.ops import Ops
 from jaxsloth.torch_backend.optimizer import Flat
-from jaxsloth.torch_backend.preference import PreferenceStep, make_row_log_probs
 from jaxsloth.torch_backend.state import ModelState
-from jaxsloth.torch_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step
+from jaxsloth.torch_backend.step import EvalStep, Step, make_row_log_probs
 from jaxsloth.torch_backend.weights import loader, map_nf4
 from jaxsloth.torch_backend.written_pass import describe
 
@@ -132,9 +124,8 @@ class TorchModel(ModelState):
             loss.backward()
         else:
             program.begin(batch.input_ids.size)
-            loss = (
-                program.add_gradients(batch, SUMMED, {"factor": torch.tensor(1.0 / count, device=self.decoder.device)}) / count
-            )
+            factor = torch.tensor(1.0 / count, device=self.decoder.device)
+            loss = program.add_gradients(batch, CausalLoss(), {"factor": factor}) / count
         gradients = flat.read(flat.gradient)
         return float(loss.detach()), {name: gradients[name] for name in trainable_shapes(self.spec)}
 
@@ -142,16 +133,12 @@ class TorchModel(ModelState):
         self.options, self._program = replace(self.options, gradient_checkpointing=name), None
         self.decoder.recompute = name not in ("none", "auto")
 
-    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep:
+    def step(self, objective: Objective, optimizer: OptimizerOptions) -> Step:
         self.idle_program = None  # its caches' memory is for training now
-        return make_train_step(self, options, regularization)
-
-    def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep:
-        self.idle_program = None
-        return PreferenceStep(self, options, preference)
+        return Step(self, objective, optimizer)
 
     def eval_step(self, label_smoothing: float = 0.0) -> EvalStep:
-        return make_eval_step(self, label_smoothing)
+        return EvalStep(self, label_smoothing)
 
     def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
         return make_row_log_probs(self, adapters)

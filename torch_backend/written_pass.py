@@ -16,13 +16,14 @@ import torch
 
 from jaxsloth.kernels.attention.library_ops import Layout
 from jaxsloth.models import spec as specs
+from jaxsloth.objectives.objective import Objective, RowObjective
 from jaxsloth.torch_backend import block as blocks
 from jaxsloth.torch_backend.augmented import ExactWeights
 from jaxsloth.torch_backend.block import Kept
 from jaxsloth.torch_backend.body import DefaultPair
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.fp8 import Fp8Weights
-from jaxsloth.torch_backend.objective import Objective, Tensors, by_row
+from jaxsloth.torch_backend.objective import Tensors, by_row, weigh
 from jaxsloth.torch_backend.offload import ActivationOffload, Offloaded
 from jaxsloth.torch_backend.run import AugmentedWeights, DropoutKey, Run, Tables, padded_rows
 
@@ -138,7 +139,7 @@ class WrittenPass:
         factors = self._factors(forward.normed, batch, objective, tensors) if self._trains_head else None
         losses, dhidden = self._losses(forward.normed, batch, objective.smoothing, gradient=True, factors=factors)
         assert dhidden is not None
-        result, grads = objective.weigh(losses, batch.target_positions, batch.shape, tensors)
+        result, grads = weigh(objective, losses, batch.target_positions, batch.shape, tensors)
         dhidden.mul_(grads if grads.dim() == 0 else grads[:, None])
         forward.normed.zero_().index_copy_(0, batch.target_positions, dhidden)
         del dhidden
@@ -219,7 +220,7 @@ class WrittenPass:
 
     def _factors(self, normed: torch.Tensor, batch: DeviceBatch, objective: Objective, tensors: Tensors) -> torch.Tensor:
         """The gradient by every loss, known before the head's own gradient is formed."""
-        losses = tensors["factor"]  # a uniform objective does not look at them
-        if not objective.uniform:
-            losses, _ = self._losses(normed, batch, objective.smoothing, gradient=False)
-        return objective.weigh(losses, batch.target_positions, batch.shape, tensors)[1]
+        if not isinstance(objective, RowObjective):
+            return tensors["factor"]
+        losses, _ = self._losses(normed, batch, objective.smoothing, gradient=False)
+        return weigh(objective, losses, batch.target_positions, batch.shape, tensors)[1]

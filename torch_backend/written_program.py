@@ -20,9 +20,10 @@ from jaxsloth.kernels.registry import RefusedError, choose_written
 from jaxsloth.models.memory import first_fitting
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.spec import ModelSpec
+from jaxsloth.objectives.objective import Objective
 from jaxsloth.torch_backend import fp8
 from jaxsloth.torch_backend.decoder import Decoder
-from jaxsloth.torch_backend.objective import Objective, Tensors
+from jaxsloth.torch_backend.objective import Tensors
 from jaxsloth.torch_backend.placement import free_memory, host_memory, to_device
 from jaxsloth.torch_backend.run import DropoutKey
 from jaxsloth.torch_backend.written_pass import DeviceBatch, WrittenPass, activation_widths, describe, make_pairs

@@ -14,6 +14,7 @@ from jaxsloth.backend import BackendName, BuildOptions, OptimizerOptions, load_b
 from jaxsloth.batch import IGNORE, Window
 from jaxsloth.convert.checkpoint import open_checkpoint
 from jaxsloth.generation import GenerationSettings, generate
+from jaxsloth.objectives.causal_lm import CausalLoss
 
 
 class OwnRunner:
@@ -28,7 +29,7 @@ class OwnRunner:
         if work.lora:
             self.model.add_adapters(spec, adapters(work))
             self._optimizer = OptimizerOptions(max_grad_norm=None)
-            self._step = self.model.train_step(self._optimizer)
+            self._step = self.model.step(CausalLoss(), self._optimizer)
         self._done = 0
         self._engine.synchronize()
         if backend == "torch":

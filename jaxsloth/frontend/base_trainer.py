@@ -344,9 +344,7 @@ class BaseTrainer(TrainerSurface):
 
         def make(index: int) -> Batch:
             step, micro = divmod(index, windows.accumulation)
-            window = made(step)
-            names = ("input_ids", "targets", "segments", "positions", "rows")
-            return Batch(*(getattr(window, name)[micro] for name in names))
+            return made(step).micro(micro)
 
         return Batches(windows.batches_per_epoch, make, self.train_dataset, windows.batch_size)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.batch import IGNORE, Batch, Window
+from jaxsloth.batch import FIELDS, IGNORE, Batch, Window
 from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.windows import WindowStream, empty_batch, round_up
@@ -112,8 +112,7 @@ class CollatedStream(WindowStream):
         # The last step of an epoch may be short.
         rows, length = made[0].input_ids.shape
         made += [empty_batch((rows,), length)] * (self.accumulation - len(made))
-        fields = ("input_ids", "targets", "segments", "positions", "rows")
-        whole = {name: np.stack([getattr(batch, name) for batch in made]) for name in fields}
+        whole = {name: np.stack([getattr(batch, name) for batch in made]) for name in FIELDS}
         return Window(**whole, valid_tokens=int(np.count_nonzero(whole["targets"] != IGNORE)))
 
 

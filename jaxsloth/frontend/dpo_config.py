@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from jaxsloth.backend import PreferenceOptions
 from jaxsloth.frontend import trainer_config
 from jaxsloth.frontend.trainer_config import NativeArguments, Reasons, Rules
+from jaxsloth.objectives.preference import LOSSES, PreferenceLoss
 
-LOSSES = ("sigmoid", "ipo", "hinge")
 USED = trainer_config.USED | {
     *("max_length", "max_prompt_length", "truncation_mode", "pad_to_multiple_of", "dataset_num_proc", "disable_dropout"),
     *("precompute_ref_log_probs", "precompute_ref_batch_size", "loss_type", "beta", "label_smoothing"),
@@ -126,8 +125,8 @@ class DPOConfig(_Fields):
         super().__init__(output_dir=output_dir, **RULES.settle(settings))
 
 
-def preference_options(args: Any) -> PreferenceOptions:
-    """args' loss as a backend takes it; ValueError for one that is not here, or a beta or label_smoothing that can't be."""
+def objective_of(args: Any) -> PreferenceLoss:
+    """args' loss; ValueError for one that is not here, or a beta or label_smoothing that can't be."""
     names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     if len(names) != 1 or names[0] not in LOSSES:
         raise ValueError(
@@ -135,4 +134,4 @@ def preference_options(args: Any) -> PreferenceOptions:
         )
     if args.truncation_mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', and {args.truncation_mode!r} came")
-    return PreferenceOptions(names[0], args.beta, args.label_smoothing)
+    return PreferenceLoss(names[0], args.beta, args.label_smoothing)

@@ -15,13 +15,14 @@ from jaxsloth.data.windows import eval_batches
 from jaxsloth.frontend import base_trainer
 from jaxsloth.frontend.adapters import native_adapter, scaled, show_backend
 from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, check_collator, longest, ours, real_rows
-from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, preference_options
+from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, objective_of
 from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
-from jaxsloth.frontend.preference import Compared, References, ReferredStep, pair_losses, pair_metrics, score_rows
+from jaxsloth.frontend.preference import Compared, References, ReferredStep, pair_metrics, score_rows
 from jaxsloth.frontend.rows import all_of
 from jaxsloth.frontend.shared_weights import Step
 from jaxsloth.frontend.trainer_run import Metrics, means
 from jaxsloth.models.names import lora_names
+from jaxsloth.objectives.preference import REFERENCE
 
 __all__ = ["DPOConfig", "DPOTrainer"]
 
@@ -72,7 +73,7 @@ class DPOTrainer(BaseTrainer):
         super().__init__(model, args, processing_class or tokenizer, peft_config, others)
         self.data_collator = data_collator
         self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
-        self._options = preference_options(self.args)
+        self._objective = objective_of(self.args)
         if self.args.disable_dropout:
             _disable_dropout(self.model)
         self._starting = None if ref_model is not None else self._starting_point(fresh=peft_config is not None)
@@ -146,21 +147,21 @@ class DPOTrainer(BaseTrainer):
             # The copy and what is trained take turns in one place, so all that the run visits is scored before it begins.
             steps = range(min(self.state.max_steps, windows.steps_per_epoch))
             self._references.of([self.examples[row] for step in steps for row in windows.rows_of(step)])
-        step = self.base.engine.model.preference_step(options, self._options)
+        step = self.base.engine.model.step(self._objective, options)
         return ReferredStep(step, windows, self.examples, self._references)
 
     def measure(self, result: Compared) -> Sequence[Metrics]:
-        return result.metrics(self._options.beta)
+        return result.metrics(self._objective.beta)
 
     def _evaluate(self, held_out: list[Example], batches: Sequence[Batch]) -> dict[str, float]:
         reference = self._references.of(held_out)
         policy = score_rows(self.base.engine.model.row_log_probs(), batches)
-        tokens = np.array([example.targets for example in held_out])
+        arrays = {REFERENCE: reference, "counts": np.array([example.targets for example in held_out])}
         ends = np.cumsum([real_rows(batch) for batch in batches])[:-1]
         parts = zip(np.split(policy, ends), np.split(reference, ends), strict=True)
-        found = means([pair_metrics(own, other, self._options.beta) for own, other in parts])
-        loss = float(pair_losses(policy, reference, tokens, self._options).mean())
-        return {"loss": loss, "num_tokens": float(self.state.num_input_tokens_seen)} | found
+        found = means([pair_metrics(own, other, self._objective.beta) for own, other in parts])
+        losses, _ = self._objective.losses_and_grads(np, policy.astype(np.float64), arrays)
+        return {"loss": float(losses.mean()), "num_tokens": float(self.state.num_input_tokens_seen)} | found
 
     def _shown(self, examples: list[Example]) -> list[dict[str, Any]]:
         shown = []

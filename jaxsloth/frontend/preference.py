@@ -1,18 +1,18 @@
-"""What a preference run compares with, and what it says of itself: log-probs of the reference, losses, and TRL's metrics."""
+"""What a preference run compares with, and what it says of itself: log-probs of the reference, and TRL's metrics."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jaxsloth.backend import PreferenceOptions, PreferenceResult, PreferenceStep
+from jaxsloth.backend import Step, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import FILLER_ROW, WindowStream
+from jaxsloth.objectives.preference import REFERENCE
 
 Score = Callable[[Sequence[Example]], np.ndarray]
 
@@ -53,7 +53,7 @@ class Compared:
     """A step's result with what it was compared with: reference and real (rows that don't only fill the shape)
     ``[micro, rows]``."""
 
-    result: PreferenceResult
+    result: StepResult
     reference: np.ndarray
     real: np.ndarray
 
@@ -68,11 +68,9 @@ class Compared:
 
 
 class ReferredStep:
-    """A backend's preference step as a run takes steps: each window is shown with its reference."""
+    """A step over pairs as a run takes steps: each window is shown with its reference."""
 
-    def __init__(
-        self, step: PreferenceStep, windows: WindowStream, examples: Sequence[Example], references: References
-    ) -> None:
+    def __init__(self, step: Step, windows: WindowStream, examples: Sequence[Example], references: References) -> None:
         self._step, self._windows, self._examples, self._references = step, windows, examples, references
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> Compared:
@@ -80,7 +78,8 @@ class ReferredStep:
         real = window.rows != FILLER_ROW
         reference = np.zeros(window.rows.shape, np.float32)
         reference[real] = values[window.rows[real]]
-        return Compared(self._step(window, reference, learning_rate=learning_rate, step=step, seed=seed), reference, real)
+        compared = replace(window, values={REFERENCE: reference})
+        return Compared(self._step(compared, learning_rate=learning_rate, step=step, seed=seed), reference, real)
 
     def state(self) -> dict[str, np.ndarray]:
         return self._step.state()
@@ -104,18 +103,3 @@ def pair_metrics(policy: np.ndarray, reference: np.ndarray, beta: float) -> dict
         "logps/chosen": float(policy[0::2].astype(np.float64).mean()),
         "logps/rejected": float(policy[1::2].astype(np.float64).mean()),
     }
-
-
-def pair_losses(policy: np.ndarray, reference: np.ndarray, tokens: np.ndarray, options: PreferenceOptions) -> np.ndarray:
-    """float64 ``[pairs]``: the losses of `PreferenceOptions`, for evaluation. tokens ``[2 * pairs]``: targets of each row."""
-    ratios: Any = policy.astype(np.float64) - reference
-    if options.loss == "ipo":
-        ratios = ratios / np.maximum(tokens, 1)
-    difference = ratios[0::2] - ratios[1::2]
-    if options.loss == "ipo":
-        return (difference - 1 / (2 * options.beta)) ** 2
-    if options.loss == "hinge":
-        return np.maximum(1 - options.beta * difference, 0)
-    missed = options.label_smoothing
-    right, wrong = (np.logaddexp(0, -sign * options.beta * difference) for sign in (1, -1))
-    return (1 - missed) * right + missed * wrong

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from jaxsloth.backend import OptimizerOptions, Regularization
+from jaxsloth.backend import OptimizerOptions
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import WindowStream
@@ -17,6 +17,7 @@ from jaxsloth.frontend.sft_config import RULES, SFTConfig
 from jaxsloth.frontend.sft_data import encode
 from jaxsloth.frontend.shared_weights import Step
 from jaxsloth.frontend.trainer_config import Reasons
+from jaxsloth.objectives.causal_lm import CausalLoss
 
 __all__ = ["SFTConfig", "SFTTrainer"]
 
@@ -96,8 +97,8 @@ class SFTTrainer(BaseTrainer):
         return [self._collator.batches([group], labelled)[0] for group in groups]
 
     def _make_step(self, options: OptimizerOptions) -> Step:
-        alpha, smoothing = self.args.neftune_noise_alpha or 0.0, self.args.label_smoothing_factor
-        return self.base.engine.model.train_step(options, Regularization(alpha, smoothing))
+        objective = CausalLoss(self.args.label_smoothing_factor, self.args.neftune_noise_alpha or 0.0)
+        return self.base.engine.model.step(objective, options)
 
     def _evaluate(self, held_out: list[Example], batches: Sequence[Batch]) -> dict[str, float]:
         del held_out

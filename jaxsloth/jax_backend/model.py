@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxsloth.backend import PLAIN, OptimizerOptions, PreferenceOptions, Regularization
+from jaxsloth.backend import OptimizerOptions
 from jaxsloth.batch import Batch
 from jaxsloth.jax_backend.bridge import Bridge
 from jaxsloth.jax_backend.generate import DecodeState
 from jaxsloth.jax_backend.plan import Plan, make_plan
-from jaxsloth.jax_backend.preference import PreferenceStep, make_row_log_probs
 from jaxsloth.jax_backend.state import ModelState
-from jaxsloth.jax_backend.train_step import EvalStep, TrainStep, make_eval_step, make_train_step, summed_loss
+from jaxsloth.jax_backend.step import EvalStep, Step, make_row_log_probs, summed_loss
+from jaxsloth.objectives.causal_lm import CausalLoss
+from jaxsloth.objectives.objective import Objective
 
 
 class JaxModel(ModelState):
@@ -43,20 +44,16 @@ class JaxModel(ModelState):
         )
         return float(loss), self.unstack(gradients)
 
-    def train_step(self, options: OptimizerOptions, regularization: Regularization = PLAIN) -> TrainStep:
+    def step(self, objective: Objective, optimizer: OptimizerOptions) -> Step:
         self._check_trained()
-        return make_train_step(self, options, regularization)
-
-    def preference_step(self, options: OptimizerOptions, preference: PreferenceOptions) -> PreferenceStep:
-        self._check_trained()
-        return PreferenceStep(self, options, preference)
+        return Step(self, objective, optimizer)
 
     def _check_trained(self) -> None:
         if self.spec.lora is None:
             raise ValueError("the model has no adapters to train; call add_adapters first")
 
     def eval_step(self, label_smoothing: float = 0.0) -> EvalStep:
-        return make_eval_step(self, label_smoothing)
+        return EvalStep(self, label_smoothing)
 
     def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
         return make_row_log_probs(self, adapters)
@@ -79,6 +76,6 @@ def _gradients(
     trained: Any, frozen: Any, frequencies: Any, arrays: Any, count: Any, structure: Any, ropes: Any, plan: Plan
 ) -> Any:
     def mean_loss(trained: Any) -> Any:
-        return summed_loss(structure, trained, frozen, (ropes, frequencies), arrays, None, plan) / count
+        return summed_loss(structure, trained, frozen, (ropes, frequencies), arrays, None, plan, CausalLoss()) / count
 
     return jax.value_and_grad(mean_loss)(trained)

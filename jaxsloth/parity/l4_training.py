@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxsloth.backend import OptimizerOptions
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity import bars
 from jaxsloth.parity.measure import Measurement
 from jaxsloth.parity.subjects import BATCH, LENGTH, SEED, Subjects
@@ -79,7 +80,7 @@ def first_miss(subjects: Subjects, judge: np.ndarray, options: OptimizerOptions,
 
 
 def _steps(model: Any, subjects: Subjects, options: OptimizerOptions, shift: int) -> Iterator[tuple[float, float]]:
-    stream, step_function = subjects.stream(), model.train_step(options)
+    stream, step_function = subjects.stream(), model.step(CausalLoss(), options)
     schedule = ScheduleRecipe(kind="linear", warmup_steps=WARMUP)
     for step in range(bars.L4_STEPS):
         rate = learning_rate(step + shift, bars.L4_STEPS, LEARNING_RATE, schedule)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
-from jaxsloth.backend import Model, OptimizerOptions, StepResult, TrainStep
+from jaxsloth.backend import Model, OptimizerOptions, Step, StepResult
 from jaxsloth.batch import Batch, Window
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.training.checkpoint import SavedRun
 from jaxsloth.training.completion import Completion, Completions
 from jaxsloth.training.log import Entry
@@ -127,7 +128,7 @@ class Fit:
         Raises:
             NonFiniteLossError: a step's loss is NaN or infinite; the checkpoints before it stay.
         """
-        step_function = self.model.train_step(self.options.optimizer)
+        step_function = self.model.step(CausalLoss(), self.options.optimizer)
         if resume is not None:
             step_function.load_state(resume.optimizer)
         self._evaluate_step = self.model.eval_step() if self.held_out else None
@@ -138,7 +139,7 @@ class Fit:
             self._steps(step_function, end, completions)
         return self.progress
 
-    def _steps(self, step_function: TrainStep, end: int, completions: Completions) -> None:
+    def _steps(self, step_function: Step, end: int, completions: Completions) -> None:
         tokens, last, options = self.progress.tokens, None, self.options
         for step in range(self.progress.step, end):
             window, rate = self.windows.window(step), options.learning_rate(step)
@@ -161,7 +162,7 @@ class Fit:
     def _due(every: int | None, done: int, end: int) -> bool:
         return done == end or (every is not None and done % every == 0)
 
-    def _beside_training(self, last: _Dispatched, step_function: TrainStep, saves: bool, evaluates: bool) -> None:
+    def _beside_training(self, last: _Dispatched, step_function: Step, saves: bool, evaluates: bool) -> None:
         """Evaluates and saves after a step that has been waited for."""
         self.progress = replace(self.progress, step=last.step, tokens=last.tokens, seconds=self._clock.stop())
         improved = evaluates and self._evaluate()

@@ -12,14 +12,13 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from torch.nn.functional import logsigmoid
 from transformers import TrainingArguments
 
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel
-from jaxsloth.backend import PreferenceOptions
 from jaxsloth.data.encode import Example
 from jaxsloth.frontend import arguments, dpo_config
-from jaxsloth.frontend.preference import References, pair_losses
+from jaxsloth.frontend.preference import References
+from jaxsloth.objectives.preference import PreferenceLoss
 from tests.support.modules import BACKENDS, TRAINING, lora, their_base
 from tests.support.native import logged, native_model, under_their_peft
 from tests.support.sources import transformers_model
@@ -279,7 +278,7 @@ def test_what_notebooks_give(checkpoint, tmp_path):
         max_length=40,
         max_prompt_length=3,
     )
-    assert trainer._options == PreferenceOptions("sigmoid", 0.2)
+    assert trainer._objective == PreferenceLoss("sigmoid", 0.2)
     assert max(len(example.tokens) for example in trainer.examples) <= 40
     assert all(len(row["prompt_ids"]) == 3 for row in trainer.train_dataset)
     assert trainer.train().global_step == 2
@@ -359,23 +358,6 @@ def test_refused_fields(name, tmp_path):
     value = {"include_for_metrics": ["inputs"], "label_smoothing_factor": 0.1}.get(name, "something")
     with pytest.raises(ValueError, match=rf"{name}=.*: \w+"):
         DPOConfig(str(tmp_path), **{name: value})
-
-
-def test_losses_of_evaluation():
-    """Against torch's own logsigmoid; conservative DPO is what TRL 1.16 leaves out."""
-    policy, reference = np.random.default_rng(0).normal(-40, 9, (2, 12)).astype(np.float32)
-    tokens = np.arange(3, 15)
-    ratios = torch.from_numpy(policy).double() - torch.from_numpy(reference).double()
-    difference = ratios[0::2] - ratios[1::2]
-    means = ratios / torch.from_numpy(tokens)
-    expected = {
-        PreferenceOptions("sigmoid", 0.3): -logsigmoid(0.3 * difference),
-        PreferenceOptions("sigmoid", 0.3, 0.2): -0.8 * logsigmoid(0.3 * difference) - 0.2 * logsigmoid(-0.3 * difference),
-        PreferenceOptions("hinge", 0.3): torch.relu(1 - 0.3 * difference),
-        PreferenceOptions("ipo", 0.3): (means[0::2] - means[1::2] - 1 / 0.6) ** 2,
-    }
-    for options, losses in expected.items():
-        assert pair_losses(policy, reference, tokens, options) == pytest.approx(losses.numpy(), rel=1e-12)
 
 
 def test_references_take_what_is_known():

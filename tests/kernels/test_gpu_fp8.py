@@ -13,6 +13,7 @@ from jaxsloth.kernels.fp8.cases import CASES
 from jaxsloth.kernels.fp8.contract import NF4_INTO, QUANTIZE_ROWS, SCALED_PRODUCT, Rows
 from jaxsloth.kernels.nf4.cases import Case as Nf4Case
 from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import fp8
 from jaxsloth.torch_backend.written_program import WrittenProgram
@@ -143,7 +144,7 @@ def test_graphs_replay_what_they_recorded(mode):
     for captures in (True, False):
         options = BuildOptions(dtype="bfloat16", gradient_checkpointing=mode, implementations=FUSED, compute="fp8")
         model, *_ = build("torch", WIDE, nested=True, options=options)
-        step = model.train_step(OptimizerOptions(weight_decay=0.1))
+        step = model.step(CausalLoss(), OptimizerOptions(weight_decay=0.1))
         if not captures:
             model.written_program()._stretches = True
         windows = [stream(examples(16, VOCAB), batch_size=size).window(place) for size in (4, 2) for place in (0, 1)]

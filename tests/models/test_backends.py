@@ -13,6 +13,7 @@ from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
 from jaxsloth.kernels.nf4.contract import NF4, Nested
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Block
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.l2_logits import pack
 from jaxsloth.parity.measure import max_abs, relative_frobenius
 from jaxsloth.parity.subjects import judge_logits, valid_rows
@@ -166,7 +167,7 @@ def test_a_run_changes_backend(first, second):
     adapter, state, whole = six_steps_of(first)
     other, *_ = build(second, stir=False)
     other.load_trainable(adapter)
-    rest = other.train_step(OptimizerOptions(weight_decay=0.1, max_grad_norm=0.3))
+    rest = other.step(CausalLoss(), OptimizerOptions(weight_decay=0.1, max_grad_norm=0.3))
     rest.load_state(state)
     assert later_losses(rest, stream(examples(24, VOCAB))) == pytest.approx(whole, rel=0, abs=1e-5)
 
@@ -175,7 +176,7 @@ def test_a_run_changes_backend(first, second):
 def test_loss_scaling_skips_an_overflow(backend):
     model, *_ = build(backend, options=BuildOptions(dtype="float16"))
     windows = stream(examples(8, VOCAB))
-    step_function = model.train_step(OptimizerOptions(loss_scaling=True))
+    step_function = model.step(CausalLoss(), OptimizerOptions(loss_scaling=True))
     state = step_function.state()
     state["loss_scale"] = np.array(2.0**60, np.float32)
     step_function.load_state(state)
@@ -248,7 +249,7 @@ def test_compilations_are_those_of_xla():
     model, *_ = build("jax", {"num_hidden_layers": 2})
     window, counts = stream(examples(8, VOCAB)).window(0), []
     for _ in range(2):
-        step = model.train_step(OptimizerOptions())
+        step = model.step(CausalLoss(), OptimizerOptions())
         for place in range(2):
             step(window, learning_rate=1e-3, step=place, seed=0)
             counts.append(model.compilations())

@@ -14,6 +14,7 @@ from jaxsloth.generation import generate
 from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Rope, RopeScaling
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.torch_backend import generate as torch_generate
 from jaxsloth.transforms import quantize
 from tests.support.decoding import (
@@ -83,7 +84,7 @@ def test_a_program_serves_many_requests_and_sees_new_adapters():
     assert second == generate(judge, PROMPTS[::-1], SETTINGS) != first[::-1]
     generate(model, PROMPTS[:2], SETTINGS)
     assert model.idle_program is not program
-    model.train_step(OptimizerOptions())
+    model.step(CausalLoss(), OptimizerOptions())
     assert model.idle_program is None
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from jaxsloth.backend import BuildOptions, OptimizerOptions
 from jaxsloth.jax_backend import mlp as jax_mlp
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.torch_backend import mlp as torch_mlp
 from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, stream
@@ -22,7 +23,7 @@ def curves(backend: str, packing: bool, options: BuildOptions | None = None) -> 
     """Losses and gradient norms of some steps, two micro-batches each."""
     model, *_ = build(backend, CHANGES, lora={"dropout": 0.3, "targets": SOME}, options=options)
     windows = stream(examples(16, VOCAB), batch_size=2, accumulation=2, packing=packing)
-    step = model.train_step(OptimizerOptions(weight_decay=0.1))
+    step = model.step(CausalLoss(), OptimizerOptions(weight_decay=0.1))
     results = [step(windows.window(index), learning_rate=1e-2, step=index, seed=9) for index in range(STEPS)]
     losses, norms = np.array([result.floats()[:2] for result in results]).T
     return losses, norms

@@ -9,6 +9,7 @@ import torch
 from jaxsloth.backend import BuildOptions, OptimizerOptions
 from jaxsloth.kernels.fp8 import torch_ops
 from jaxsloth.kernels.registry import RefusedError
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import fp8, mlp
 from jaxsloth.torch_backend.written_program import WrittenProgram
@@ -75,7 +76,7 @@ def test_adapters_that_move_are_seen(unrounded):
     for compute in ("exact", "fp8"):
         options = BuildOptions(implementations=FUSED, compute=compute)
         model, *_ = build("torch", nested=True, options=options, stir=False)
-        step, windows = model.train_step(OptimizerOptions()), stream(examples(4, VOCAB))
+        step, windows = model.step(CausalLoss(), OptimizerOptions()), stream(examples(4, VOCAB))
         losses[compute] = [step(windows.window(0), learning_rate=0.3, step=place, seed=0).floats()[0] for place in range(3)]
     assert np.ptp(losses["exact"]) > 0.3
     assert np.allclose(losses["fp8"], losses["exact"], rtol=1e-4)
@@ -107,7 +108,7 @@ def test_rounding_is_noise(nested):
 def test_refusals(options, changes, reason):
     with pytest.raises(RefusedError, match=reason):
         model, *_ = build("torch", options=BuildOptions(**({"dtype": "bfloat16"} | options), compute="fp8"), **changes)
-        model.train_step(OptimizerOptions())
+        model.step(CausalLoss(), OptimizerOptions())
 
 
 def test_jax_refuses():

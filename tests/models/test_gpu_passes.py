@@ -8,6 +8,7 @@ import pytest
 from jaxsloth.backend import BuildOptions, OptimizerOptions
 from jaxsloth.batch import Batch
 from jaxsloth.models.memory import FILLED, activation_bytes
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import written_program
 from tests.support import modules
@@ -104,7 +105,7 @@ def test_graphs_replay_what_they_recorded(mode, changes, lora):
     for train_pass in ("fused", "composed"):
         options = BuildOptions(dtype="float32", gradient_checkpointing=mode, implementations={"train_pass": train_pass})
         model, *_ = build("torch", WIDE | changes, lora=lora, nested=True, options=options)
-        step = model.train_step(OptimizerOptions(weight_decay=0.1))
+        step = model.step(CausalLoss(), OptimizerOptions(weight_decay=0.1))
         windows = [stream(examples(16, VOCAB), batch_size=size).window(place) for size in (4, 4, 2) for place in (0, 1)]
         losses[train_pass] = [
             step(window, learning_rate=1e-2, step=place, seed=0).floats()[0] for place, window in enumerate(windows * 2)
@@ -125,7 +126,7 @@ def test_auto_chooses_again_beside_what_was_recorded(monkeypatch):
         longest = windows[3].input_ids.size
         free = activation_bytes(model.spec, "offload", longest, 4) / FILLED + 1
         monkeypatch.setattr(written_program, "free_memory", lambda device, free=free: free)
-        step, modes = model.train_step(OptimizerOptions()), []
+        step, modes = model.step(CausalLoss(), OptimizerOptions()), []
         losses[train_pass] = []
         for place, window in enumerate(windows):
             losses[train_pass].append(step(window, learning_rate=1e-2, step=place, seed=0).floats()[0])
@@ -139,7 +140,7 @@ def test_auto_chooses_again_beside_what_was_recorded(monkeypatch):
 
 def test_evaluation_between_replays():
     model, *_ = build("torch", WIDE, nested=True, options=BuildOptions(dtype="bfloat16"))
-    step, evaluate = model.train_step(OptimizerOptions()), model.eval_step()
+    step, evaluate = model.step(CausalLoss(), OptimizerOptions()), model.eval_step()
     windows = stream(examples(8, VOCAB))
     held_out = first_batch(windows)
     before = float(evaluate(held_out)[0])

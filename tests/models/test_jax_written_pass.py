@@ -21,10 +21,11 @@ from jaxsloth.jax_backend import attention, linear, mlp, norm, placement, writte
 from jaxsloth.jax_backend.linear import TRAINED
 from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.plan import Checkpointing, Plan, make_plan
-from jaxsloth.jax_backend.train_step import summed_loss
+from jaxsloth.jax_backend.step import summed_loss
 from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.kernels.registry import Facts, RefusedError
 from jaxsloth.models.memory import FILLED
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
 from tests.support.decoding import VARIANTS
 from tests.support.lowering import lowered_for_cuda
@@ -49,7 +50,7 @@ def masked_gradients(model, batch: Batch) -> tuple[float, dict[str, np.ndarray]]
     words = jnp.array(step_words(3, 5), jnp.uint32)
 
     def loss(trained):
-        return summed_loss(model.structure, trained, model.frozen, (ropes, frequencies), arrays, words, plan)
+        return summed_loss(model.structure, trained, model.frozen, (ropes, frequencies), arrays, words, plan, CausalLoss())
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(model.trained)
     return float(value), model.unstack(gradients)
@@ -309,7 +310,7 @@ def test_autograds_selective_keeps_the_linear_layers_outputs():
         arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
 
         def loss(trained, model=model, ropes=ropes, frequencies=frequencies, arrays=arrays, plan=plan):
-            return summed_loss(model.structure, trained, model.frozen, (ropes, frequencies), arrays, None, plan)
+            return summed_loss(model.structure, trained, model.frozen, (ropes, frequencies), arrays, None, plan, CausalLoss())
 
         kept = jax.eval_shape(lambda trained, loss=loss: jax.vjp(loss, trained)[1], model.trained)
         sizes[name] = sum(leaf.size for leaf in jax.tree.leaves(kept))
@@ -349,7 +350,7 @@ def test_the_pass_lowers_for_cuda(monkeypatch, variant, lora, kernels):
     def gradients(trained, frozen):
         def loss(trained):
             words = jnp.array(step_words(3, 5), jnp.uint32)
-            return summed_loss(model.structure, trained, frozen, (ropes, frequencies), arrays, words, plan)
+            return summed_loss(model.structure, trained, frozen, (ropes, frequencies), arrays, words, plan, CausalLoss())
 
         return jax.grad(loss)(trained)
 

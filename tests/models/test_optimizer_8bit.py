@@ -9,6 +9,7 @@ from bitsandbytes.optim import AdamW8bit as Judge
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.kernels.adamw_8bit.contract import SMALLEST, blocks_of
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import max_abs
 from jaxsloth.recipe import RecipeError, make_recipe
 from jaxsloth.torch_backend.optimizer import Flat
@@ -70,7 +71,7 @@ def test_fifty_steps_of_the_flat_buffer_are_bitsandbytes():
 def test_each_step_is_bitsandbytes_adamw8bit_on_peft(backend):
     """From the judge's own state every time: a code that falls on the other side of a tie would change what follows."""
     model, spec, weights, values = build(backend, lora=LORA)
-    windows, ours = stream(examples(40, VOCAB)), model.train_step(OPTIONS)
+    windows, ours = stream(examples(40, VOCAB)), model.step(CausalLoss(), OPTIONS)
     judge = peft_model(CONFIG, weights, spec, values)
     parameters = {n.replace(".default.", "."): p for n, p in judge.named_parameters() if p.requires_grad}
     optimizer = Judge(list(parameters.values()), lr=1e-2, weight_decay=0.1)
@@ -129,7 +130,7 @@ def test_a_run_changes_backend(first, second, bias):
     adapter, state, whole = six_steps(build(first, changes, lora=lora)[0], windows, OPTIONS)
     other, *_ = build(second, changes, lora=lora, stir=False)
     other.load_trainable(adapter)
-    rest = other.train_step(OPTIONS)
+    rest = other.step(CausalLoss(), OPTIONS)
     rest.load_state(state)
     again = rest.state()
     assert again.keys() == state.keys()
@@ -157,16 +158,16 @@ def test_the_state_is_small_and_of_each_tensor(backend):
 @pytest.mark.parametrize(("wrote", "reads"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
 def test_another_optimizers_state_is_refused(backend, wrote, reads):
     model, *_ = build(backend, lora=LORA)
-    state = model.train_step(OptimizerOptions(name=wrote)).state()
+    state = model.step(CausalLoss(), OptimizerOptions(name=wrote)).state()
     with pytest.raises(ValueError, match=f"the optimizer {reads} keeps .*optimizer.name"):
-        model.train_step(OptimizerOptions(name=reads)).load_state(state)
+        model.step(CausalLoss(), OptimizerOptions(name=reads)).load_state(state)
 
 
 @both
 def test_loss_scaling_skips_an_overflow(backend):
     model, *_ = build(backend, lora=LORA)
     windows = stream(examples(8, VOCAB))
-    step_function = model.train_step(OptimizerOptions(name="adamw_8bit", loss_scaling=True))
+    step_function = model.step(CausalLoss(), OptimizerOptions(name="adamw_8bit", loss_scaling=True))
     state = step_function.state() | {"loss_scale": np.array(np.inf, np.float32)}
     step_function.load_state(state)
     before = model.trainable()

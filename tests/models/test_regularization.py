@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsloth.backend import PLAIN, BuildOptions, OptimizerOptions, Regularization
+from jaxsloth.backend import BuildOptions, OptimizerOptions
+from jaxsloth.objectives.causal_lm import CausalLoss
 from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, stream
 
@@ -19,16 +20,16 @@ WAYS = {
 }
 
 
-def losses(way: str, regularization: Regularization, **windows) -> np.ndarray:
+def losses(way: str, objective: CausalLoss, **windows) -> np.ndarray:
     """Of three steps; each depends on the gradients of those before it."""
     backend, implementations = WAYS[way]
     model, *_ = build(backend, SHAPE, options=BuildOptions(implementations=implementations))
-    step = model.train_step(OptimizerOptions(), regularization)
+    step = model.step(objective, OptimizerOptions())
     rows = stream(examples(6, VOCAB), **({"pad_to_multiple_of": 64} | windows))  # one length: one program
     return np.array([step(rows.window(n), learning_rate=1e-2, step=n, seed=7).floats()[0] for n in range(3)])
 
 
-BOTH = Regularization(embedding_noise=20.0, label_smoothing=0.2)
+BOTH = CausalLoss(embedding_noise=20.0, label_smoothing=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_losses_are_the_same_every_way(way, judge):
     assert np.abs(losses(way, BOTH) - judge).max() < BAR
 
 
-@pytest.mark.parametrize("one", [PLAIN, Regularization(embedding_noise=20.0), Regularization(label_smoothing=0.2)])
+@pytest.mark.parametrize("one", [CausalLoss(), CausalLoss(embedding_noise=20.0), CausalLoss(label_smoothing=0.2)])
 def test_each_counts(one, judge):
     assert np.abs(losses("torch", one) - judge).min() > 1e-3
 
@@ -55,4 +56,4 @@ def test_noise_knows_neither_accumulation_nor_padding(windows, judge):
 @pytest.mark.parametrize("wrong", [{"embedding_noise": -1.0}, {"embedding_noise": float("inf")}, {"label_smoothing": 1.0}])
 def test_numbers_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}.* must be at least 0"):
-        Regularization(**wrong)
+        CausalLoss(**wrong)

@@ -17,7 +17,9 @@ TORCH, JAX = {"torch", "triton"}, {"jax", "jaxlib", "flax", "optax"}
 FRAMEWORKS = TORCH | JAX
 NUMBERS = {"numpy", "ml_dtypes"}
 FREE = None  # may import anything
-BACKEND_MAY = ("kernels", "models", "recipe", "backend", "batch", "convert")
+BACKEND_MAY = (
+    *("kernels", "models", "objectives", "recipe", "options", "backend", "bridge", "batch", "convert", "device_choice"),
+)
 
 # A file matches the first pattern that fits. (third-party packages, parts of jaxsloth, packages allowed inside functions only)
 RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
@@ -29,7 +31,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/options.py", set(), (), set()),
     ("jaxsloth/extras.py", set(), (), set()),
     ("jaxsloth/terminal.py", {"rich"}, (), set()),
-    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "options", "extras"), set()),
+    ("jaxsloth/objectives/*.py", NUMBERS, ("objectives", "batch"), set()),
+    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "objectives", "options", "extras"), set()),
     ("jaxsloth/bridge.py", NUMBERS, ("options", "batch"), set()),
     ("jaxsloth/device_choice.py", set(), (), set()),
     ("jaxsloth/generation.py", NUMBERS, ("backend", "batch", "foreign"), set()),
@@ -95,19 +98,19 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "jaxsloth/training/*.py",
         NUMBERS | {"rich", "safetensors", "pydantic"},
-        ("training", "data", "convert", "models", "recipe", "batch", "backend", "foreign", "extras", "terminal"),
+        ("training", "objectives", "data", "convert", "models", "recipe", "batch", "backend", "foreign", "extras", "terminal"),
         {"matplotlib"},
     ),
     (
         "torch_backend/*.py",
         NUMBERS | TORCH,
-        ("torch_backend", "kernels", "models", "recipe", "options", "backend", "bridge", "batch", "convert", "device_choice"),
+        ("torch_backend", *BACKEND_MAY),
         set(),
     ),
     (
         "jaxsloth/jax_backend/*.py",
         NUMBERS | JAX,
-        ("jax_backend", "kernels", "models", "recipe", "options", "backend", "bridge", "batch", "convert", "device_choice"),
+        ("jax_backend", *BACKEND_MAY),
         set(),
     ),
     ("jaxsloth/parity/*.py", FREE, (), set()),
@@ -300,7 +303,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
 # Those that are functions, or whose classes differ.
 OTHER_ROOMS = {
     *("autograd_pass", "written_pass", "decode_pass", "offload"),
-    *("optimizer", "optimizer_8bit", "train_step", "preference", "generate", "bridge", "placement", "model"),
+    *("optimizer", "optimizer_8bit", "step", "generate", "bridge", "placement", "model"),
 }
 
 

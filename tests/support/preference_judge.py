@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jaxsloth.backend import PreferenceOptions
 from jaxsloth.batch import IGNORE, Window
+from jaxsloth.objectives.preference import PreferenceLoss
 from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, byte_tokenizer
 
@@ -82,13 +82,13 @@ class Judge:
         """``[rows]``, chosen and rejected in turn."""
         trainer = self._trainer
         if adapters:
-            self.judge(PreferenceOptions())  # leaves a mean over each of its batches of one pair
+            self.judge(PreferenceLoss())  # leaves a mean over each of its batches of one pair
             sides = [trainer._metrics["train"][f"logps/{side}"][-len(self.examples) :] for side in ("chosen", "rejected")]
         else:
             sides = [side.numpy() for side in trainer.compute_ref_log_probs(trainer.model, self._inputs(self.examples))]
         return np.stack(sides, axis=1).reshape(-1)
 
-    def judge(self, options: PreferenceOptions) -> Verdict:
+    def judge(self, options: PreferenceLoss) -> Verdict:
         """The mean loss of the pairs and its gradients, a pair at a time.
 
         TRL's "sigmoid" leaves label_smoothing out; its "aot", which has it, is conservative DPO where a batch is one pair.

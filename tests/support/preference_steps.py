@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 
-from jaxsloth.backend import BuildOptions, OptimizerOptions, PreferenceOptions, load_backend
-from jaxsloth.batch import Batch
+from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.objectives.preference import REFERENCE, PreferenceLoss
 from jaxsloth.transforms import add_lora
 from tests.support.preference_judge import SMALL, window_of
 from tests.support.sources import DictSource
@@ -28,10 +29,10 @@ def run(name: str) -> dict[str, np.ndarray]:
         {"prompt_ids": [3, 4, 5], "chosen_ids": [9] * (6 + place), "rejected_ids": [7, 8] * (9 - place)} for place in range(7)
     ]
     window, off = window_of(pairs, 2, filling=1), model.row_log_probs(adapters=False)
-    arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows)
-    reference = np.stack([off(Batch(*(array[micro] for array in arrays))) for micro in range(2)])
-    step = model.preference_step(OptimizerOptions(), PreferenceOptions(beta=0.5))
-    results = [step(window, reference, learning_rate=1e-2, step=place, seed=0) for place in range(3)]
+    reference = np.stack([off(window.micro(micro)) for micro in range(2)])
+    window = replace(window, values={REFERENCE: reference})
+    step = model.step(PreferenceLoss(beta=0.5), OptimizerOptions())
+    results = [step(window, learning_rate=1e-2, step=place, seed=0) for place in range(3)]
     if backend.devices().rank == 0:
         print(backend.devices().count, "devices")
     return {

@@ -12,6 +12,7 @@ from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
 from jaxsloth.batch import IGNORE
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.transforms import add_lora, quantize
@@ -94,7 +95,7 @@ def compare_gradients(model, judge):
 
 
 def losses_of(model, windows, steps, options=None, rate=1e-2, seed=9):
-    step_function = model.train_step(options or OptimizerOptions(weight_decay=0.1, max_grad_norm=0.3))
+    step_function = model.step(CausalLoss(), options or OptimizerOptions(weight_decay=0.1, max_grad_norm=0.3))
     results = [step_function(windows.window(s), learning_rate=rate, step=s, seed=seed) for s in range(steps)]
     return np.array([result.floats()[0] for result in results]), step_function
 

@@ -76,8 +76,8 @@ def test_every_record_is_within_3_percent_of_the_wall_clock(wide, tmp_path, back
 
     plan, model = run("waited")
     made, synchronize = [], plan.backend.synchronize
-    make = model.train_step
-    model.train_step = lambda *arguments: made.append(Waited(make(*arguments), synchronize)) or made[0]
+    make = model.step
+    model.step = lambda *arguments: made.append(Waited(make(*arguments), synchronize)) or made[0]
     execute(plan, model, quiet=True)
     del model
     seconds = made.pop().seconds

@@ -59,7 +59,7 @@ class Counting:
     seen: list[tuple[int, float, int, int]] = field(default_factory=list)
     loaded: Any = None
 
-    def train_step(self, options: OptimizerOptions) -> Any:
+    def step(self, objective: Any, optimizer: OptimizerOptions) -> Any:
         return self
 
     def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:

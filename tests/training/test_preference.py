@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxsloth.backend import BuildOptions, OptimizerOptions, PreferenceOptions, load_backend
-from jaxsloth.batch import Batch, Window
+from jaxsloth.backend import BuildOptions, OptimizerOptions, load_backend
+from jaxsloth.batch import Window
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.objectives.causal_lm import CausalLoss
+from jaxsloth.objectives.preference import REFERENCE, PreferenceLoss
 from jaxsloth.parity.measure import max_abs, relative_frobenius
 from jaxsloth.transforms import add_lora
 from tests.support.preference_judge import ALPHA, RANK, SMALL, Judge, window_of
@@ -20,10 +22,10 @@ from tests.support.tiny import random_weights
 BACKENDS = ("torch", "jax")
 both = pytest.mark.parametrize("backend", BACKENDS)
 LOSSES = {
-    "sigmoid": PreferenceOptions(beta=0.3),
-    "conservative": PreferenceOptions(beta=0.3, label_smoothing=0.2),
-    "ipo": PreferenceOptions(loss="ipo", beta=0.5),
-    "hinge": PreferenceOptions(loss="hinge", beta=0.1),
+    "sigmoid": PreferenceLoss(beta=0.3),
+    "conservative": PreferenceLoss(beta=0.3, label_smoothing=0.2),
+    "ipo": PreferenceLoss(loss="ipo", beta=0.5),
+    "hinge": PreferenceLoss(loss="hinge", beta=0.1),
 }
 # No clipping, so that the first moment after one step is the gradient; a loss scale must cancel.
 PLAIN = OptimizerOptions(max_grad_norm=None)
@@ -68,16 +70,21 @@ def reference(judge) -> np.ndarray:
     return judge.log_probs(adapters=False).astype(np.float32)
 
 
-def first_step(model, preference: PreferenceOptions, window: Window, reference: np.ndarray, options=PLAIN):
+def compared(window: Window, reference: np.ndarray) -> Window:
+    """The window beside its reference's log-probs ``[rows]``."""
+    return replace(window, values={REFERENCE: reference.reshape(window.rows.shape)})
+
+
+def first_step(model, preference: PreferenceLoss, window: Window, reference: np.ndarray, options=PLAIN):
     """(loss, log-probs ``[rows]``, gradients by PEFT name) of one step."""
-    step = model.preference_step(options, preference)
-    result = step(window, reference.reshape(window.rows.shape), learning_rate=1e-3, step=0, seed=0)
+    step = model.step(preference, options)
+    result = step(compared(window, reference), learning_rate=1e-3, step=0, seed=0)
     suffix, rise = ".exp_avg", 1.0 - options.betas[0]
     gradients = {name.removesuffix(suffix): value / rise for name, value in step.state().items() if name.endswith(suffix)}
     return result.floats()[0], result.host_log_probs().reshape(-1), gradients
 
 
-def check(model, judge: Judge, preference: PreferenceOptions, window: Window, reference: np.ndarray, options=PLAIN) -> None:
+def check(model, judge: Judge, preference: PreferenceLoss, window: Window, reference: np.ndarray, options=PLAIN) -> None:
     verdict = judge.judge(preference)
     loss, _, gradients = first_step(model, preference, window, reference, options)
     assert loss == pytest.approx(verdict.loss, abs=BAR)
@@ -117,7 +124,7 @@ def test_pairs_of_nothing_and_layouts_change_nothing(backend, implementations, j
 @pytest.mark.parametrize(("backend", "implementations"), [("torch", None), ("torch", FUSED), ("jax", None)])
 def test_log_probs_of_rows(backend, implementations, judge, reference):
     model, window = build(backend, implementations=implementations), window_of(judge.examples, 1)
-    batch, before, expected = batch_of(window), model.trainable(), judge.log_probs(adapters=True)
+    batch, before, expected = window.micro(0), model.trainable(), judge.log_probs(adapters=True)
     on, off = model.row_log_probs(), model.row_log_probs(adapters=False)
     for _ in range(2):
         np.testing.assert_allclose(on(batch), expected, rtol=1e-6)
@@ -133,11 +140,11 @@ def test_log_probs_of_rows(backend, implementations, judge, reference):
 
 def test_steps_that_are_asked_for_again_share_a_program_on_jax(judge, monkeypatch):
     """Trainers ask at every evaluation, and DPO at every step of its first epoch."""
-    from jaxsloth.jax_backend import train_step
+    from jaxsloth.jax_backend import step
 
-    traced, row_losses = [], train_step.row_losses
-    monkeypatch.setattr(train_step, "row_losses", lambda *given: traced.append(given) or row_losses(*given))
-    model, batch = build("jax"), batch_of(window_of(judge.examples, 1))
+    traced, row_losses = [], step.row_losses
+    monkeypatch.setattr(step, "row_losses", lambda *given: traced.append(given) or row_losses(*given))
+    model, batch = build("jax"), window_of(judge.examples, 1).micro(0)
     for _ in range(2):
         model.row_log_probs()(batch)
         model.row_log_probs(adapters=False)(batch)
@@ -148,12 +155,6 @@ def test_steps_that_are_asked_for_again_share_a_program_on_jax(judge, monkeypatc
     before, spec = model.row_log_probs()(batch), add_lora(replace(model.spec, lora=None), r=RANK, alpha=2 * ALPHA)
     model.add_adapters(spec, values_of(spec))
     assert max_abs(model.row_log_probs()(batch), before) > 1e-3  # the scale is compiled in
-
-
-def batch_of(window: Window, micro: int = 0) -> Batch:
-    return Batch(
-        *(array[micro] for array in (window.input_ids, window.targets, window.segments, window.positions, window.rows))
-    )
 
 
 @pytest.mark.slow
@@ -177,22 +178,23 @@ def test_dropout_is_drawn_and_the_same_on_both_backends(judge, reference):
 
 @both
 def test_wrong_windows(backend, judge, reference):
-    step = build(backend).preference_step(PLAIN, PreferenceOptions())
+    step = build(backend).step(PreferenceLoss(), PLAIN)
     window = window_of(judge.examples, 2)
     odd = window_of(judge.examples[:3], 2)
-    for wrong, log_probs, message in (
-        (replace(window, segments=window.segments * 2), reference.reshape(2, 4), "this window is packed"),
-        (odd, reference[:6].reshape(2, 3), "multiple of 2 rows on 1 device.*it has 3"),
-        (window, reference, r"every row of the window, \(2, 4\), and it has \(8,\)"),
+    for wrong, message in (
+        (compared(replace(window, segments=window.segments * 2), reference), "got a packed window"),
+        (compared(odd, reference[:6]), "multiple of 2 rows on 1 device.*got 3"),
+        (replace(window, values={REFERENCE: reference}), r"for every row, \(2, 4\), got those of \(8,\)"),
+        (window, "got none"),
     ):
         with pytest.raises(ValueError, match=message):
-            step(wrong, log_probs, learning_rate=1e-3, step=0, seed=0)
+            step(wrong, learning_rate=1e-3, step=0, seed=0)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "robust"}, "sigmoid, ipo or hinge, not 'robust'"),
+        ({"loss": "robust"}, "sigmoid, ipo, hinge, got 'robust'"),
         ({"beta": 0.0}, "beta must be positive"),
         ({"label_smoothing": 0.5}, "below 0.5"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "set it to 0 for ipo"),
@@ -200,7 +202,7 @@ def test_wrong_windows(backend, judge, reference):
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
-        PreferenceOptions(**options)
+        PreferenceLoss(**options)
 
 
 @pytest.mark.gpu
@@ -220,11 +222,11 @@ def test_steps_on_a_gpu(backend, mode):
         spec = add_lora(model.spec, r=RANK, alpha=ALPHA)
         model.add_adapters(spec, values_of(spec))
         off = model.row_log_probs(adapters=False)
-        reference = np.stack([off(batch_of(window, micro)) for micro in range(2)])
-        step, other = model.preference_step(PLAIN, PreferenceOptions()), model.train_step(PLAIN)
+        reference = np.stack([off(window.micro(micro)) for micro in range(2)])
+        step, other = model.step(PreferenceLoss(), PLAIN), model.step(CausalLoss(), PLAIN)
         curves[train_pass] = []
         for place in range(5):
-            result = step(window, reference, learning_rate=1e-3, step=place, seed=0)
+            result = step(compared(window, reference), learning_rate=1e-3, step=place, seed=0)
             loss = other(window, learning_rate=1e-3, step=place, seed=0).floats()[0]
             curves[train_pass] += [result.floats()[0], loss, *result.host_log_probs().reshape(-1)]
     np.testing.assert_allclose(curves["fused"], curves["composed"], rtol=2e-4)

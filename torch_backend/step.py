@@ -1,19 +1,21 @@
-"""A train step over a whole accumulation window, and the evaluation step."""
+"""A step over a whole accumulation window, the evaluation step, and the log-probs of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
-from jaxsloth.backend import OptimizerOptions, Regularization, StepResult
+from jaxsloth.backend import OptimizerOptions, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.kernels.dropout.contract import key_words, step_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
-from jaxsloth.models.names import EMBEDDING
+from jaxsloth.models.names import EMBEDDING, check_base_is_whole
+from jaxsloth.objectives.objective import Objective, RowObjective
 from jaxsloth.torch_backend import autograd_pass, placement
-from jaxsloth.torch_backend.objective import Objective, SummedLoss, Tensors, by_row
+from jaxsloth.torch_backend.objective import Tensors, by_row
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
 from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.state import ModelState
@@ -39,48 +41,66 @@ class OnHost:
         return self._values.tolist()
 
 
-class WindowStep:
-    """One optimizer step: every micro-batch's gradients are summed in the flat buffer, then reduced and applied once."""
+class Step:
+    """See `jaxsloth.backend.Step`. Gradients of all micro-batches are summed in the flat buffer, reduced and applied once."""
 
-    def __init__(self, model: ModelState, options: OptimizerOptions, objective: Objective) -> None:
+    def __init__(self, model: ModelState, objective: Objective, options: OptimizerOptions) -> None:
         self._model, self._objective = model, objective
         self._optimizer = make_optimizer(model.flat(), options, model.options.implementations)
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._program = model.written_program()
 
+    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+        objective, device = self._objective, self._model.decoder.device
+        count, values = objective.prepare(window, placement.world_size())
+        mine = placement.share(window.input_ids.shape[1])
+        arrays = {name: to_device(value[:, mine], device) for name, value in values.items()}
+        factor = torch.full((), self._optimizer.loss_scale / count, dtype=torch.float32, device=device)
+        total, log_probs = torch.zeros_like(factor), None
+        if isinstance(objective, RowObjective):
+            log_probs = torch.zeros(window.rows.shape, dtype=torch.float32, device=device)
+        for micro, result in self._passes(window, factor, arrays, step, seed):
+            if log_probs is None:
+                total += result / count
+            else:
+                log_probs[micro, mine] = result
+        if isinstance(objective, RowObjective) and log_probs is not None:
+            flat = {name: value.flatten() for name, value in arrays.items()}
+            total = objective.losses_and_grads(torch, log_probs[:, mine].flatten(), flat)[0].sum() / count
+            placement.sum_over_processes(log_probs)
+        return StepResult(*self._update(learning_rate, total), log_probs)
+
     def _passes(
-        self, window: Window, tensors_of: Callable[[int], Tensors], step: int, seed: int
+        self, window: Window, factor: torch.Tensor, arrays: Tensors, step: int, seed: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Adds up the gradients of this process' rows: (micro-batch, what the objective makes of it, good until the next)."""
-        model, device = self._model, self._model.decoder.device
+        model = self._model
         self._optimizer.flat.gradient.zero_()
-        words = torch.tensor(step_words(seed, step), device=device) if self._drops else None
+        words = torch.tensor(step_words(seed, step), device=factor.device) if self._drops else None
         mine = placement.share(window.input_ids.shape[1])
         if self._program is not None:
             self._program.begin((mine.stop - mine.start) * window.input_ids.shape[2])
         for micro in range(window.input_ids.shape[0]):
-            batch = Batch(
-                window.input_ids[micro, mine],
-                window.targets[micro, mine],
-                window.segments[micro, mine],
-                window.positions[micro, mine],
-                window.rows[micro, mine],
-            )
+            batch = window.micro(micro).take(mine)
+            tensors = {"factor": factor} | {name: array[micro] for name, array in arrays.items()}
+            if self._objective.noise:
+                tensors["noise"] = self._noise(batch, seed, step)
             if self._program is not None:
-                inputs = tensors_of(micro) if words is None else tensors_of(micro) | {"dropout_words": words}
+                inputs = tensors if words is None else tensors | {"dropout_words": words}
                 yield micro, self._program.add_gradients(batch, self._objective, inputs)
             else:
-                yield (
-                    micro,
-                    autograd_pass.add_gradients(model.decoder, batch, self._objective, words, tensors_of(micro)),
-                )
+                yield micro, autograd_pass.add_gradients(model.decoder, batch, self._objective, words, tensors)
 
-    def _factor(self, count: int) -> torch.Tensor:
-        """The factor of the gradients of a mean over `count`."""
-        return torch.full((), self._optimizer.loss_scale / count, dtype=torch.float32, device=self._model.decoder.device)
+    def _noise(self, batch: Batch, seed: int, step: int) -> torch.Tensor:
+        """The noise on the embeddings."""
+        device = self._model.decoder.device
+        rows, segments = to_device(batch.rows, device), to_device(batch.segments, device)
+        key = torch.tensor(key_words(seed, step, EMBEDDING), device=device)
+        return embedding_noise(key, rows, segments, self._model.spec.hidden, alpha=self._objective.noise)
 
     def _update(self, learning_rate: float, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, OnHost]:
-        """Applies the gradients and sums `total`, this process' part of the loss, over all: the fields of a `StepResult`."""
+        """Applies the gradients and sums `total`, this process' part of the loss, over all: the first fields of a
+        `StepResult`."""
         grad_norm, skipped = self._optimizer.step(learning_rate, total)
         return total, grad_norm, skipped, OnHost(torch.stack([total, grad_norm, torch.full_like(total, float(skipped))]))
 
@@ -92,33 +112,6 @@ class WindowStep:
 
     def freeze(self, names: Collection[str]) -> None:
         self._optimizer.freeze(names)
-
-
-class TrainStep(WindowStep):
-    """See `jaxsloth.backend.TrainStep`."""
-
-    def __init__(self, model: ModelState, options: OptimizerOptions, regularization: Regularization) -> None:
-        super().__init__(model, options, SummedLoss(regularization.label_smoothing))
-        self._alpha = regularization.embedding_noise
-
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
-        count = max(window.valid_tokens, 1)
-        tensors = {"factor": self._factor(count)}
-        total = torch.zeros_like(tensors["factor"])
-
-        def tensors_of(micro: int) -> Tensors:
-            return tensors | {"noise": self._noise(window, micro, seed, step)} if self._alpha else tensors
-
-        for _, loss in self._passes(window, tensors_of, step, seed):
-            total += loss / count
-        return StepResult(*self._update(learning_rate, total))
-
-    def _noise(self, window: Window, micro: int, seed: int, step: int) -> torch.Tensor:
-        """The noise on the embeddings of this process' rows."""
-        device, mine = self._model.decoder.device, placement.share(window.input_ids.shape[1])
-        rows, segments = to_device(window.rows[micro, mine], device), to_device(window.segments[micro, mine], device)
-        key = torch.tensor(key_words(seed, step, EMBEDDING), device=device)
-        return embedding_noise(key, rows, segments, self._model.spec.hidden, alpha=self._alpha)
 
 
 class EvalStep:
@@ -141,7 +134,7 @@ class RowLosses:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, slice]:
         mine = placement.share(batch.input_ids.shape[0])
-        own = Batch(batch.input_ids[mine], batch.targets[mine], batch.segments[mine], batch.positions[mine], batch.rows[mine])
+        own = batch.take(mine)
         if self._program is None:
             return by_row(
                 *autograd_pass.losses(self._model.decoder, own, None, smoothing=self._smoothing), own.input_ids.shape
@@ -150,9 +143,19 @@ class RowLosses:
         return self._program.row_losses(own, self._smoothing), mine
 
 
-def make_train_step(model: ModelState, options: OptimizerOptions, regularization: Regularization) -> TrainStep:
-    return TrainStep(model, options, regularization)
+def make_row_log_probs(model: ModelState, adapters: bool) -> Callable[[Batch], np.ndarray]:
+    """See `jaxsloth.backend.Model.row_log_probs`."""
+    rows, flat = RowLosses(model), None
+    if not adapters and model.spec.lora is not None:
+        check_base_is_whole(model.spec)
+        flat = model.flat()
 
+    def row_log_probs(batch: Batch) -> np.ndarray:
+        with nullcontext() if flat is None else flat.zeroed():
+            losses, mine = rows(batch)
+        whole = losses.new_zeros(batch.input_ids.shape[0])
+        whole[mine] = -losses
+        placement.sum_over_processes(whole)
+        return whole.cpu().numpy()
 
-def make_eval_step(model: ModelState, smoothing: float) -> EvalStep:
-    return EvalStep(model, smoothing)
+    return row_log_probs
