@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from jaxsloth.backend import OptimizerOptions
+from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch, check_length
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import FILLER_ROW, WindowStream, eval_batches
@@ -35,7 +35,7 @@ from jaxsloth.frontend.module.peft_adoption import check_wrappers
 from jaxsloth.frontend.optimizer_view import BackendOptimizer, optimizer_options, scheduler_of
 from jaxsloth.frontend.peft_models import adopted, set_checkpointing
 from jaxsloth.frontend.rows import Held, all_of, check_rows, each, one_of, rows_needed
-from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights, Step
+from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights
 from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
 from jaxsloth.frontend.trainer_run import (
     Metrics,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from jaxsloth.backend import OptimizerOptions
+from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import eval_batches
@@ -19,7 +19,6 @@ from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, D
 from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
 from jaxsloth.frontend.preference import Compared, References, ReferredStep, pair_metrics, score_rows
 from jaxsloth.frontend.rows import all_of
-from jaxsloth.frontend.shared_weights import Step
 from jaxsloth.frontend.trainer_run import Metrics, means
 from jaxsloth.models.names import lora_names
 from jaxsloth.objectives.preference import REFERENCE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -49,20 +50,16 @@ def _digest(example: Example) -> bytes:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(StepResult):
     """A step's result with what it was compared with: reference and real (rows that don't only fill the shape)
-    ``[micro, rows]``."""
+    ``[accumulation, batch]``."""
 
-    result: StepResult
-    reference: np.ndarray
-    real: np.ndarray
-
-    def floats(self) -> tuple[float, float, bool]:
-        return self.result.floats()
+    reference: Any = None
+    real: Any = None
 
     def metrics(self, beta: float) -> list[dict[str, float]]:
         """A dict a micro-batch."""
-        policy = self.result.host_log_probs()
+        policy = self.host_log_probs()
         micros = zip(policy, self.reference, self.real, strict=True)
         return [pair_metrics(own[real], other[real], beta) for own, other, real in micros if real.any()]
 
@@ -79,7 +76,8 @@ class ReferredStep:
         reference = np.zeros(window.rows.shape, np.float32)
         reference[real] = values[window.rows[real]]
         compared = replace(window, values={REFERENCE: reference})
-        return Compared(self._step(compared, learning_rate=learning_rate, step=step, seed=seed), reference, real)
+        result = self._step(compared, learning_rate=learning_rate, step=step, seed=seed)
+        return Compared(**vars(result), reference=reference, real=real)
 
     def state(self) -> dict[str, np.ndarray]:
         return self._step.state()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from jaxsloth.batch import Window
+from jaxsloth.backend import Step
 from jaxsloth.frontend.adapters import native_adapter, native_spec, parts_by_name
 from jaxsloth.frontend.arguments import warn_once
 from jaxsloth.frontend.module.passes import to_torch
@@ -21,26 +21,6 @@ from jaxsloth.frontend.module.peft_adoption import Active, active_parts
 from jaxsloth.models.names import trainable_shapes
 
 ELSEWHERE = "TRL's trainer drives this module unchanged"
-
-
-class Result(Protocol):
-    """What a step returns: read when the run needs to know."""
-
-    def floats(self) -> tuple[float, float, bool]:
-        """Waits for the device: (loss, grad_norm, skipped)."""
-        ...
-
-
-class Step(Protocol):
-    """A `TrainStep`, or what a trainer makes of another of the backend's steps."""
-
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> Result: ...
-
-    def state(self) -> dict[str, np.ndarray]: ...
-
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None: ...
-
-    def freeze(self, names: Any) -> None: ...
 
 
 @dataclass(frozen=True)

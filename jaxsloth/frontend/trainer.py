@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from jaxsloth.backend import OptimizerOptions
+from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.windows import WindowStream
@@ -15,7 +15,6 @@ from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, real
 from jaxsloth.frontend.collated import CollatedStream, Collator, has_masked, shown
 from jaxsloth.frontend.sft_config import RULES, SFTConfig
 from jaxsloth.frontend.sft_data import encode
-from jaxsloth.frontend.shared_weights import Step
 from jaxsloth.frontend.trainer_config import Reasons
 from jaxsloth.objectives.causal_lm import CausalLoss
 

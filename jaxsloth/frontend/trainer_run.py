@@ -1,10 +1,10 @@
-"""A run of a native trainer: transformers' flow of events and decisions around a backend's step."""
+"""A run of a native trainer: transformers' events and decisions as a flow around the training loop."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
-from jaxsloth.backend import Backend, Model
+from jaxsloth.backend import Backend, Model, Step
+from jaxsloth.batch import Window
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.peft_adapter import check_values, read_adapter, stored, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError
@@ -25,7 +26,7 @@ from jaxsloth.data.windows import WindowStream
 from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.frontend.arguments import warn_once
 from jaxsloth.frontend.optimizer_view import OPTIMIZERS, BackendOptimizer, go_on_from, scheduler_of
-from jaxsloth.frontend.shared_weights import Result, SharedWeights
+from jaxsloth.frontend.shared_weights import SharedWeights
 from jaxsloth.frontend.trainer_surface import overridden
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.training.checkpoint import (
@@ -39,7 +40,7 @@ from jaxsloth.training.checkpoint import (
     steps_saved,
 )
 from jaxsloth.training.fingerprints import Fingerprints, check_fingerprints
-from jaxsloth.training.loop import NonFiniteLossError
+from jaxsloth.training.loop import Dispatched, Loop
 
 _SAVE_BEST = "best"
 
@@ -133,8 +134,8 @@ class Owner(Protocol):
 
 @dataclass
 class TrainerRun:
-    """One `train()`. weights: what is trained, and the step that trains it; optimizer: how it steps, as callbacks see it;
-    base_model: what checkpoints call the base."""
+    """One `train()`, a `training.loop.Flow`. weights: what is trained, and the step that trains it; optimizer: how it steps, as
+    callbacks see it; base_model: what checkpoints call the base."""
 
     owner: Owner
     model: Model
@@ -145,14 +146,10 @@ class TrainerRun:
     base_model: str
     fingerprints: Fingerprints
     resume_anyway: Collection[str] = ()
-    _pending: list[Result] = field(default_factory=list)
-    _losses: list[float] = field(default_factory=list)
-    _measured: list[Metrics] = field(default_factory=list)
     _begun: tuple[float, int] = (0.0, 0)
-    _grad_norm: float = math.nan
     _all_losses: float = 0.0
     _logged: int = 0
-    _rate: float = 0.0
+    _in_epoch: bool = False
     _max_norm: float | None = None
     scheduler: LambdaLR = field(init=False)
 
@@ -184,9 +181,9 @@ class TrainerRun:
         self._tell("on_train_begin")
         if args.eval_on_start and self.owner.held_out:
             self._evaluate()  # as in transformers, it is no candidate for the best
-        while state.global_step < state.max_steps and not self.owner.control.should_training_stop:
-            self._epoch()
-        self._settle()
+        loop = Loop(self, args.seed)
+        loop.run(first)
+        self._all_losses += sum(item.loss for item in loop.unlogged if not item.skipped)
         self._load_best()
         done, seconds = state.global_step - first, time.perf_counter() - start
         loss = self._all_losses / max(done, 1)
@@ -202,55 +199,76 @@ class TrainerRun:
         self._tell("on_train_end")
         return state.global_step, loss, metrics | {"epoch": state.epoch or 0.0}
 
-    def _epoch(self) -> None:
+    def prepare(self, step: int) -> tuple[Step, Window, float] | None:
+        control = self.owner.control
+        if not self._in_epoch:
+            if step >= self.state.max_steps or control.should_training_stop:
+                return None
+            self._tell("on_epoch_begin")
+            self._in_epoch = True
+        self._tell("on_step_begin")
+        window = self.windows.window(step)
+        for _ in range(len(window.input_ids) - 1):
+            self._tell("on_substep_end")
+        self._tell("on_pre_optimizer_step")
+        self.weights.to_backend()
+        if self.args.max_grad_norm != self._max_norm:  # it counts at every step, as in transformers
+            self._max_norm = self.args.max_grad_norm
+            self.weights.renew()
+        return self.weights.step, window, self.optimizer.rate()
+
+    def stepped(self, item: Dispatched) -> Iterator[None]:
         state, per_epoch = self.state, self.windows.steps_per_epoch
-        self._tell("on_epoch_begin")
-        for _ in range(per_epoch - state.global_step % per_epoch):
-            self._tell("on_step_begin")
-            step, window = state.global_step, self.windows.window(state.global_step)
-            for _ in range(len(window.input_ids) - 1):
-                self._tell("on_substep_end")
-            self._tell("on_pre_optimizer_step")
-            self.weights.to_backend()
-            if self.args.max_grad_norm != self._max_norm:  # it counts at every step, as in transformers
-                self._max_norm = self.args.max_grad_norm
-                self.weights.renew()
-            self._rate = self.optimizer.rate()
-            self._pending.append(self.weights.step(window, learning_rate=self._rate, step=step, seed=self.args.seed))
-            self.weights.stepped()
-            self._tell("on_optimizer_step")
-            self.scheduler.step()
-            state.global_step, state.epoch = step + 1, self._epochs(step + 1)
-            state.num_input_tokens_seen += window.tokens
-            self._tell("on_step_end")
-            self._act()
-            if self.owner.control.should_epoch_stop or self.owner.control.should_training_stop:
-                break
-        self._tell("on_epoch_end")
-        self._act()
+        self.weights.stepped()
+        self._tell("on_optimizer_step")
+        self.scheduler.step()
+        state.global_step, state.epoch = item.step, self._epochs(item.step)
+        state.num_input_tokens_seen += item.tokens
+        self._tell("on_step_end")
+        yield
+        control = self.owner.control
+        if item.step % per_epoch == 0 or control.should_epoch_stop or control.should_training_stop:
+            self._in_epoch = False
+            self._tell("on_epoch_end")
+            yield
+
+    @property
+    def logs(self) -> bool:
+        return self.owner.control.should_log and self.state.global_step > self._logged
+
+    @property
+    def evaluates(self) -> bool:
+        return self.owner.control.should_evaluate and bool(self.owner.held_out)
+
+    @property
+    def saves(self) -> bool:
+        return self.owner.control.should_save
 
     def _epochs(self, steps: int) -> float:
         """How many epochs these steps are, counted in micro-batches, as transformers does."""
         whole, rest = divmod(steps, self.windows.steps_per_epoch)
         return whole + rest * self.windows.accumulation / self.windows.batches_per_epoch
 
-    def _act(self) -> None:
-        """Logs, evaluates and saves, where the flow or a callback asked for it."""
-        state, owner = self.state, self.owner
-        if owner.control.should_log and state.global_step > self._logged:
-            self._settle()
-            own = {"loss": float(np.mean(self._losses)), "grad_norm": self._grad_norm, "learning_rate": self._rate}
-            self._log(own | means(self._measured) | {"num_tokens": float(state.num_input_tokens_seen)})
-            self._losses, self._measured, self._logged = [], [], state.global_step
-        if owner.control.should_evaluate and owner.held_out:
-            self._settle()
-            improved = self._decide(self._evaluate())
-            if self.args.save_strategy == _SAVE_BEST:
-                owner.control.should_save = improved
-        if owner.control.should_save:
-            self._settle()
-            self._save()
-            self._tell("on_save")
+    def log(self, items: Sequence[Dispatched]) -> None:
+        done = [item for item in items if not item.skipped]
+        self._all_losses += sum(item.loss for item in done)
+        own = {
+            "loss": float(np.mean([item.loss for item in done])),
+            "grad_norm": items[-1].grad_norm,
+            "learning_rate": items[-1].rate,
+        }
+        measured = [metrics for item in done for metrics in self.owner.measure(item.result)]
+        self._logged = self.state.global_step
+        self._log(own | means(measured) | {"num_tokens": float(self.state.num_input_tokens_seen)})
+
+    def evaluate(self) -> None:
+        improved = self._decide(self._evaluate())
+        if self.args.save_strategy == _SAVE_BEST:
+            self.owner.control.should_save = improved
+
+    def save(self) -> None:
+        self._save()
+        self._tell("on_save")
 
     def _log(self, logs: dict[str, float]) -> None:
         self._show_to("log")
@@ -264,23 +282,6 @@ class TrainerRun:
         """Brings the module up to date for a subclass' own method, which may look at weights."""
         if overridden(self.owner, method):
             self.weights.to_module()
-
-    def _settle(self) -> None:
-        """Waits for the steps that were handed to the device."""
-        first = self.state.global_step - len(self._pending) + 1
-        for step, result in enumerate(self._pending, start=first):
-            loss, self._grad_norm, skipped = result.floats()
-            if skipped:
-                continue
-            if not math.isfinite(loss):
-                raise NonFiniteLossError(
-                    f"the loss of step {step} is {loss}; lower the learning rate, or look at that step's rows. Checkpoints "
-                    "from before it are whole"
-                )
-            self._losses.append(loss)
-            self._measured.extend(self.owner.measure(result))
-            self._all_losses += loss
-        self._pending = []
 
     def _decide(self, metrics: Metrics) -> bool:
         """Whether the metric that args names is the best so far; KeyError lists the metrics that there are."""

@@ -1,6 +1,6 @@
-"""The training loop, shared by both backends: it hands windows to a train step and reads results only when it logs them.
+"""The training loop under every door: it hands a run's batches to its step, and reads results only when they are needed.
 
-A log entry's tokens_per_s is the tokens of the steps between two entries by the time between their completions: devices compute
+What surrounds the steps is a `Flow`: a recipe's run (`fit`), or a trainer's, with transformers' callbacks. Devices compute
 while the host goes on, so a thread waits for results and notes the time (`completion`). Evaluations and saves wait for the step
 before them and stop the clock; compiling counts for the step that needs it.
 """
@@ -8,74 +8,83 @@ before them and stop the clock; compiling counts for the step that needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
-from jaxsloth.backend import Model, OptimizerOptions, Step, StepResult
-from jaxsloth.batch import Batch, Window
-from jaxsloth.objectives.causal_lm import CausalLoss
-from jaxsloth.training.checkpoint import SavedRun
+from jaxsloth.backend import Step, StepResult
+from jaxsloth.batch import Window
 from jaxsloth.training.completion import Completion, Completions
-from jaxsloth.training.log import Entry
-
-
-class Callback(Protocol):
-    """Who is told what happens. Every method gets the log entry or, for `on_save`, the step."""
-
-    def on_log(self, entry: Entry) -> None: ...
-
-    def on_evaluate(self, entry: Entry) -> None: ...
-
-    def on_save(self, step: int) -> None: ...
-
-
-class Windows(Protocol):
-    """Random access to the windows of a run."""
-
-    def window(self, step: int) -> Window: ...
 
 
 class NonFiniteLossError(FloatingPointError):
     """The loss became NaN or infinite: nothing after it can be right."""
 
 
-@dataclass(frozen=True)
-class FitOptions:
-    """How the loop runs. Steps count optimizer updates; learning_rate maps a step (from 0) to its rate.
+@dataclass
+class Dispatched:
+    """A step that was handed to the device. step: counted from 1; tokens: of its batch. What follows `completion` is known once
+    it is read; seconds: of training, when it was done."""
 
-    read_late: a step's result is read when the next step has been handed to the device, which then never waits for the host;
-    of no use where computing is synchronous (CPU).
-    """
-
-    total_steps: int
-    learning_rate: Callable[[int], float]
-    optimizer: OptimizerOptions
-    seed: int
-    log_every: int = 1
-    evaluate_every: int | None = None
-    save_every: int | None = None
-    save_best: bool = False
-    stop_after: int | None = None
-    read_late: bool = True
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, over all its parts. seconds: of training alone, without evaluations and saves; first_tokens and
-    first_seconds: the share of each part's first step, which compiles."""
-
-    step: int = 0
-    tokens: int = 0
+    step: int
+    result: StepResult
+    rate: float
+    tokens: int
+    completion: Completion | None = None
     seconds: float = 0.0
-    first_tokens: int = 0
-    first_seconds: float = 0.0
-    best_step: int | None = None
-    best_loss: float | None = None
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    skipped: bool = False
+
+    def read(self, clock: Stopwatch) -> None:
+        """Waits for the device.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite, and fp16 did not skip the step for it.
+        """
+        self.loss, self.grad_norm, self.skipped = self.result.floats()
+        seen = self.completion.at if self.completion is not None else None
+        self.seconds = clock.seconds(perf_counter() if seen is None else seen)
+        if not math.isfinite(self.loss) and not self.skipped:
+            raise NonFiniteLossError(
+                f"the loss of step {self.step} is {self.loss}; lower the learning rate, or look at that step's rows. "
+                "Checkpoints from before it are whole"
+            )
 
 
-class _Stopwatch:
+class Flow(Protocol):
+    """What surrounds the steps of a run. logs, evaluates and saves: what is due after the step that was handed over last; they
+    are asked for again after each of them, since one may lead to another."""
+
+    @property
+    def logs(self) -> bool: ...
+
+    @property
+    def evaluates(self) -> bool: ...
+
+    @property
+    def saves(self) -> bool: ...
+
+    def prepare(self, step: int) -> tuple[Step, Window, float] | None:
+        """(what steps, its batch, its learning rate) of a step counted from 0; None where the run is over."""
+        ...
+
+    def stepped(self, item: Dispatched) -> Iterator[None]:
+        """Takes note of a step that was handed to the device; yields wherever something may be due."""
+        ...
+
+    def log(self, items: Sequence[Dispatched]) -> None:
+        """Logs the steps since the last log, all of them read."""
+        ...
+
+    def evaluate(self) -> None: ...
+
+    def save(self) -> None: ...
+
+
+class Stopwatch:
     """Seconds of training, over a run's parts."""
 
     def __init__(self, before: float) -> None:
@@ -94,135 +103,64 @@ class _Stopwatch:
         self._start = perf_counter()
 
 
-@dataclass
-class _Dispatched:
-    """A step that was handed to the device. tokens: of the run up to it; read: whether it has been waited for."""
+class Loop:
+    """One run of a flow.
 
-    step: int
-    result: StepResult
-    rate: float
-    tokens: int
-    logged: bool
-    completion: Completion | None
-    read: bool = False
-
-
-@dataclass
-class Fit:
-    """One run of the loop over a model.
-
-    save is called with the progress and the optimizer's state, and must write a checkpoint. `run` returns the last progress.
+    read_late: a step that is only to be logged is read when the next one has been handed over, so that the device never waits
+    for the host; of no use where computing is synchronous (CPU). seconds: of training in the run's earlier parts, and later
+    those at the last evaluation or save. first: the first step, which compiles, once it is read. unlogged: the steps that were
+    read since the last log.
     """
 
-    model: Model
-    windows: Windows
-    held_out: Sequence[Batch]
-    options: FitOptions
-    save: Callable[[Progress, dict[str, Any]], None]
-    callbacks: Sequence[Callback] = ()
-    progress: Progress = field(default_factory=Progress)
+    def __init__(self, flow: Flow, seed: int, *, read_late: bool = False, seconds: float = 0.0) -> None:
+        self._flow, self._seed, self._late = flow, seed, read_late
+        self._clock, self.seconds = Stopwatch(seconds), seconds
+        self._pending: list[Dispatched] = []
+        self._put_off: bool | None = None  # the pending steps are to be read when the next is on its way, and logged or not
+        self.unlogged: list[Dispatched] = []
+        self.first: Dispatched | None = None
 
-    def run(self, resume: SavedRun | None = None) -> Progress:
-        """Trains up to total_steps, or to step stop_after; the last step is evaluated and saved.
+    def run(self, step: int) -> None:
+        """Trains from a step (counted from 0) until the flow ends it; NonFiniteLossError where a loss is not finite."""
+        with Completions() if self._late else nullcontext() as completions:
+            while (work := self._flow.prepare(step)) is not None:
+                function, window, rate = work
+                result = function(window, learning_rate=rate, step=step, seed=self._seed)
+                completion = None if completions is None else completions.watch(result.wait)
+                step += 1
+                item = Dispatched(step, result, rate, window.tokens, completion)
+                if self._put_off is not None:
+                    self._settle(self._put_off)
+                self._pending.append(item)
+                for _ in self._flow.stepped(item):
+                    self._act()
+            self._settle(bool(self._put_off))
 
-        Raises:
-            NonFiniteLossError: a step's loss is NaN or infinite; the checkpoints before it stay.
-        """
-        step_function = self.model.step(CausalLoss(), self.options.optimizer)
-        if resume is not None:
-            step_function.load_state(resume.optimizer)
-        self._evaluate_step = self.model.eval_step() if self.held_out else None
-        end = min(self.options.total_steps, self.options.stop_after or self.options.total_steps)
-        self._clock, self._starts = _Stopwatch(self.progress.seconds), True
-        self._mark = (self.progress.tokens, self.progress.seconds)
-        with Completions() as completions:
-            self._steps(step_function, end, completions)
-        return self.progress
+    def _act(self) -> None:
+        """Does what is due, or puts it off."""
+        flow = self._flow
+        logs, waits = flow.logs, self._late and not (flow.evaluates or flow.saves)
+        if waits and (logs or self.first is None):
+            self._put_off = logs
+        elif logs or self.first is None:
+            self._settle(logs)
+        if flow.evaluates or flow.saves:
+            self._settle(False)
+            self.seconds = self._clock.stop()
+            if flow.evaluates:
+                flow.evaluate()
+            if flow.saves:
+                flow.save()
+            self._clock.go_on()
 
-    def _steps(self, step_function: Step, end: int, completions: Completions) -> None:
-        tokens, last, options = self.progress.tokens, None, self.options
-        for step in range(self.progress.step, end):
-            window, rate = self.windows.window(step), options.learning_rate(step)
-            result = step_function(window, learning_rate=rate, step=step, seed=options.seed)
-            tokens += window.tokens
-            done = step + 1
-            saves, evaluates = self._due(options.save_every, done, end), self._due(options.evaluate_every, done, end)
-            logged = done % options.log_every == 0 or done == end
-            late = options.read_late and not (saves or evaluates)
-            completion = completions.watch(result.wait) if late and (logged or last is None) else None
-            if last is not None and (last.logged or self._starts):
-                self._read(last)
-            last = _Dispatched(done, result, rate, tokens, logged, completion)
-            if saves or evaluates or ((logged or self._starts) and not options.read_late):
-                self._read(last)
-            if saves or evaluates:
-                self._beside_training(last, step_function, saves, evaluates)
-
-    @staticmethod
-    def _due(every: int | None, done: int, end: int) -> bool:
-        return done == end or (every is not None and done % every == 0)
-
-    def _beside_training(self, last: _Dispatched, step_function: Step, saves: bool, evaluates: bool) -> None:
-        """Evaluates and saves after a step that has been waited for."""
-        self.progress = replace(self.progress, step=last.step, tokens=last.tokens, seconds=self._clock.stop())
-        improved = evaluates and self._evaluate()
-        if saves or (improved and self.options.save_best):
-            self.save(self.progress, step_function.state())
-            for callback in self.callbacks:
-                callback.on_save(last.step)
-        self._clock.go_on()
-
-    def _read(self, item: _Dispatched) -> None:
-        """Waits for a step, once, and logs it where it is to be logged."""
-        if item.read:
-            return
-        item.read = True
-        loss, grad_norm, skipped = item.result.floats()
-        seen = item.completion.at if item.completion is not None else None
-        seconds = self._clock.seconds(perf_counter() if seen is None else seen)
-        if not math.isfinite(loss) and not skipped:
-            raise NonFiniteLossError(
-                f"the loss of step {item.step} is {loss}; lower the learning rate, or look at that step's rows. "
-                "Checkpoints from before it are whole"
-            )
-        if self._starts:
-            self._starts, before = False, self.progress
-            first_tokens = before.first_tokens + item.tokens - before.tokens
-            self.progress = replace(
-                before, first_tokens=first_tokens, first_seconds=before.first_seconds + seconds - before.seconds
-            )
-        if item.logged:
-            self._log(item, (loss, grad_norm, skipped), seconds)
-
-    def _log(self, item: _Dispatched, result: tuple[float, float, bool], seconds: float) -> None:
-        loss, grad_norm, skipped = result
-        speed = (item.tokens - self._mark[0]) / max(seconds - self._mark[1], 1e-9)
-        self._mark = (item.tokens, seconds)
-        entry: Entry = {
-            "step": item.step,
-            "loss": loss,
-            "learning_rate": item.rate,
-            "grad_norm": grad_norm,
-            "tokens": item.tokens,
-            "tokens_per_s": round(speed, 1),
-            "seconds": round(seconds, 3),
-        }
-        if skipped:
-            entry["skipped"] = True
-        for callback in self.callbacks:
-            callback.on_log(entry)
-
-    def _evaluate(self) -> bool:
-        """Measures the held-out loss, summed over every target and divided by their count; whether it is the lowest so far."""
-        if self._evaluate_step is None:
-            return False
-        totals = [self._evaluate_step(batch) for batch in self.held_out]
-        count = sum(tokens for _, tokens in totals)
-        loss = sum(float(total) for total, _ in totals) / max(count, 1)
-        step, best = self.progress.step, self.progress.best_loss
-        improved = best is None or loss < best
-        if improved:
-            self.progress = replace(self.progress, best_step=step, best_loss=loss)
-        for callback in self.callbacks:
-            callback.on_evaluate({"step": step, "eval_loss": loss, "eval_tokens": count})
-        return improved
+    def _settle(self, logs: bool) -> None:
+        """Waits for the steps that were handed over."""
+        self._put_off = None
+        for item in self._pending:
+            item.read(self._clock)
+        self.unlogged += self._pending
+        self.first = self.first or next(iter(self.unlogged), None)
+        self._pending = []
+        if logs:
+            done, self.unlogged = self.unlogged, []
+            self._flow.log(done)

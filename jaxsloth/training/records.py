@@ -22,8 +22,8 @@ from jaxsloth.recipe import Recipe
 from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import SavedRun, TrainerState
 from jaxsloth.training.fingerprints import Fingerprints
+from jaxsloth.training.fit import Progress
 from jaxsloth.training.log import Entry, RunLog
-from jaxsloth.training.loop import Progress
 from jaxsloth.training.plot import plot_losses
 
 ADAPTER, LOG, PLOT, RECIPE = "adapter", "log.jsonl", "loss.png", "recipe.yaml"

@@ -37,10 +37,10 @@ from jaxsloth.terminal import console
 from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import SavedRun, check_lora
 from jaxsloth.training.fingerprints import check_fingerprints, check_kinds, fingerprints
+from jaxsloth.training.fit import Callback, Fit, FitOptions, Progress
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.training.lock import LOCK, check_free, lock
 from jaxsloth.training.log import Entry
-from jaxsloth.training.loop import Callback, Fit, FitOptions, Progress
 from jaxsloth.training.progress import ProgressBar
 from jaxsloth.training.records import RECIPE, Bookkeeping, Plan, RunResult, output_folder, result_of
 from jaxsloth.training.schedule import learning_rate

@@ -13,7 +13,8 @@ from jaxsloth.backend import OptimizerOptions, StepResult
 from jaxsloth.batch import Batch, Window
 from jaxsloth.training.checkpoint import SavedRun, TrainerState
 from jaxsloth.training.completion import Completion, Completions
-from jaxsloth.training.loop import Fit, FitOptions, NonFiniteLossError, Progress
+from jaxsloth.training.fit import Fit, FitOptions, Progress
+from jaxsloth.training.loop import NonFiniteLossError
 
 OPTIONS = FitOptions(total_steps=6, learning_rate=lambda step: 0.1 * (step + 1), optimizer=OptimizerOptions(), seed=9)
 
@@ -278,12 +279,18 @@ def test_a_result_is_read_only_after_the_next_step_was_dispatched():
     assert model.journal == ["step 1", "step 2", "read 1", "step 3", "read 2", "read 3"]
 
 
-def test_results_that_are_not_logged_are_not_read():
+def test_results_are_read_where_one_is_logged():
     """But for the first, which says how long compiling took."""
     model = Counting()
     _, recorder, _ = fit(model, replace(OPTIONS, total_steps=7, log_every=3))
     assert [e["step"] for e in recorder.entries] == [3, 6, 7]
-    assert [line for line in model.journal if "read" in line] == ["read 1", "read 3", "read 6", "read 7"]
+    waits = "step 1|step 2|read 1|step 3|step 4|read 2|read 3|step 5|step 6|step 7|read 4|read 5|read 6|read 7"
+    assert model.journal == waits.split("|")
+
+
+def test_a_loss_that_is_not_finite_names_its_step_though_a_later_one_is_logged():
+    with pytest.raises(NonFiniteLossError, match="step 4 is nan"):
+        fit(Counting(losses={4: float("nan")}), replace(OPTIONS, log_every=6))
 
 
 def test_everything_up_to_a_checkpoint_is_logged_before_it_is_written():
