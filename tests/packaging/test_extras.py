@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from jaxsloth.extras import PACKAGES
-from tests.support.environments import Environment, closure, extras_of_project
+from tests.support.environments import ROOT, Environment, closure, extras_of_project
 from tests.support.tiny import recipe_values, write_checkpoint, write_rows
 
 # Runs commands one after the other: [[exit code or the error, stdout, stderr], …].
@@ -187,3 +190,18 @@ def test_the_front_end(tiny, tmp_path, extras, backend):
         load = f"from jaxsloth import FastLanguageModel; FastLanguageModel.from_pretrained({str(tiny[0])!r}, backend='jax')"
         assert environment.run("-c", load).stderr.strip().endswith("run: pip install 'jaxsloth[jax]'")
     assert closure(("demo",)) == closure(("frontend", "jax"))  # and make demo, which .ci/run runs, is the rest
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_that_are_allowed(tiny, tmp_path):
+    """Of Hugging Face's libraries, which move what they hold: a machine may have older ones than this one."""
+    extras, oldest = extras_of_project(), tmp_path / "oldest"
+    allowed = {one.name: one for one in map(Requirement, (*extras[""], *extras["frontend"]))}
+    lowest = [f"{name}=={next(iter(allowed[name].specifier)).version}" for name in ("transformers", "peft", "accelerate")]
+    # What transformers 5.17 needs beside them and newer ones do not.
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(oldest)]
+    subprocess.run([*command, *lowest, "huggingface-hub<2", "httpx", "httpcore", "sniffio"], check=True)
+    environment = Environment(tmp_path / "frontend", ("frontend",))
+    paths = os.pathsep.join(map(str, (ROOT, oldest, tmp_path / "frontend")))
+    done = environment.run("-c", FRONTEND, str(tiny[0]), "torch", PYTHONPATH=paths)
+    assert done.returncode == 0 and done.stdout.endswith("all of it\n"), done.stderr

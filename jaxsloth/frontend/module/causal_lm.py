@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 
 from jaxsloth.backend import CheckpointingName, Model
 from jaxsloth.batch import IGNORE, check_length
@@ -195,7 +194,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
             chosen = keep if isinstance(keep, torch.Tensor) else min(keep, new) or (new if new < prepared.length else 0)
             found = prepared.run(output, 0 if isinstance(chosen, torch.Tensor) else chosen)
             if isinstance(chosen, torch.Tensor):
-                found = slice_logits_to_keep(found[:, -new:], chosen.to(found.device))
+                found = _kept(found[:, -new:], chosen.to(found.device))
             return found.to(ids.device) if found.device.type == ids.device.type else found
 
         make_logits = partial(run, "logits", keep=logits_to_keep)
@@ -308,3 +307,11 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
     def _get_name(self) -> str:
         # Trainers that smooth labels look the name up among transformers' own to learn that labels are to be shifted.
         return (getattr(self.config, "architectures", None) or [type(self).__name__])[0]
+
+
+def _kept(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What a tensor of logits_to_keep leaves of ``[batch, length, …]``: the positions of all rows ``[n]``, each row's own
+    ``[batch, n]``, or, where it is a mask ``[batch, length]``, what it says, flat."""
+    if positions.dim() == 2 and positions.dtype != torch.bool:
+        return torch.take_along_dim(states, positions[..., None], dim=1)
+    return states[positions] if positions.dim() == 2 else states[:, positions]
