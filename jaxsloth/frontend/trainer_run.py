@@ -27,7 +27,7 @@ from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.frontend.arguments import warn_once
 from jaxsloth.frontend.optimizer_view import OPTIMIZERS, BackendOptimizer, go_on_from, scheduler_of
 from jaxsloth.frontend.shared_weights import SharedWeights
-from jaxsloth.frontend.trainer_surface import overridden
+from jaxsloth.frontend.trainer_surface import overridden, refuse_settings
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.training.checkpoint import (
     STATE,
@@ -212,6 +212,7 @@ class TrainerRun:
             self._tell("on_substep_end")
         self._tell("on_pre_optimizer_step")
         self.weights.to_backend()
+        refuse_settings(self.owner)
         if self.args.max_grad_norm != self._max_norm:  # it counts at every step, as in transformers
             self._max_norm = self.args.max_grad_norm
             self.weights.renew()

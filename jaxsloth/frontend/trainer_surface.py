@@ -44,6 +44,14 @@ _CALLED = {
 }
 # What a trainer has to be read, and nobody gives it.
 _READ = {"optimizer", "lr_scheduler"}
+# What TRL's trainers read of themselves at every step, having taken it from args.
+_OF_ARGS = frozenset(
+    {
+        *("beta", "label_smoothing", "loss_types", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha"),
+        *("use_weighting", "precompute_ref_logps", "padding_free", "completion_only_loss", "chat_template"),
+        *("aux_loss_enabled", "router_aux_loss_coef"),
+    }
+)
 # Of TRL's trainers, which need not be installed, beside transformers'.
 _OF_TRL = {
     *("_prepare_dataset", "_prepare_model_for_training", "_create_model_from_path", "_precompute_ref_logps"),
@@ -72,6 +80,7 @@ def _theirs() -> frozenset[str]:
 def refuse_overrides(trainer: Any) -> None:
     """ValueError for a method of transformers' Trainer that a subclass, or the object itself, has as its own and that would
     never be called."""
+    refuse_settings(trainer)
     own = {name for name, value in vars(trainer).items() if value is not None and (name in ABSENT or callable(value))}
     for kind in type(trainer).__mro__:
         if kind.__module__.partition(".")[0] not in ("jaxsloth", "builtins"):
@@ -88,6 +97,16 @@ def refuse_overrides(trainer: Any) -> None:
 def overridden(trainer: Any, method: str) -> bool:
     """Whether a method is the user's own."""
     return getattr(trainer, method).__module__.partition(".")[0] != __name__.partition(".")[0]
+
+
+def refuse_settings(trainer: Any) -> None:
+    """ValueError for what was set on a trainer of ours and acts on one of TRL's alone."""
+    if not _OF_ARGS.isdisjoint(vars(trainer)):
+        name = min(_OF_ARGS.intersection(vars(trainer)))
+        raise ValueError(
+            f"{type(trainer).__name__}.{name} was set, and would have no effect: args chose what the loss is made of when the "
+            f"trainer was made. {ELSEWHERE}"
+        )
 
 
 class Batches:

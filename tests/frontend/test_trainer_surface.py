@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import trl
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from jaxsloth import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend.saving import HubError
-from jaxsloth.frontend.trainer_surface import _CALLED, _OF_TRL, _ONCE, ABSENT, NotHereError, _theirs, refuse_overrides
+from jaxsloth.frontend.trainer_surface import _CALLED, _OF_ARGS, _OF_TRL, _ONCE, ABSENT, NotHereError, _theirs, refuse_overrides
 from tests.support.modules import BACKENDS, TRAINING
 from tests.support.native import native_model
 from tests.support.tiny import WORDS, write_checkpoint
@@ -96,6 +98,27 @@ def test_every_method_that_a_subclass_may_override_is_called_or_refused(theirs, 
         else:
             with pytest.raises(ValueError, match=rf"Mine has its own {name}, which would never be called"):
                 refuse_overrides(mine)
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, DPOTrainer])
+def test_what_only_trls_trainers_read_of_themselves_is_refused(kind, checkpoint, tmp_path):
+    """All that they take from their args and read again at every step; before training and in the middle of it."""
+    theirs = {SFTTrainer: trl.SFTTrainer, DPOTrainer: trl.DPOTrainer}[kind]
+    source = inspect.getsource(theirs.__init__)
+    taken = {name for name in re.findall(r"self\.(\w+) = (?:getattr\()?args[.,]", source) if not name.startswith("_")}
+    assert taken and taken <= _OF_ARGS | {"args"}
+    trainer = made(checkpoint, tmp_path, kind=kind)
+    name = "beta" if kind is DPOTrainer else "padding_free"
+
+    class Sets(TrainerCallback):
+        def on_step_end(self, *arguments: Any, **others: Any) -> None:
+            setattr(trainer, name, 0.7)
+
+    trainer.add_callback(Sets())
+    for steps in (1, 0):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name} was set, and would have no effect"):
+            trainer.train()
+        assert trainer.state.global_step == 1 or steps == 0
 
 
 METHODS = ("compute_loss", "training_step", "create_optimizer", "create_scheduler", "get_train_dataloader")
@@ -217,6 +240,17 @@ def test_data_given_later_is_trained(checkpoint, tmp_path):
     trainer.train_dataset = ROWS.select(range(2))
     trainer.eval_dataset = ROWS.select(range(1))
     assert len(trainer.train_dataset) == 2 and len(trainer.get_train_dataloader()) == 1 and "eval_loss" in trainer.evaluate()
+
+
+def test_a_model_that_peft_wrapped_saves_in_the_format_that_is_asked_for(checkpoint, tmp_path):
+    """peft.get_peft_model's own drops save_format in silence, which ours can't help until a trainer has the model."""
+    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, backend="torch", load_in_4bit=False, max_seq_length=64)
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    args = SFTConfig(str(tmp_path), **SETTINGS)
+    trainer = SFTTrainer(wrapped, args=args, train_dataset=ROWS, processing_class=tokenizer)
+    assert trainer.model is wrapped
+    wrapped.save_pretrained(str(tmp_path / "merged"), save_format="merged_16bit")
+    assert (tmp_path / "merged" / "model.safetensors").is_file() and (tmp_path / "merged" / "config.json").is_file()
 
 
 def test_a_hook_around_the_blocks_is_refused_by_training(checkpoint, tmp_path):
