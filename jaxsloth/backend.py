@@ -15,6 +15,7 @@ from jaxsloth.extras import MissingExtraError, require
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.objectives.objective import Objective
 from jaxsloth.options import BACKENDS, BackendName, CheckpointingName, ComputeName, DtypeName
+from jaxsloth.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,21 @@ class EvalStep(Protocol):
 class DecodeState(Protocol):
     """A batch being decoded with a KV cache."""
 
+    def logits(self) -> np.ndarray:
+        """Those that follow the last token that was appended, float32 [batch, vocab]."""
+        ...
+
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Appends one token a row (int32 [batch]) and returns the next logits, float32 [batch, vocab]."""
         ...
 
-    def greedy(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
-        """Appends one token a row (int32 [batch]) and, from there on, the likeliest one (the lowest id among equals): yields
-        the `count` tokens a row that follow, int32 [batch, n], n at a time. Rows do not end; the caller stops asking.
+    def choose(self, sampling: Sampling, count: int) -> Iterator[np.ndarray]:
+        """Chooses a token a row from the logits, appends it, and so on: yields `count` tokens a row, int32 [batch, n], n at a
+        time; the last of them is left to be appended by `step`. Rows do not end; the caller stops asking. In the place of a
+        token `sampling.NO_CHOICE` says that the logits were NaN, or all of them -inf.
 
         Raises:
-            ValueError: `count` more tokens do not fit into the cache.
+            ValueError: `count` - 1 more tokens do not fit into the cache; the sampling does not fit the model or the batch.
         """
         ...
 
@@ -219,9 +225,9 @@ class Model(Protocol):
         """This model's passes for a torch module; of its own adapters they know nothing."""
         ...
 
-    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
+    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> DecodeState:
         """Prefill. input_ids int32 [batch, length] padded on the LEFT, lengths int32 [batch] (real tokens a row), capacity
-        slots in all. Returns the state and the logits that follow each prompt, float32 [batch, vocab]."""
+        slots in all. Padding that is `sampling.NOTHING` is seen by no processor of sequences."""
         ...
 
 

@@ -222,4 +222,5 @@ OP_FOLDERS = (
     "embedding_noise",
     "adamw_8bit",
     "fp8",
+    "gumbel",
 )

@@ -1,29 +1,34 @@
-"""One greedy token a row as a program without a host in it: captured once as a CUDA graph, replayed for every token.
+"""One token a row as a program without a host in it: captured as two CUDA graphs, replayed for every token.
 
-Slot, positions and the token itself stay on the device, and each step leaves there what the next one reads. The products of NF4
-layers that share their input are one `nf4_matvec`; adapters are added by two small products, from copies in the compute dtype
-that `begin` takes. Residual sums and norms are one kernel (`Block.step`), rotation and cache write another.
+The first runs the layers and leaves logits; the second, of which there is one a `Variant`, chooses from them. Slot, positions
+and the token itself stay on the device, and each step leaves there what the next one reads. The products of NF4 layers that
+share their input are one `nf4_matvec`; adapters are added by two small products, from copies in the compute dtype that `begin`
+takes. Residual sums and norms are one kernel (`Block.step`), rotation and cache write another.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from jaxsloth.kernels.attention import torch_ops as attention_ops
+from jaxsloth.sampling import Sampling, Variant
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.few_rows import FewRows
 from jaxsloth.torch_backend.run import StepRun
+from jaxsloth.torch_backend.sampling import Sampler
 
 logger = logging.getLogger("jaxsloth.torch_backend")
 
 CHUNK = 8  # tokens a row that are read at once; so many more are under way meanwhile
 SLOTS = 256  # caches are rounded up to this, so that one program serves many requests
 KEPT_BYTES = 2**30  # of caches, up to which a program waits for the next request
+VARIANTS_KEPT = 8  # ways of choosing that a program remembers
 
 
 class DecodeProgram:
@@ -53,11 +58,14 @@ class DecodeProgram:
         self.cache_bytes = sum(t.numel() * t.element_size() for pair in self.caches for t in pair)
         self.first = torch.zeros(batch, dtype=torch.int32, device=device)
         self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
         self._token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros(capacity, batch, dtype=torch.int64, device=device)  # by the slot that was read last
+        self._logits = torch.empty(0)  # where the layers' graph leaves them
+        self._said = torch.zeros(capacity + 1, batch, dtype=torch.int64, device=device)  # by slot
+        self._samplers: OrderedDict[Variant, tuple[Sampler, torch.cuda.CUDAGraph | None]] = OrderedDict()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._tried = device.type != "cuda"
+        self._records = device.type == "cuda"
+        self.recorded = 0  # graphs, in all
 
     def serves(self, decoder: Decoder, batch: int, capacity: int) -> bool:
         """True where the program fits a request: enough slots and not four times too many, and every weight where it was."""
@@ -65,69 +73,105 @@ class DecodeProgram:
         return fits and self._spec == decoder.spec and self._made_of == memory_of(decoder)
 
     @torch.no_grad()
-    def begin(self, lengths: np.ndarray, used: int) -> None:
-        """Before the first token: `used` slots are written, of which the last lengths int32 ``[batch]`` of each row count."""
+    def begin(
+        self, sampling: Sampling, variant: Variant, logits: torch.Tensor, ids: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray:
+        """Chooses the first token, int64 ``[batch]``.
+
+        logits ``[batch, vocab]`` follow ids int ``[batch, used]`` (`Sampler.begin`), of which the last lengths int32
+        ``[batch]`` count in the caches.
+        """
         for group in self._few_rows.values():
             group.begin()
-        device = self.slot.device
-        if not self._tried:
+        device, used = self.slot.device, ids.shape[1]
+        sampler = self._sampler(variant)
+        if self._records:
             with torch.cuda.device(device):
-                self._capture()
+                self._record(sampler)
+        sampler.begin(sampling, ids, lengths)
         self.first.copy_(torch.from_numpy(used - lengths).to(device))
-        self._positions.copy_(torch.from_numpy(lengths)[:, None].to(device))
+        self.positions.copy_(torch.from_numpy(lengths).to(device))
         self.slot.fill_(used)
+        said, token = sampler.choose(logits, self.slot, self.positions)
+        self._token.copy_(token)
+        return said.cpu().numpy()
 
-    def _capture(self) -> None:
-        """Records the program, after a run that compiles its kernels; it goes on unrecorded where that fails."""
-        self._tried = True
-        self.slot.fill_(self.capacity - 1)
-        self.first.fill_(self.capacity - 1)
+    def _sampler(self, variant: Variant) -> Sampler:
+        """The buffers of a way of choosing."""
+        if variant not in self._samplers:
+            vocab = self._spec.embedding.vocab
+            self._samplers[variant] = Sampler(variant, self.batch, self.capacity, vocab, self.slot.device), None
+            if len(self._samplers) > VARIANTS_KEPT:
+                self._samplers.popitem(last=False)
+        self._samplers.move_to_end(variant)
+        return self._samplers[variant][0]
+
+    def _record(self, sampler: Sampler) -> None:
+        """Records what is not yet, each after a run that compiles its kernels; all goes on unrecorded where that fails."""
         try:
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                self._run()
-            torch.cuda.current_stream().wait_stream(beside)
-            self.slot.fill_(self.capacity - 1)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run()
-            self._graph = graph
+            if self._graph is None:
+                self._graph = self._captured(self._append)
+            if self._samplers[sampler.variant][1] is None:
+                self._samplers[sampler.variant] = sampler, self._captured(lambda: self._choose(sampler))
         except torch.OutOfMemoryError:
+            self._records = False
             logger.warning("no CUDA graph for decoding: its memory does not fit; steps launch their kernels one by one")
 
+    def _captured(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        self.slot.fill_(self.capacity - 1)
+        self.first.fill_(self.capacity - 1)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            function()
+        torch.cuda.current_stream().wait_stream(beside)
+        self.slot.fill_(self.capacity - 1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        self.recorded += 1
+        return graph
+
     @torch.no_grad()
-    def _run(self) -> None:
+    def _append(self) -> None:
+        """Runs the layers over the token; slot and positions are the next one's then."""
         decoder = self._decoder
         x, delta = decoder.model.embed_tokens(self._token), None
         tables = {
             rope: (cos.flatten(0, 1), sin.flatten(0, 1))
-            for rope, (cos, sin) in decoder.rope_tables(self._positions, self.capacity).items()
+            for rope, (cos, sin) in decoder.rope_tables(self.positions[:, None], self.capacity).items()
         }
         run = StepRun(tables, self._few_rows, self.first, self.slot, self._attention)
         for block, cache in zip(self._blocks, self.caches, strict=True):
             x, delta = block.step(x, delta, cache, run)
         normed, *_ = decoder.model.norm.forward_keeping(x, delta)
-        self._token.copy_(decoder.lm_head(normed).argmax(dim=-1))
-        self._tokens.index_copy_(0, self.slot, self._token[None])
+        self._logits = decoder.lm_head(normed)
         self.slot.add_(1)
-        self._positions.add_(1)
+        self.positions.add_(1)
 
-    def decode_chunks(self, tokens: np.ndarray, used: int, count: int) -> Iterator[np.ndarray]:
-        """Appends tokens int ``[batch]`` to slot `used` and goes on from there; yields the `count` tokens a row that follow,
-        int32 ``[batch, n]`` at a time. What is yielded has been followed by the next chunk's launch."""
-        self._token.copy_(torch.from_numpy(tokens.astype(np.int64)))
+    @torch.no_grad()
+    def _choose(self, sampler: Sampler) -> None:
+        said, token = sampler.choose(self._logits, self.slot, self.positions)
+        self._said.index_copy_(0, self.slot, said[None])
+        self._token.copy_(token)
+
+    def decode_chunks(self, variant: Variant, used: int, count: int) -> Iterator[np.ndarray]:
+        """Appends the chosen token to slot `used` and goes on from there; yields the `count` tokens a row that follow, int32
+        ``[batch, n]`` at a time. What is yielded has been followed by the next chunk's launch."""
+        sampler, graph = self._samplers[variant]
         waiting: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         while count > 0 or waiting is not None:
             launched = None
             if count > 0:
                 size = min(CHUNK, count)
                 for _ in range(size):
-                    if self._graph is None:
-                        self._run()
+                    if self._graph is None or graph is None or not self._records:
+                        self._append()
+                        self._choose(sampler)
                     else:
                         self._graph.replay()
-                launched = _fetch(self._tokens[used : used + size])
+                        graph.replay()
+                launched = _fetch(self._said[used + 1 : used + 1 + size])
                 used, count = used + size, count - size
             if waiting is not None:
                 yield _arrived(*waiting)

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from jaxsloth.decoded_rows import DecodedRows
 from jaxsloth.kernels.registry import choose_written
 from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.spec import Attention
+from jaxsloth.sampling import Sampling, Variant
 from jaxsloth.torch_backend import autograd_pass
 from jaxsloth.torch_backend.decode_pass import KEPT_BYTES, SLOTS, DecodeProgram
 from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.run import Cache, Run
+from jaxsloth.torch_backend.sampling import Sampler
 from jaxsloth.torch_backend.state import ModelState
 
 PREFILL = 8192  # tokens of all rows that one pass over the prompts takes
@@ -44,56 +47,49 @@ def give_back(model: ModelState, program: DecodeProgram) -> None:
         model.idle_program = program
 
 
-class DecodeState:
-    """A batch being decoded. Slots are shared by all rows; a row's padding occupies its first ones and is never seen."""
+class DecodeState(DecodedRows):
+    """A batch being decoded."""
 
     def __init__(self, model: ModelState, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
+        super().__init__(input_ids, lengths, capacity, model.spec.embedding.vocab)
         batch, length = input_ids.shape
-        if length > capacity:
-            raise ValueError(f"the prompts take {length} slots and the cache has {capacity}")
-        decoder = model.decoder
-        self._model, self._capacity, self._used = model, capacity, length
-        self._next = lengths.astype(np.int32)  # each row's next position
-        slots = np.arange(length)
-        padding = (length - lengths)[:, None]
-        self._segments = np.zeros((batch, capacity), np.int32)
-        self._segments[:, :length] = slots >= padding
-        positions = np.maximum(slots - padding, 0).astype(np.int32)
+        self._model, layers = model, model.decoder.spec.layers
         self._program = take_program(model, batch, capacity)
         if self._program is None:
-            self._caches = tuple(
-                Cache(self._empty(batch, layer.attention), self._empty(batch, layer.attention)) for layer in decoder.spec.layers
-            )
+            self._caches = tuple(Cache(self._empty(layer.attention), self._empty(layer.attention)) for layer in layers)
         else:
             self._caches = tuple(Cache(keys, values) for keys, values in self._program.caches)
             weakref.finalize(self, give_back, model, self._program).atexit = False
-        size = max(PREFILL // batch, 1)
+        size, arrays = max(PREFILL // batch, 1), self._prompt()
         for start in range(0, length, size):
-            part = slice(start, start + size)
-            hidden = self._forward(input_ids[:, part], positions[:, part], self._segments[:, :length][:, part])
-        self.first_logits = self._logits(hidden)
+            hidden = self._forward(*(array[:, start : start + size] for array in arrays))
+        self._logits = self._head(hidden)
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        self._check(1)
+    def logits(self) -> np.ndarray:
+        return self._logits.cpu().numpy()
+
+    def _after(self, tokens: np.ndarray) -> None:
         self._segments[:, self._used] = 1
-        self._used += 1
-        positions = self._next[:, None].copy()
-        self._next += 1
-        return self._logits(self._forward(tokens[:, None], positions, np.ones_like(positions)))
-
-    def greedy(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
-        """See `jaxsloth.backend.DecodeState`."""
-        self._check(count)
-        if self._program is None:
-            return self._greedy_by_steps(tokens, count)
-        used = self._used
-        self._program.begin(self._next, used)
-        self._segments[:, used : used + count] = 1
-        self._used += count
-        self._next += count
         for cache in self._caches:
             cache.used = self._used
-        return self._program.decode_chunks(tokens, used, count)
+        positions = self._next[:, None]
+        self._logits = self._head(self._forward(np.maximum(tokens, 0)[:, None], positions, np.ones_like(positions)))
+
+    def _bursts(self, sampling: Sampling, variant: Variant, count: int) -> Iterator[np.ndarray]:
+        ids, program = self._ids[:, : self._used], self._program
+        if program is not None:
+            yield program.begin(sampling, variant, self._logits, ids, self._next)[:, None]
+            yield from program.decode_chunks(variant, ids.shape[1], count - 1)
+            return
+        device = self._model.decoder.device
+        sampler = Sampler(variant, *self._ids.shape, self._vocab, device)
+        sampler.begin(sampling, ids, self._next)
+        slot, positions = torch.tensor([self._used], device=device), torch.from_numpy(self._next.copy()).to(device)
+        for index in range(count):
+            said, token = sampler.choose(self._logits, slot + index, positions + index)
+            yield said.cpu().numpy()[:, None]
+            if index + 1 < count:
+                self._after(token.cpu().numpy())
 
     @torch.no_grad()
     def reorder(self, rows: np.ndarray) -> None:
@@ -102,24 +98,15 @@ class DecodeState:
         for cache in self._caches:
             for kept in (cache.keys, cache.values):
                 kept[:, : self._used] = kept[places, : self._used]
-        self._segments, self._next = self._segments[rows], self._next[rows]
-
-    def _greedy_by_steps(self, tokens: np.ndarray, count: int) -> Iterator[np.ndarray]:
-        for _ in range(count):
-            tokens = self.step(tokens).argmax(axis=1).astype(np.int32)
-            yield tokens[:, None]
-
-    def _check(self, count: int) -> None:
-        if self._used + count > self._capacity:
-            raise ValueError(f"{count} more tokens do not fit: {self._used} of the cache's {self._capacity} slots are used")
+        self._reorder(rows)
 
     @torch.no_grad()
     def _forward(self, input_ids: np.ndarray, positions: np.ndarray, segments: np.ndarray) -> torch.Tensor:
         """The last hidden state of every row."""
         decoder = self._model.decoder
-        device = decoder.device
+        device, length = decoder.device, max(int(self._next.max(initial=0)), int(positions.max(initial=0)) + 1)
         run = Run(
-            tables=decoder.rope_tables(to_device(positions, device), int(self._next.max(initial=0))),
+            tables=decoder.rope_tables(to_device(positions, device), length),
             segments=to_device(segments, device),
             kv_segments=to_device(self._segments, device),
             caches=self._caches,
@@ -127,9 +114,9 @@ class DecodeState:
         return autograd_pass.hidden(decoder, to_device(input_ids.astype(np.int32), device), run)[:, -1]
 
     @torch.no_grad()
-    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
-        return self._model.decoder.lm_head(hidden).cpu().numpy()
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.decoder.lm_head(hidden)
 
-    def _empty(self, batch: int, attention: Attention) -> torch.Tensor:
-        decoder, shape = self._model.decoder, (batch, self._capacity, attention.kv_heads, attention.head_dim)
+    def _empty(self, attention: Attention) -> torch.Tensor:
+        decoder, shape = self._model.decoder, (*self._ids.shape, attention.kv_heads, attention.head_dim)
         return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)

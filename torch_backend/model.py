@@ -146,9 +146,8 @@ class TorchModel(ModelState):
     def bridge(self) -> Bridge:
         return Bridge(self)
 
-    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
-        state = DecodeState(self, input_ids, lengths, capacity)
-        return state, state.first_logits
+    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> DecodeState:
+        return DecodeState(self, input_ids, lengths, capacity)
 
 
 def training_passes(spec: ModelSpec, options: BuildOptions) -> list[str]:

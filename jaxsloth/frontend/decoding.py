@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,18 @@ from jaxsloth.convert.generation_config import FILE
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.frontend.arguments import refuse_unknown
 from jaxsloth.frontend.module.cached_rows import follows_on
-from jaxsloth.generation import GenerationSettings, check_ends, choose, likeliest
+from jaxsloth.generation import GenerationSettings, check_ends, tokens_of
 
-# Fields of a GenerationConfig that the cached decoder reads.
+logger = logging.getLogger("jaxsloth.frontend")
+
+# Fields of a GenerationConfig that the cached decoder reads; the second set where it samples.
 _READ = {
-    *("max_new_tokens", "max_length", "max_time", "stop_strings", "do_sample", "temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "eos_token_id", "pad_token_id", "bos_token_id", "use_cache"),
+    *("max_new_tokens", "max_length", "max_time", "stop_strings", "do_sample", "min_new_tokens", "min_length"),
+    *("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "use_cache"),
 }
+_SAMPLED = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_READ_OF_SAMPLING = {*_SAMPLED, "temperature", "top_k", "num_return_sequences"}
 # Fields that choose none of its tokens: how transformers caches and compiles, where the config came from, what only belongs to
 # an assistant, and what is only written down beside the tokens.
 _NO_EFFECT = {
@@ -35,7 +42,7 @@ _NO_EFFECT = {
     *("assistant_lookbehind", "target_lookbehind", "decoder_start_token_id", "encoder_no_repeat_ngram_size"),
     *("transformers_version", "_from_model_config", "_commit_hash"),
 }
-_OF_SAMPLING = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_OF_SAMPLING = {*_SAMPLED, "temperature", "top_k", "top_h"}
 _OF_BEAMS = {"early_stopping", "length_penalty"}
 # transformers answers with these beside the tokens, and no backend has them to give.
 _REFUSED = {
@@ -107,6 +114,7 @@ def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str,
     """
     rest = dict(given)
     streamer, stops, tokenizer = (rest.pop(name, None) for name in ("streamer", "stopping_criteria", "tokenizer"))
+    generator = rest.pop("generator", None)
     asked = [name for name in _ARGUMENTS if rest.get(name) is not None and rest.get(name) is not False]
     rest = {name: value for name, value in rest.items() if name not in _ARGUMENTS}
     config, tensors = model._prepare_generation_config(generation_config, **rest)
@@ -120,12 +128,18 @@ def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str,
     ids = tensors.pop("input_ids", inputs)
     mask = tensors.pop("attention_mask", None)
     tensors = {name: value for name, value in tensors.items() if name not in _IGNORED}
-    if asked or ids is None or ids.ndim != 2 or any(value is not None for value in tensors.values()):
-        return None
-    if not ids.shape[1]:
+    slow = asked + [name for name, value in tensors.items() if value is not None]
+    if ids is None or ids.ndim != 2:
+        slow.append("prompts that are no token ids [batch, length]")
+    elif not ids.shape[1]:
         raise ValueError("generate needs prompts of at least one token each, got input_ids of shape " + str(tuple(ids.shape)))
-    if not _is_read(model, config):
-        return None
+    else:
+        slow += _unread(model, config)
+    seen = None if slow else _mask(ids, mask, config.pad_token_id, end_ids(config))
+    if seen is not None and (not seen.sum(1).all() or (np.diff(seen, axis=1) < 0).any()):
+        slow, seen = ["prompts with padding elsewhere than on the left"], None
+    if seen is None:
+        return _left_to_transformers(slow, generator)
     defaults = (given.get("max_length"), getattr(generation_config, "max_length", None), model.generation_config.max_length)
     length = all(value is None for value in defaults), ids.shape[1]
     config = model._prepare_generated_length(
@@ -137,15 +151,37 @@ def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str,
         inputs_tensor=ids,
     )
     model._validate_generated_length(config, ids.shape[1], length[0])
-    return _assemble(model, ids, mask, config, _stops(model, config, stops, tokenizer), streamer)
+    settings = sampling_of(config, ids.shape[1], generator)
+    return _assemble(ids, seen, config, settings, _stops(model, config, stops, tokenizer), streamer)
 
 
-def _is_read(model: Any, config: Any) -> bool:
-    """Whether every field that is set is one that the cached decoder reads, or that chooses no token."""
-    read = _READ | _NO_EFFECT | (set() if config.do_sample else _OF_SAMPLING) | (_OF_BEAMS if config.num_beams == 1 else set())
+def _left_to_transformers(reasons: list[str], generator: Any) -> None:
+    """Says why, once for each reason.
+
+    Raises:
+        ValueError: a torch.Generator was given.
+    """
+    if generator is not None:
+        raise ValueError(
+            f"generate can't take generator= together with {', '.join(reasons)}: transformers' loop, which answers that, draws "
+            "from torch's own generator; call torch.manual_seed instead"
+        )
+    for reason in reasons:
+        _say_slow(reason)
+
+
+@cache
+def _say_slow(reason: str) -> None:
+    logger.warning("generate: %s is answered by transformers' own loop, a step of the model at a time, which is slower", reason)
+
+
+def _unread(model: Any, config: Any) -> list[str]:
+    """Fields that are set, choose tokens, and are not read by the cached decoder."""
+    read = _READ | _NO_EFFECT | (_READ_OF_SAMPLING if config.do_sample else _OF_SAMPLING)
+    read |= _OF_BEAMS if config.num_beams == 1 else set()
     defaults = {**type(config)().to_dict(), **model.generation_config._get_default_generation_params()}
     unread = {name: value for name, value in config.to_dict().items() if name not in read}
-    return not any(value not in (None, False) and value != defaults.get(name) for name, value in unread.items())
+    return [name for name, value in unread.items() if value not in (None, False) and value != defaults.get(name)]
 
 
 def _stops(model: Any, config: Any, given: Any, tokenizer: Any) -> StoppingCriteriaList:
@@ -167,32 +203,41 @@ def caches(config: Any, inputs: Mapping[str, Any], mode: Any) -> bool:
     return follows_on(inputs)
 
 
-def _assemble(
-    model: Any, ids: torch.Tensor, mask: Any, config: Any, stops: StoppingCriteriaList, streamer: Any
-) -> Prepared | None:
-    eos = end_ids(config)
-    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
-    seen = _mask(ids, mask, config.pad_token_id, eos)
-    lengths = seen.sum(1)
-    if not lengths.all() or (np.diff(seen, axis=1) < 0).any():
-        return None  # padded on the right, or with gaps
-    chosen: dict[str, Any] = {}
+def sampling_of(config: Any, length: int, generator: torch.Generator | None = None) -> GenerationSettings:
+    """A GenerationConfig's settings for prompts of `length` tokens, padding included. Where it samples, the seed is drawn from
+    the generator, torch's own where None came."""
+    least = max(config.min_new_tokens or 0, (config.min_length or 0) - length)
+    chosen: dict[str, Any] = {"min_new_tokens": max(least, 0), "no_repeat_ngram_size": config.no_repeat_ngram_size or 0}
+    for name in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
+        chosen[name] = getattr(config, name) or ()
     if config.do_sample:
-        chosen = {
-            "temperature": 1.0 if config.temperature is None else float(config.temperature),
-            "top_k": config.top_k or None,
-            "top_p": None if config.top_p is None or config.top_p >= 1 else config.top_p,
-            "min_p": config.min_p,
-            "seed": int(torch.randint(0, 2**31, ())),
-        }
-    settings = GenerationSettings(
-        max_new_tokens=config.max_length - ids.shape[1],
+        chosen |= {name: getattr(config, name) for name in _SAMPLED}
+        chosen["temperature"] = 1.0 if config.temperature is None else float(config.temperature)
+        chosen["top_k"] = config.top_k or None
+        device = None if generator is None else generator.device
+        chosen["seed"] = int(torch.randint(0, 2**62, (), generator=generator, device=device))
+    return GenerationSettings(
+        max_new_tokens=config.max_length - length,
         do_sample=bool(config.do_sample),
         repetition_penalty=1.0 if config.repetition_penalty is None else float(config.repetition_penalty),
-        eos_ids=eos,
+        eos_ids=end_ids(config),
         **chosen,
     )
-    return Prepared(ids, seen, settings, eos, int(pad), stops, streamer)
+
+
+def _assemble(
+    ids: torch.Tensor,
+    seen: np.ndarray,
+    config: Any,
+    settings: GenerationSettings,
+    stops: StoppingCriteriaList,
+    streamer: Any,
+) -> Prepared:
+    eos, several = end_ids(config), (config.num_return_sequences or 1) if config.do_sample else 1
+    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos), 0)
+    return Prepared(
+        ids.repeat_interleave(several, dim=0), np.repeat(seen, several, axis=0), settings, eos, int(pad), stops, streamer
+    )
 
 
 def end_ids(config: Any) -> tuple[int, ...]:
@@ -215,40 +260,27 @@ def decode(model: Model, call: Prepared) -> torch.Tensor:
     """int64 ``[batch, prompt + answer]`` on the prompt's device: the prompts, what was chosen (an end token with it), and
     padding behind the ends. The streamer gets the prompts first and then each token, as transformers hands them."""
     device, settings, ends = call.ids.device, call.settings, bool(call.eos)  # without ends, stopped rows go on as the others
-    ids = check_ids(call.ids.cpu().numpy(), model.spec.embedding.vocab)
-    rows = ids.astype(np.int64)
-    streamer: Any = call.streamer
-    if streamer is not None:
-        streamer.put(call.ids.cpu())
-    check_length(rows.shape[1] + settings.max_new_tokens, model.spec.max_positions)
-    state, logits = model.start_decode(ids, call.mask.sum(1).astype(np.int32), rows.shape[1] + settings.max_new_tokens)
-    running, first = np.ones(len(rows), bool), (call.mask == 0).sum(1)  # padding counts as no repetition
-    # A user's own criteria may look at the logits, which stay on the device where tokens are chosen there.
-    own = any(not isinstance(stop, StopStringCriteria | MaxTimeCriteria) for stop in call.stops)
-    on_device = likeliest(state, logits, settings.max_new_tokens) if settings.likeliest and not own else None
-    for position in range(settings.max_new_tokens):
-        goes_on = running if ends else np.ones(len(rows), bool)
-        if on_device is not None:  # rows that have ended go on there too, and nobody sees them
-            chosen = np.where(goes_on, next(on_device), call.pad).astype(np.int64)
-        else:
-            chosen = np.array(
-                [
-                    choose(logits[row], rows[row, first[row] :], settings, row, position) if goes_on[row] else call.pad
-                    for row in range(len(rows))
-                ],
-                np.int64,
-            )
-        rows = np.concatenate([rows, chosen[:, None]], axis=1)
-        if streamer is not None:
-            streamer.put(torch.from_numpy(chosen))
+    batch, length = call.ids.shape
+    prompts = check_ids(call.ids.cpu().numpy(), model.spec.embedding.vocab)
+    rows = np.full((batch, length + settings.max_new_tokens), call.pad, np.int64)
+    rows[:, :length] = prompts
+    if call.streamer is not None:
+        call.streamer.put(call.ids.cpu())
+    check_length(rows.shape[1], model.spec.max_positions)
+    state = model.start_decode(prompts, call.mask.sum(1).astype(np.int32), rows.shape[1])
+    running, goes_on = np.ones(batch, bool), np.ones(batch, bool)
+    for tokens in tokens_of(state, settings, settings.max_new_tokens, goes_on):
+        rows[:, length] = np.where(goes_on, tokens, call.pad)  # rows that have ended go on there, and nobody sees them
+        chosen, length = rows[:, length].copy(), length + 1
+        if call.streamer is not None:
+            call.streamer.put(torch.from_numpy(chosen))
         running &= ~np.isin(chosen, call.eos)
         if call.stops:
-            scores = None if on_device is not None else torch.tensor(logits, device=device)
-            running &= ~call.stops(torch.from_numpy(rows).to(device), scores).cpu().numpy()  # type: ignore[arg-type]
-        if not running.any() or position + 1 == settings.max_new_tokens:
+            said = torch.from_numpy(rows[:, :length]).to(device)
+            running &= ~call.stops(said, None).cpu().numpy()  # type: ignore[arg-type]
+        if not running.any():
             break
-        if on_device is None:
-            logits = state.step(chosen.astype(np.int32))
-    if streamer is not None:
-        streamer.end()
-    return torch.from_numpy(rows).to(device)
+        goes_on[:] = running | (not ends)
+    if call.streamer is not None:
+        call.streamer.end()
+    return torch.from_numpy(rows[:, :length].copy()).to(device)

@@ -1,4 +1,4 @@
-"""Greedy decoding as one program a burst of tokens, its layers one after the other, over the blocks' `step`.
+"""Decoding as one program a burst of tokens, its layers one after the other, over the blocks' `step`.
 
 NF4 layers that share their input are one `nf4_matvec`, their adapters two small products beside it, from copies in the compute
 dtype that a burst makes once. Rotation and cache write are one op and so is the attention over the slots; both know the caches
@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxsloth.jax_backend import sampling
 from jaxsloth.jax_backend.cache import Cache
 from jaxsloth.jax_backend.linear import TRAINED
 from jaxsloth.jax_backend.run import Run
 from jaxsloth.models.spec import Rope
+from jaxsloth.sampling import Variant
 
 
 @jax.jit
@@ -33,21 +35,24 @@ def stacked(caches: Sequence[Cache], period: int) -> tuple[Cache, ...]:
     return tuple(jax.tree.map(lambda *layers: jnp.stack(layers), *caches[place::period]) for place in range(period))
 
 
-@partial(jax.jit, static_argnames=("structure", "ropes", "count"), donate_argnums=(2,))
+@partial(jax.jit, static_argnames=("structure", "ropes", "variant", "count"), donate_argnums=(2,))
 def say(
     trained: Any,
     frozen: Any,
     caches: list[Cache],
     state: Any,
+    numbers: Any,
     frequencies: Any,
     structure: Any,
     ropes: tuple[tuple[Rope, float], ...],
+    variant: Variant,
     count: int,
 ) -> tuple[Any, Any, Any]:
-    """(the `count` likeliest tokens that follow state["tokens"], int32 ``[batch, count]``, the state behind them, the caches).
+    """(`count` tokens that follow state["tokens"], int32 ``[batch, count]``, the state behind them, the caches).
 
     state: tokens int32 ``[batch]``, yet to be appended; positions int32 ``[batch, 1]``, theirs; first int32 ``[batch]``, each
-    row's first slot that counts; slot int32, the one to be written. Nothing of it waits for the host.
+    row's first slot that counts; slot int32, the one to be written; kept and numbers: of `sampling.begin`. Nothing of it waits
+    for the host.
     """
     decoder = nnx.merge(structure, trained, frozen)
     blocks = tuple(decoder.model.layers)
@@ -68,8 +73,10 @@ def say(
             own = caches[index * period : (index + 1) * period]
             x, delta, own = _period(*layers, x, delta, own, packed, run, jnp.int32(index))
             written += own
-        said = jnp.argmax(head.forward(decoder.model.norm.forward(x + delta)), axis=-1).astype(jnp.int32)
-        after = {"tokens": said, "positions": state["positions"] + 1, "first": state["first"], "slot": state["slot"] + 1}
+        positions, slot = state["positions"] + 1, state["slot"] + 1
+        logits = head.forward(decoder.model.norm.forward(x + delta))
+        said, tokens, kept = sampling.choose(logits, numbers, state["kept"], slot, positions[:, 0], variant)
+        after = {"tokens": tokens, "positions": positions, "first": state["first"], "slot": slot, "kept": kept}
         return (written, after), said
 
     (caches, state), said = jax.lax.scan(step, (caches, state), None, length=count)

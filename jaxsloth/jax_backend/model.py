@@ -58,9 +58,8 @@ class JaxModel(ModelState):
     def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
         return make_row_log_probs(self, adapters)
 
-    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[DecodeState, np.ndarray]:
-        state = DecodeState(self, input_ids, lengths, capacity)
-        return state, state.first_logits
+    def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> DecodeState:
+        return DecodeState(self, input_ids, lengths, capacity)
 
 
 @partial(jax.jit, static_argnames=("structure", "ropes"))

@@ -11,8 +11,9 @@ MASK = 2**32 - 1
 Words = tuple[Int64[torch.Tensor, "..."], ...]
 
 
-def philox_4x32(key: Int64[torch.Tensor, "2"], counter: Words) -> Words:
-    """The four words at counters of four words (Salmon et al. 2011); all of them in 0..2**32 - 1, of shapes that broadcast."""
+def philox_4x32(key: Int64[torch.Tensor, "2 ..."], counter: Words) -> Words:
+    """The four words at counters of four words (Salmon et al. 2011); all of them in 0..2**32 - 1, of shapes that broadcast with
+    those of the two words of the key."""
     k0, k1 = key.unbind()
     a, b, c, d = counter
     for _ in range(ROUNDS):

@@ -23,11 +23,12 @@ def high_word(word: UInt32[Array, "..."], factor: int) -> UInt32[Array, "..."]:
 
 
 def philox_4x32(
-    key: tuple[UInt32[Array, ""], UInt32[Array, ""]],
+    key: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
     counter: Words,
     high: Callable[[UInt32[Array, "..."], int], UInt32[Array, "..."]] = high_word,
 ) -> Words:
-    """The four words at counters of four words (Salmon et al. 2011), whose shapes broadcast. high: what forms `high_word`."""
+    """The four words at counters of four words (Salmon et al. 2011); their shapes and the key's broadcast.
+    high: what forms `high_word`."""
     k0, k1 = key
     a, b, c, d = counter
     for _ in range(ROUNDS):

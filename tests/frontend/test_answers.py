@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation import GenerationMixin
 
 from jaxsloth import FastLanguageModel
+from jaxsloth.frontend.decoding import _say_slow
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from tests.support.modules import BACKENDS, adapted, batch, their_base
 from tests.support.tiny import write_checkpoint
@@ -110,15 +112,23 @@ def test_the_tokenizers_own_end_ends_an_answer(models, backend, cached_only, mon
 
 
 def test_sampling_follows_torchs_seed_on_both_backends(models, cached_only):
+    """One draw of torch's generator, or of the one that is given, is a call's seed."""
     settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 40, "min_p": 0.01}
-
-    def sample(backend, seed):
-        torch.manual_seed(seed)
-        return models[backend].generate(**PROMPTS, **settings, pad_token_id=1)
-
-    first = sample("torch", 1)
-    assert torch.equal(first, sample("torch", 1)) and torch.equal(first, sample("jax", 1))
-    assert not torch.equal(first, sample("torch", 2))
+    settings |= {"typical_p": 0.95, "repetition_penalty": 1.1, "no_repeat_ngram_size": 3, "num_return_sequences": 2}
+    answers = {}
+    for backend in BACKENDS:
+        sample = partial(models[backend].generate, **PROMPTS, **settings, pad_token_id=1)
+        torch.manual_seed(1)
+        first, second = sample(), sample()
+        torch.manual_seed(1)
+        assert torch.equal(sample(), first) and not torch.equal(second, first)
+        assert len(first) == 6 and not torch.equal(first[0], first[1]) and torch.equal(first[0, :14], first[1, :14])
+        given = sample(generator=torch.Generator().manual_seed(1))
+        assert torch.equal(sample(generator=torch.Generator().manual_seed(1)), given) and torch.equal(given, first)
+        answers[backend] = first
+    assert torch.equal(*answers.values())
+    with pytest.raises(ValueError, match="can't take generator= together with num_beams"):
+        models["torch"].generate(**PROMPTS, num_beams=2, generator=torch.Generator())
 
 
 @pytest.fixture
@@ -151,10 +161,9 @@ class Shifted(LogitsProcessor):
         {"num_beams": 2},
         {"num_beams": 3, "length_penalty": 0.5, "eos_token_id": list(range(40, 60)), "num_return_sequences": 2},
         {"num_beams": 2, "do_sample": True},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"no_repeat_ngram_size": 2},
+        {"renormalize_logits": True, "top_h": 0.4, "do_sample": True, "num_return_sequences": 3},
     ],
-    ids=["processor", "processor, sampled", "beams", "beams that end", "beams, sampled", "several", "ngrams"],
+    ids=["processor", "processor, sampled", "beams", "beams that end", "beams, sampled", "several"],
 )
 def test_transformers_loop_runs_over_the_cache(models, backend, settings, whole_passes):
     answers = []
@@ -162,6 +171,18 @@ def test_transformers_loop_runs_over_the_cache(models, backend, settings, whole_
         torch.manual_seed(3)
         answers.append(models[name].generate(**PROMPTS, **{"max_new_tokens": 16, "pad_token_id": 1} | settings))
     assert torch.equal(*answers) and whole_passes == []
+
+
+def test_what_is_left_to_transformers_is_said_once(models, caplog):
+    _say_slow.cache_clear()
+    for _ in range(2):
+        models["torch"].generate(**PROMPTS, max_new_tokens=2, num_beams=2, logits_processor=[Shifted()], pad_token_id=1)
+    assert [message.split(" is answered")[0] for message in caplog.messages] == [
+        "generate: logits_processor",
+        "generate: num_beams",
+    ]
+    models["torch"].generate(**PROMPTS, max_new_tokens=2, do_sample=True, typical_p=0.9, pad_token_id=1)
+    assert len(caplog.messages) == 2
 
 
 @both

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BatchEncoding, GenerationConfig, TextIteratorStreamer, TextStreamer
@@ -206,17 +207,14 @@ def test_characters_of_several_tokens_are_streamed_whole(models, backend, monkey
     model, tokenizer = models[backend], models[backend].tokenizer
     text = "añ→🦆! 日本語 e\u0301 👩‍🚀"
     script = tokenizer(text, add_special_tokens=False)["input_ids"]
-    said = iter(())
-    monkeypatch.setattr("jaxsloth.frontend.decoding.choose", lambda *_: next(said))
+    monkeypatch.setattr("jaxsloth.frontend.decoding.tokens_of", lambda *_: (np.array([token]) for token in [*script, 1]))
     settings: dict[str, Any] = {"max_new_tokens": len(script) + 1, "do_sample": True}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
-    said = iter([*script, 1])
     thread = Thread(target=model.generate, kwargs={**ONE, **settings, "streamer": streamer})
     thread.start()
     pieces = list(streamer)
     thread.join()
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces) and len(pieces) > 3
-    said = iter([*script, 1])
     model.generate(**ONE, **settings, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     assert capsys.readouterr().out == text + "\n"
 

@@ -15,6 +15,8 @@ from triton.runtime import interpreter
 from jaxsloth.kernels.adamw_8bit import triton_kernel as adamw_8bit_triton
 from jaxsloth.kernels.attention import flash_triton, library_ops
 from jaxsloth.kernels.fp8 import triton_kernel as fp8_triton
+from jaxsloth.kernels.gumbel import reference as gumbel_reference
+from jaxsloth.kernels.gumbel import triton_kernel as gumbel_triton
 from jaxsloth.kernels.lora_dropout import triton_kernel as lora_dropout_triton
 from jaxsloth.kernels.nf4 import matvec_triton
 from jaxsloth.kernels.nf4 import triton_kernel as nf4_triton
@@ -31,6 +33,7 @@ from tests.kernels.torch_checks import (
     part,
     prepare,
     relative_error,
+    to_torch,
 )
 
 WITH_KERNELS = ("rms_norm", "layer_norm", "rope", "gated_activation", "linear_cross_entropy")
@@ -180,3 +183,10 @@ def test_fp8_nf4(case, nested, transposed):
 
 def test_fp8_margins():
     check_margins(fp8_triton, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("case", part("gumbel", "cases").CASES, ids=lambda case: case.name)
+def test_gumbel_draws(case):
+    inputs = part("gumbel", "cases").make_inputs(case, 77)
+    got = gumbel_triton.draw(*to_torch(inputs, "cpu").values(), vocab=case.vocab)
+    assert got.tolist() == gumbel_reference.draw(*inputs.values(), vocab=case.vocab).tolist()

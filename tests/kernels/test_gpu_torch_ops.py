@@ -11,6 +11,11 @@ from jaxsloth.kernels.attention.cases import CACHED_CASES, CachedCase
 from jaxsloth.kernels.dropout.cases import CASES as DROPOUT_CASES
 from jaxsloth.kernels.dropout.cases import make_inputs as make_dropout_inputs
 from jaxsloth.kernels.dropout.torch_ops import keep_mask
+from jaxsloth.kernels.gumbel import torch_ops as gumbel_torch
+from jaxsloth.kernels.gumbel import triton_kernel as gumbel_triton
+from jaxsloth.kernels.gumbel.cases import CASES as GUMBEL_CASES
+from jaxsloth.kernels.gumbel.cases import Case as GumbelCase
+from jaxsloth.kernels.gumbel.cases import make_inputs as make_gumbel_inputs
 from jaxsloth.kernels.lora_dropout import triton_kernel as lora_dropout_triton
 from jaxsloth.kernels.lora_dropout.cases import CASES as LORA_DROPOUT_CASES
 from jaxsloth.kernels.lora_dropout.cases import Case as LoraDropoutCase
@@ -112,6 +117,17 @@ def test_dropout_masks_are_those_of_the_cpu(case):
         inputs = to_torch(make_dropout_inputs(case, 0), device)
         masks.append(keep_mask(inputs["key"], inputs["rows"], case.length, case.channels, rate=case.rate).cpu())
     assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*GUMBEL_CASES, GumbelCase("large", 3, 128256), GumbelCase("list", 300, 128256, listed=256)],
+    ids=lambda case: case.name,
+)
+def test_gumbel_draws_are_those_of_the_cpu(case):
+    inputs = make_gumbel_inputs(case, 5)
+    expected = gumbel_torch.draw(*to_torch(inputs, "cpu").values(), vocab=case.vocab)
+    assert torch.equal(gumbel_triton.draw(*to_torch(inputs, "cuda").values(), vocab=case.vocab).cpu(), expected)
 
 
 LARGE_DROPOUT = LoraDropoutCase("large", (3, 1), 1000, 3072, (16, 16, 16), rate=0.05)

@@ -15,6 +15,7 @@ from jaxsloth.kernels.registry import RefusedError
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Rope, RopeScaling
 from jaxsloth.objectives.causal_lm import CausalLoss
+from jaxsloth.sampling import GREEDY
 from jaxsloth.torch_backend import generate as torch_generate
 from jaxsloth.transforms import quantize
 from tests.support.decoding import (
@@ -91,25 +92,22 @@ def test_a_program_serves_many_requests_and_sees_new_adapters():
 def test_two_requests_at_once_do_not_share_a_cache():
     model = build("torch", spec_from_config(CONFIG), "fused")
     expected = [generate(model, [prompt], SETTINGS)[0] for prompt in PROMPTS[:2]]
-    states = []
-    for prompt in PROMPTS[:2]:
-        state, logits = model.start_decode(np.array([prompt], np.int32), np.array([len(prompt)], np.int32), 40)
-        states.append((state, logits.argmax(axis=1).astype(np.int32)))
-    said = list(zip(*(state.greedy(first, 11) for state, first in states), strict=True))
-    for place, (_, first) in enumerate(states):
-        assert [*first.tolist(), *np.concatenate([bursts[place] for bursts in said], axis=1)[0].tolist()] == expected[place]
+    states = [model.start_decode(np.array([prompt], np.int32), np.array([len(prompt)], np.int32), 40) for prompt in PROMPTS[:2]]
+    said = list(zip(*(state.choose(GREEDY, 12) for state in states), strict=True))
+    for place in range(2):
+        assert np.concatenate([bursts[place] for bursts in said], axis=1)[0].tolist() == expected[place]
 
 
 def test_steps_may_follow_bursts():
     model, judge = (build("torch", spec_from_config(CONFIG), name) for name in ("fused", "composed"))
     logits = []
     for one in (model, judge):
-        state, first = one.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
-        bursts = list(state.greedy(first.argmax(axis=1), 10))
-        assert sum(burst.shape[1] for burst in bursts) == 10
+        state = one.start_decode(np.array([PROMPTS[0]], np.int32), np.array([4], np.int32), 20)
+        bursts = list(state.choose(GREEDY, 11))
+        assert sum(burst.shape[1] for burst in bursts) == 11
         logits.append(state.step(bursts[-1][:, -1]))
-        with pytest.raises(ValueError, match="6 more tokens do not fit: 15 of the cache's 20 slots are used"):
-            state.greedy(bursts[-1][:, -1], 6)
+        with pytest.raises(ValueError, match="6 more tokens do not fit: the cache has 5 slots left"):
+            state.choose(GREEDY, 7)
     assert np.abs(logits[0] - logits[1]).max() < 1e-4
 
 
@@ -123,9 +121,9 @@ def test_a_large_cache_is_not_kept(monkeypatch):
 
 def test_prompts_are_read_in_parts(monkeypatch):
     spec = of_layers(spec_from_config(CONFIG), lambda index: {"window": 4 if index % 2 else None})
-    whole = [build("torch", spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
+    whole = [build("torch", spec, name).start_decode(*padded(), 9).logits() for name in ("fused", "composed")]
     monkeypatch.setattr(torch_generate, "PREFILL", 9)  # three slots at a time
-    parts = [build("torch", spec, name).start_decode(*padded(), 9)[1] for name in ("fused", "composed")]
+    parts = [build("torch", spec, name).start_decode(*padded(), 9).logits() for name in ("fused", "composed")]
     for logits in (*whole, *parts):
         assert np.abs(logits - whole[0]).max() < 1e-5
 

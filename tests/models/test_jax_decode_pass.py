@@ -12,9 +12,11 @@ from jaxsloth.generation import generate
 from jaxsloth.jax_backend import attention, decode_pass, placement
 from jaxsloth.jax_backend.cache import Cache
 from jaxsloth.jax_backend.ops import Ops
+from jaxsloth.jax_backend.sampling import begin
 from jaxsloth.kernels.registry import Facts, RefusedError
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Rope, RopeScaling
+from jaxsloth.sampling import GREEDY, Sampling
 from jaxsloth.transforms import quantize
 from tests.support.decoding import PROMPTS, SETTINGS, VARIANTS, adapted, build, of_layers, padded
 from tests.support.lowering import lowered_for_cuda
@@ -48,14 +50,14 @@ def test_the_layers_say_it_with_the_matvec():
 def test_steps_and_other_rows_may_follow_bursts(name):
     spec, found = VARIANTS["windows"](spec_from_config(CONFIG)), []
     for model in (build("jax", spec, name), build("torch", spec, "composed")):
-        state, first = model.start_decode(*padded(), 30)
-        bursts = list(state.greedy(first.argmax(axis=1), 10))
-        assert sum(burst.shape[1] for burst in bursts) == 10
+        state = model.start_decode(*padded(), 30)
+        bursts = list(state.choose(GREEDY, 11))
+        assert sum(burst.shape[1] for burst in bursts) == 11
         state.reorder(np.array([2, 0, 0]))
         logits = state.step(bursts[-1][[2, 0, 0], -1])
         with pytest.raises(ValueError, match="11 more tokens do not fit"):
-            state.greedy(bursts[-1][:, -1], 11)
-        more = list(state.greedy(logits.argmax(axis=1), 10))  # the last burst goes on past the cache's end
+            state.choose(GREEDY, 12)
+        more = list(state.choose(GREEDY, 11))  # the last burst goes on past the cache's end
         found.append((logits, np.concatenate(more, axis=1)))
     assert np.abs(found[0][0] - found[1][0]).max() < 1e-4
     assert np.array_equal(found[0][1], found[1][1])
@@ -75,9 +77,9 @@ def test_what_it_refuses():
     spec = spec_from_config(CONFIG)
     stretched = of_layers(spec, lambda _: {"rope": Rope(10000.0, 16, RopeScaling("dynamic", 2.0))})
     with pytest.raises(RefusedError, match="dynamic scaling changes them with the length"):
-        build("jax", stretched, "fused").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
+        next(build("jax", stretched, "fused").start_decode(*padded(), 12).choose(GREEDY, 2))
     with pytest.raises(RefusedError, match="no implementation 'graph'"):
-        build("jax", spec, "graph").start_decode(*padded(), 12)[0].greedy(np.zeros(3, np.int32), 2)
+        next(build("jax", spec, "graph").start_decode(*padded(), 12).choose(GREEDY, 2))
 
 
 @pytest.mark.gpu
@@ -101,12 +103,15 @@ def test_the_kernels_lower_for_cuda(monkeypatch, rows):
     monkeypatch.setattr(attention, "platform", lambda: "cuda")
     caches = [Cache(*(jnp.zeros((rows, 64, 2, 16), jnp.bfloat16) for _ in range(2))) for _ in model.spec.layers]
     numbers = jnp.zeros(rows, jnp.int32)
-    state = {"tokens": numbers, "positions": numbers[:, None], "first": numbers, "slot": jnp.int32(3)}
+    given = Sampling(do_sample=True, top_k=20, top_p=0.9)
+    variant = given.variant(260)
+    told, kept = begin(given, variant, 260, np.zeros((rows, 64), np.int32), 3, np.full(rows, 3))
+    state = {"tokens": numbers, "positions": numbers[:, None], "first": numbers, "slot": jnp.int32(3), "kept": kept}
     frequencies, ropes = model.frequencies(1)
 
-    def program(trained, frozen, caches, state):
-        return decode_pass.say(trained, frozen, caches, state, frequencies, model.structure, ropes, 2)
+    def program(trained, frozen, caches, state, told):
+        return decode_pass.say(trained, frozen, caches, state, told, frequencies, model.structure, ropes, variant, 2)
 
-    text = lowered_for_cuda(program, model.trained, model.frozen, caches, state)
+    text = lowered_for_cuda(program, model.trained, model.frozen, caches, state, told)
     for kernel in ("nf4_matvec", "cache_append", "cache_attend"):
         assert kernel in text, kernel

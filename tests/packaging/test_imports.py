@@ -19,6 +19,7 @@ NUMBERS = {"numpy", "ml_dtypes"}
 FREE = None  # may import anything
 BACKEND_MAY = (
     *("kernels", "models", "objectives", "recipe", "options", "backend", "bridge", "batch", "convert", "device_choice"),
+    *("sampling", "decoded_rows"),
 )
 
 # A file matches the first pattern that fits. (third-party packages, parts of jaxsloth, packages allowed inside functions only)
@@ -32,10 +33,12 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/extras.py", set(), (), set()),
     ("jaxsloth/terminal.py", {"rich"}, (), set()),
     ("jaxsloth/objectives/*.py", NUMBERS, ("objectives", "batch"), set()),
-    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "objectives", "options", "extras"), set()),
+    ("jaxsloth/sampling.py", NUMBERS, (), set()),
+    ("jaxsloth/decoded_rows.py", NUMBERS, ("sampling",), set()),
+    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "objectives", "options", "extras", "sampling"), set()),
     ("jaxsloth/bridge.py", NUMBERS, ("options", "batch"), set()),
     ("jaxsloth/device_choice.py", set(), (), set()),
-    ("jaxsloth/generation.py", NUMBERS, ("backend", "batch", "foreign"), set()),
+    ("jaxsloth/generation.py", NUMBERS, ("backend", "batch", "foreign", "sampling"), set()),
     ("kernels/registry.py", set(), (), set()),
     ("kernels/tolerance.py", set(), (), set()),
     ("kernels/*/contract.py", NUMBERS, ("kernels",), set()),

@@ -42,7 +42,8 @@ class CachedRows:
             lengths = np.full(batch, count, np.int32)
             if attention_mask is not None:
                 lengths = (attention_mask != 0).sum(dim=1).cpu().numpy().astype(np.int32)
-            self._state, logits = self._model.start_decode(tokens, lengths, self._capacity)
+            self._state = self._model.start_decode(tokens, lengths, self._capacity)
+            logits = self._state.logits()
         elif count == 1:
             logits = self._state.step(tokens[:, 0])
         else:
