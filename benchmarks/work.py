@@ -37,7 +37,6 @@ class Work:
     learning_rate: float = 1e-4
     warmup: int = 3
     steps: int = 8
-    new_tokens: int = 0  # over 0: decode that many after prompts of `length`, instead of training
     documents: int = 0  # over 0: whole epochs over so many documents of at most `length` tokens (jaxsloth only)
     packing: bool = False  # documents side by side in rows of `length`, not one a row
     memory_limit: int | None = None  # bytes of the device that the process may use
@@ -66,10 +65,6 @@ class Runner(Protocol):
 
     def gradients(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         """Of the only step so far, by PEFT name, float32; empty where the contender has none."""
-        ...
-
-    def generate(self, prompts: np.ndarray, new_tokens: int) -> np.ndarray:
-        """Exactly new_tokens greedy tokens after int32 prompts ``[batch, length]``: ``[batch, new_tokens]``."""
         ...
 
     def peak_memory(self) -> int | None:

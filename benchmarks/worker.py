@@ -43,7 +43,7 @@ def main(task_file: Path) -> None:
     if work.documents:
         found |= epochs(runner, work)
     else:
-        found |= decode(runner, work) if work.new_tokens else train(runner, work, task, line.strip())
+        found |= train(runner, work, task, line.strip())
     found["start_to_first_step_s"] = found["import_s"] + found["load_s"] + found["times_s"][0]
     found["peak_bytes"] = runner.peak_memory()
     if task["profile"]:
@@ -75,19 +75,6 @@ def _wait_for(file: Path, most_s: float = 90.0) -> None:
     end = time.monotonic() + most_s
     while not file.exists() and file.parent.is_dir() and time.monotonic() < end:
         time.sleep(0.05)
-
-
-def decode(runner: Runner, work: Work) -> dict[str, Any]:
-    """Times whole generations, prefill included."""
-    prompts = tokens(work)
-    times, answer = [], np.zeros((0, 0))
-    for _ in range(work.warmup + work.steps):
-        start = time.perf_counter()
-        answer = runner.generate(prompts, work.new_tokens)
-        times.append(time.perf_counter() - start)
-    if answer.shape != (work.batch, work.new_tokens):
-        raise RuntimeError(f"{work.batch}×{work.new_tokens} tokens were asked for, and {answer.shape} came")
-    return {"times_s": times, "tokens": answer[0, :16].tolist()}
 
 
 def epochs(runner: Runner, work: Work) -> dict[str, Any]:
@@ -131,14 +118,8 @@ def _profile(runner: Runner, work: Work) -> Any:
 
     inputs = tokens(work)
 
-    def once() -> None:
-        if work.new_tokens:
-            runner.generate(inputs, work.new_tokens)
-        else:
-            runner.step(inputs)
-
     try:
-        return kernels_of(runner.framework, once)
+        return kernels_of(runner.framework, lambda: runner.step(inputs))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 

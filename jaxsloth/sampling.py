@@ -180,14 +180,15 @@ class Sampling:
             "eta": self.eta_cutoff or 0.0,
             "penalty": self.repetition_penalty,
         }
-        found = {name: np.asarray(value, np.float32) for name, value in floats.items()}
+        found: dict[str, np.ndarray] = {name: np.asarray(value, np.float32) for name, value in floats.items()}
         whole = {"top_k": min(self.top_k or vocab, vocab), "ends_from": slot + self.min_new_tokens, "begun_from": slot + 1}
         found |= {name: np.asarray(value, np.int32) for name, value in whole.items()}
         found |= self._draws(rows)
         if variant.restricts:
-            found["restricted"] = np.zeros(vocab, np.uint8)
+            restricted = np.zeros(vocab, np.uint8)
             for token, bits in self.restricted().items():
-                found["restricted"][token] = bits
+                restricted[token] = bits
+            found["restricted"] = restricted
         if variant.words is not None:
             found["words"] = _padded(self.bad_words_ids, *variant.words)
         return found

@@ -27,7 +27,8 @@ logger = logging.getLogger("jaxsloth.torch_backend")
 
 CHUNK = 8  # tokens a row that are read at once; so many more are under way meanwhile
 SLOTS = 256  # caches are rounded up to this, so that one program serves many requests
-KEPT_BYTES = 2**30  # of caches, up to which a program waits for the next request
+KEPT_BYTES = 2**30  # of caches, up to which a program waits for the next request; on a GPU also up to a part of its memory
+KEPT_SHARE = 1 / 8
 VARIANTS_KEPT = 8  # ways of choosing that a program remembers
 
 

@@ -14,7 +14,7 @@ from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.spec import Attention
 from jaxsloth.sampling import Sampling, Variant
 from jaxsloth.torch_backend import autograd_pass
-from jaxsloth.torch_backend.decode_pass import KEPT_BYTES, SLOTS, DecodeProgram
+from jaxsloth.torch_backend.decode_pass import KEPT_BYTES, KEPT_SHARE, SLOTS, DecodeProgram
 from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.run import Cache, Run
 from jaxsloth.torch_backend.sampling import Sampler
@@ -43,7 +43,10 @@ def take_program(model: ModelState, batch: int, capacity: int) -> DecodeProgram 
 
 def give_back(model: ModelState, program: DecodeProgram) -> None:
     """Leaves a program to the next request, unless it holds much memory."""
-    if program.cache_bytes <= KEPT_BYTES:
+    device, most = model.decoder.device, float(KEPT_BYTES)
+    if device.type == "cuda":
+        most = max(most, KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    if program.cache_bytes <= most:
         model.idle_program = program
 
 
@@ -81,8 +84,8 @@ class DecodeState(DecodedRows):
             yield program.begin(sampling, variant, self._logits, ids, self._next)[:, None]
             yield from program.decode_chunks(variant, ids.shape[1], count - 1)
             return
-        device = self._model.decoder.device
-        sampler = Sampler(variant, *self._ids.shape, self._vocab, device)
+        device, (batch, slots) = self._model.decoder.device, self._ids.shape
+        sampler = Sampler(variant, batch, slots, self._vocab, device)
         sampler.begin(sampling, ids, self._next)
         slot, positions = torch.tensor([self._used], device=device), torch.from_numpy(self._next.copy()).to(device)
         for index in range(count):

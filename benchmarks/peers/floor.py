@@ -89,9 +89,6 @@ class Floor:
     def gradients(self, names: Sequence[str]) -> dict[str, np.ndarray]:
         return {}
 
-    def generate(self, prompts: np.ndarray, new_tokens: int) -> np.ndarray:
-        raise NotImplementedError("the floor decodes nothing")
-
     def peak_memory(self) -> int | None:
         return peak_memory()
 

@@ -37,6 +37,6 @@ def build(folder: Path, work: Work) -> PeftRunner:
             r=work.r, lora_alpha=work.alpha, target_modules=PROJECTIONS, lora_dropout=0.0, task_type="CAUSAL_LM"
         )  # type: ignore[arg-type]
         model = get_peft_model(model, config)
-    model.train(work.new_tokens == 0)
+    model.train()
     synchronize()
     return PeftRunner(model, work)

@@ -13,7 +13,6 @@ from benchmarks.work import Runner, Work, adapters, specs
 from jaxsloth.backend import BackendName, BuildOptions, OptimizerOptions, load_backend
 from jaxsloth.batch import IGNORE, Window
 from jaxsloth.convert.checkpoint import open_checkpoint
-from jaxsloth.generation import GenerationSettings, generate
 from jaxsloth.objectives.causal_lm import CausalLoss
 
 
@@ -53,10 +52,6 @@ class OwnRunner:
             raise RuntimeError(f"gradients can be told after one step, and {self._done} were made")
         state = self._step.state()
         return {name: state[f"{name}.exp_avg"] / np.float32(1 - self._optimizer.betas[0]) for name in names}
-
-    def generate(self, prompts: np.ndarray, new_tokens: int) -> np.ndarray:
-        settings = GenerationSettings(max_new_tokens=new_tokens, eos_ids=())
-        return np.array(generate(self.model, prompts.tolist(), settings), np.int32)
 
     def peak_memory(self) -> int | None:
         return self._engine.peak_memory()

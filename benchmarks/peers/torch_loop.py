@@ -78,19 +78,6 @@ class PeftRunner:
             raise RuntimeError(f"{name} has no gradient; was a step made?")
         return gradient
 
-    def generate(self, prompts: np.ndarray, new_tokens: int) -> np.ndarray:
-        inputs = torch.from_numpy(prompts).to(device(), torch.int64)
-        found = self.model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            use_cache=True,
-        )
-        synchronize()
-        return found[:, prompts.shape[1] :].cpu().numpy()
-
     def peak_memory(self) -> int | None:
         return peak_memory()
 

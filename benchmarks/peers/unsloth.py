@@ -20,7 +20,7 @@ def build(folder: Path, work: Work) -> PeftRunner:
     limit_memory(work)
     model, _ = FastLanguageModel.from_pretrained(
         str(folder),
-        max_seq_length=work.length + work.new_tokens,
+        max_seq_length=work.length,
         dtype=DTYPES[work.dtype],
         load_in_4bit=work.quantization == "nf4",
     )
@@ -34,9 +34,6 @@ def build(folder: Path, work: Work) -> PeftRunner:
             bias="none",
             use_gradient_checkpointing=words[work.checkpointing],
         )
-    if work.new_tokens:
-        FastLanguageModel.for_inference(model)
-    else:
-        model.train()
+    model.train()
     synchronize()
     return PeftRunner(model, work)

@@ -130,15 +130,14 @@ def prepare(model: Any, inputs: Any, generation_config: Any, given: Mapping[str,
     tensors = {name: value for name, value in tensors.items() if name not in _IGNORED}
     slow = asked + [name for name, value in tensors.items() if value is not None]
     if ids is None or ids.ndim != 2:
-        slow.append("prompts that are no token ids [batch, length]")
-    elif not ids.shape[1]:
+        return _left_to_transformers([*slow, "a prompt that is no input_ids [batch, length]"], generator)
+    if not ids.shape[1]:
         raise ValueError("generate needs prompts of at least one token each, got input_ids of shape " + str(tuple(ids.shape)))
-    else:
-        slow += _unread(model, config)
-    seen = None if slow else _mask(ids, mask, config.pad_token_id, end_ids(config))
-    if seen is not None and (not seen.sum(1).all() or (np.diff(seen, axis=1) < 0).any()):
-        slow, seen = ["prompts with padding elsewhere than on the left"], None
-    if seen is None:
+    slow += _unread(model, config)
+    seen = _mask(ids, mask, config.pad_token_id, end_ids(config))
+    if not slow and (not seen.sum(1).all() or (np.diff(seen, axis=1) < 0).any()):
+        slow.append("padding elsewhere than on the left")
+    if slow:
         return _left_to_transformers(slow, generator)
     defaults = (given.get("max_length"), getattr(generation_config, "max_length", None), model.generation_config.max_length)
     length = all(value is None for value in defaults), ids.shape[1]

@@ -12,7 +12,7 @@ from jaxtyping import Float32, Int
 from jaxsloth.kernels.dropout.contract import MULTIPLIERS, ROUNDS, WEYL
 from jaxsloth.kernels.gumbel.contract import DOMAIN, MOST, SERIES, SERIES_BELOW, share_of
 
-BLOCK = 1024
+BLOCK, WARPS = 1024, {"num_warps": 4}
 _M0, _M1, _W0, _W1 = (tl.constexpr(value) for value in (*MULTIPLIERS, *WEYL))
 _ROUNDS, _DOMAIN, _MOST, _BELOW = (tl.constexpr(value) for value in (ROUNDS, DOMAIN, MOST, SERIES_BELOW))
 _S2, _S3, _S4, _S5, _S6 = (tl.constexpr(value) for value in SERIES[1:])
@@ -88,7 +88,7 @@ def draw(
             programs,
             LISTED=ids is not None,
             BLOCK=block,
-            num_warps=4,
+            **WARPS,
         )
     if programs == 1:
         return places[:, 0]

@@ -102,12 +102,18 @@ def test_layers_are_compared_as_one_vector():
 
 
 def test_contenders_decode_the_same_tokens(scratch):
-    work = replace(TINY, length=8, lora=False, steps=1, new_tokens=6)
-    results = decode.run(work, "jaxsloth-torch,jaxsloth-jax,hf", scratch, profile=False, timeout=300)
-    assert [result.get("error") for result in results] == [None] * 3
-    judge = results[2]["tokens"]
-    assert len(judge) == 6
-    assert all(result["tokens"] == judge and result["tokens_per_s"] > 0 for result in results)
+    rows = {"size": "tiny", "new": 6, "repeat": 1, "adapters": False, "other": True, "dtype": "float32"}
+    rows |= {"batches": [2], "prompts": [8], "ways": ["greedy", "top_p", "engine"]}
+    decode.ensure_checkpoint("tiny", scratch)
+    found = {contender: decode.run(contender, rows, scratch, timeout=300) for contender in ("torch", "jax", "hf")}
+    assert not [row for of in found.values() for row in of.values() if "error" in row]
+    judge = found["hf"]["greedy, 2 × 8"]["said"]
+    assert len(judge) == 6 and all(
+        row["tokens_per_s"] > 0 and row["other_s"] > 0 for of in found.values() for row in of.values()
+    )
+    for of in (found["torch"], found["jax"]):
+        assert of["greedy, 2 × 8"]["said"] == of["engine, 2 × 8"]["said"] == judge
+    assert found["torch"]["top_p, 2 × 8"]["tokens"] == 6
 
 
 @pytest.mark.parametrize(("row", "seconds"), [("8b-fast", 0.337), ("8b-recompute", 0.489)])

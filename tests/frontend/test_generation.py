@@ -11,6 +11,7 @@ import torch
 from jaxsloth.backend import BuildOptions, load_backend
 from jaxsloth.generation import GenerationSettings, generate
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.torch_backend.model import TorchModel
 from tests.support.sources import DictSource, transformers_model
 from tests.support.tiny import CONFIG, byte_tokenizer, random_weights
 
@@ -51,26 +52,34 @@ def test_greedy_is_transformers(model, weights, penalty):
 SAMPLED = GenerationSettings(max_new_tokens=12, do_sample=True, temperature=0.9, top_p=0.95, seed=8, eos_ids=())
 
 
-def test_sampling_is_the_same_on_both_backends_and_whatever_the_candidates(weights, monkeypatch):
-    """Too few candidates are noticed, and all are asked: at the first token and later, after top_k as well."""
-    answers, settings = [], [SAMPLED, replace(SAMPLED, top_k=3), replace(SAMPLED, repetition_penalty=1.2, top_k=9)]
-    for backend in ("torch", "jax"):
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"top_k": 9, "repetition_penalty": 1.2}, marks=pytest.mark.slow)], ids=str
+)
+def test_sampling_is_the_same_on_both_backends_and_whatever_the_candidates(weights, settings, monkeypatch):
+    """Too few candidates are noticed, and all are asked: at the first token and later."""
+    answers, settings = [], replace(SAMPLED, **settings)
+    for backend, few in (("torch", 4), ("torch", 24), ("torch", 1000), ("jax", 4)):
         built = load_backend(backend).build(spec_from_config(CONFIG), DictSource(weights), BuildOptions())
-        for candidates in (4, 24, 1000):
-            monkeypatch.setattr("jaxsloth.sampling.CANDIDATES", candidates)
-            answers.append([generate(built, PROMPTS, one) for one in settings])
+        monkeypatch.setattr("jaxsloth.sampling.CANDIDATES", few)
+        answers.append(generate(built, PROMPTS, settings))
     assert all(answer == answers[0] for answer in answers)
-    assert answers[0][0] != generate(built, PROMPTS, replace(SAMPLED, seed=9))
-    # A row says the same alone, with the seed of its own.
+
+
+def test_seeds(weights):
+    """Another seed says something else; a row says the same alone, with a seed of its own."""
+    built = load_backend("torch").build(spec_from_config(CONFIG), DictSource(weights), BuildOptions())
+    assert generate(built, PROMPTS, SAMPLED) != generate(built, PROMPTS, replace(SAMPLED, seed=9))
     own = generate(built, PROMPTS, replace(SAMPLED, seed=[4, 5, 6]))
     assert generate(built, PROMPTS[1:2], replace(SAMPLED, seed=[5])) == [own[1]]
 
 
 def test_logits_that_are_not_numbers_are_named(weights):
-    wrong = {name: np.full_like(value, np.nan) if name.endswith("norm.weight") else value for name, value in weights.items()}
-    source = DictSource(wrong)
-    with pytest.raises(ValueError, match=r"row 0 has no token to choose after 0 new ones: its logits are NaN"):
-        generate(load_backend("torch").build(spec_from_config(CONFIG), source, BuildOptions()), PROMPTS, SAMPLED)
+    built = load_backend("torch").build(spec_from_config(CONFIG), DictSource(weights), BuildOptions())
+    assert isinstance(built, TorchModel)
+    built.decoder.get_parameter("model.norm.weight").data.fill_(np.nan)
+    for settings in (SAMPLED, replace(SAMPLED, do_sample=False)):
+        with pytest.raises(ValueError, match=r"row 0 has no token to choose after 0 new ones: its logits are NaN"):
+            generate(built, PROMPTS, settings)
 
 
 class Scripted:

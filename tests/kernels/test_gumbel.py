@@ -29,13 +29,14 @@ both = pytest.mark.parametrize(("ops", "on"), [(torch_ops, on_torch), (xla_ops, 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_the_reference(ops, on, case):
     inputs = make_inputs(case, 1234567890123)
-    scores, ids = inputs.pop("scores"), inputs.pop("ids")
-    whole = reference.noise(*inputs.values(), case.vocab)
+    scores, ids, keys, rows, positions = inputs.values()
+    assert scores is not None and keys is not None and rows is not None and positions is not None
+    counted, whole = (keys, rows, positions), reference.noise(keys, rows, positions, case.vocab)
     expected = whole if ids is None else np.take_along_axis(whole, ids, axis=1)
-    got = on(ops.noise, ids, *inputs.values(), vocab=case.vocab)
+    got = on(ops.noise, ids, *counted, vocab=case.vocab)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=RELATIVE, atol=RELATIVE)
-    drawn = on(ops.draw, scores, ids, *inputs.values(), vocab=case.vocab)
+    drawn = on(ops.draw, scores, ids, *counted, vocab=case.vocab)
     assert np.array_equal(drawn, np.argmax(scores + expected, axis=1))
 
 
