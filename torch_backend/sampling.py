@@ -90,7 +90,7 @@ class Sampler:
     def _drawn(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         scores, ids, few = self.scores(logits)
         place = self._draw(scores, ids, self._keys, self._rows, positions, vocab=self.vocab)
-        best = scores.amax(dim=1) if ids is None else scores[:, -1]
+        best = scores.amax(dim=1)  # not the last: typical_p may take the likeliest away
         said = place if ids is None else ids.gather(1, place[:, None])[:, 0]
         if few is not None:
             said = torch.where(few, TOO_FEW, said)

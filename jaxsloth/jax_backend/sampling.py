@@ -47,7 +47,7 @@ def choose(logits: Any, numbers: Any, kept: Any, slot: Any, positions: Any, vari
     else:
         scored, ids, few = scores(logits, numbers, variant)
         said = draw(scored, ids, numbers["keys"], numbers["rows"], positions, vocab=logits.shape[1]).astype(jnp.int32)
-        best = jnp.max(scored, axis=1) if ids is None else scored[:, -1]
+        best = jnp.max(scored, axis=1)  # not the last: typical_p may take the likeliest away
         said = said if ids is None else jnp.take_along_axis(ids, said[:, None], axis=1)[:, 0]
         said = said if few is None else jnp.where(few, TOO_FEW, said)
         said = jnp.where(jnp.isfinite(best), said, NO_CHOICE)

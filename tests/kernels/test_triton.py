@@ -21,6 +21,7 @@ from jaxsloth.kernels.fp8 import triton_kernel as fp8_triton
 from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST
 from jaxsloth.kernels.gated_activation import triton_kernel as gated_triton
 from jaxsloth.kernels.gated_activation.contract import KINDS
+from jaxsloth.kernels.gumbel import triton_kernel as gumbel_triton
 from jaxsloth.kernels.layer_norm import triton_kernel as layer_norm_triton
 from jaxsloth.kernels.linear_cross_entropy import triton_kernel as loss_triton
 from jaxsloth.kernels.lora_dropout import triton_kernel as lora_dropout_triton
@@ -133,6 +134,14 @@ def test_layer_norm_compiles(dtype, biased):
     backward |= {"dweight": "*fp32", "dbias": "*fp32", **numbers("rows", "hidden", "rows_each")}
     constants = {"NEEDS_DX": True, "NEEDS_DWEIGHT": True, "NEEDS_DBIAS": biased, "WIDTH": 1024}
     compile_ptx(layer_norm_triton.backward_kernel, backward, constants, layer_norm_triton.launch(1024))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_gumbel_draws_compile(listed):
+    arguments = {"scores": "*fp32", "ids": "*i64" if listed else "*fp32", "keys": "*i64", "rows": "*i32", "positions": "*i32"}
+    arguments |= {"values": "*fp32", "places": "*i64", "n": "i32", "share": "i32", "programs": "i32"}
+    constants = {"LISTED": listed, "BLOCK": gumbel_triton.BLOCK}
+    compile_ptx(gumbel_triton._draw_kernel, arguments, constants, gumbel_triton.WARPS)
 
 
 def test_adamw_8bit_compiles_and_contracts_nothing():

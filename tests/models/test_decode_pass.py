@@ -138,6 +138,45 @@ def test_what_it_refuses():
     assert generate(build("torch", of_layers(spec, lambda _: {"rope": stretched}), None), PROMPTS, SETTINGS)
 
 
+def test_it_draws_what_the_layers_draw():
+    """One program for all that is sampled; the numbers are its arrays."""
+    spec = quantize(spec_from_config(CONFIG), nested=True)
+    settings = [replace(SETTINGS, do_sample=True, top_k=20, **more) for more in ({"top_p": 0.9}, {"temperature": 1.5})]
+    settings.append(replace(settings[0], repetition_penalty=1.3, no_repeat_ngram_size=2, seed=4))
+    model, judge = (build("torch", spec, name) for name in ("fused", "composed"))
+    assert [generate(model, PROMPTS, one) for one in settings] == [generate(judge, PROMPTS, one) for one in settings]
+    assert len(model.idle_program._samplers) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["top_k", "nucleus", "ordered", "plain", "rare", "processors"])
+def test_graphs_draw_what_the_layers_draw_and_are_recorded_once(kind):
+    spec = quantize(spec_from_config(CONFIG | {"vocab_size": 20000}), nested=True)
+    more = {
+        "top_k": {"top_k": 50, "top_p": 0.9},
+        "nucleus": {"top_p": 0.5, "temperature": 0.3},
+        "ordered": {"top_k": 1000},
+        "plain": {"min_p": 0.01},
+        "rare": {"typical_p": 0.9, "eta_cutoff": 1e-3, "top_k": 100},
+        "processors": {
+            "repetition_penalty": 1.3,
+            "no_repeat_ngram_size": 2,
+            "bad_words_ids": [[5], [6, 7]],
+            "min_new_tokens": 9,
+        },
+    }[kind]
+    sampled, answers = replace(SETTINGS, do_sample=True, max_new_tokens=40, eos_ids=(9,), **more), []
+    for name in ("fused", "composed"):
+        model = build("torch", spec, name)
+        answers.append(generate(model, PROMPTS, sampled))
+        if name == "fused":
+            program, recorded = model.idle_program, model.idle_program.recorded
+            assert recorded == 2
+            generate(model, [[3], *PROMPTS[:2]], replace(sampled, temperature=1.2, seed=7))
+            assert model.idle_program is program and program.recorded == recorded
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("variant", VARIANTS)

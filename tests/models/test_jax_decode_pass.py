@@ -63,6 +63,19 @@ def test_steps_and_other_rows_may_follow_bursts(name):
     assert np.array_equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("name", ["fused", "composed"])
+def test_other_numbers_and_lengths_compile_nothing(name):
+    model = build("jax", spec_from_config(CONFIG), name)
+    sampled = replace(SETTINGS, do_sample=True, temperature=0.7, top_k=20, top_p=0.9, min_p=0.05)
+    generate(model, PROMPTS, sampled)
+    count = model.compilations()
+    generate(model, [[*prompt[1:], 3, 5] for prompt in PROMPTS], replace(sampled, temperature=1.5, top_k=5, min_p=None, seed=4))
+    generate(model, PROMPTS, replace(sampled, max_new_tokens=23, top_p=None))
+    assert model.compilations() == count > 0
+    generate(model, PROMPTS, replace(sampled, no_repeat_ngram_size=2))
+    assert model.compilations() > count
+
+
 def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
     spec = spec_from_config(CONFIG)
     monkeypatch.setattr(placement, "free_memory", lambda: 1000.0)

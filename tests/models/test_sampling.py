@@ -205,7 +205,13 @@ def drawn(backend: str, sampling: Sampling, logits: np.ndarray, positions: np.nd
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": 1.3}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}, {"top_p": 0.8}, {"min_p": 0.1}, {"typical_p": 0.8}],
+    [
+        {"temperature": 1.3},
+        {"temperature": 0.7, "top_k": 6, "top_p": 0.9},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"typical_p": 0.4, "top_k": 30},
+    ],
     ids=str,
 )
 def test_draws_have_the_exact_probabilities(settings, monkeypatch):
