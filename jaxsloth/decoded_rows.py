@@ -15,17 +15,20 @@ class DecodedRows(ABC):
     """The slots of a batch, shared by all rows: a row's padding occupies its first ones and is never seen.
 
     ids int32 and segments int32 ``[batch, slots]``, 1 where a token counts; used: how many slots are written; next int32
-    ``[batch]``, each row's next position; limit: how many slots may be written. bucket: prompts and slots are rounded up to it.
+    ``[batch]``, each row's next position; limit: how many slots may be written. bucket: what prompts and slots are rounded up
+    to.
     """
 
-    def __init__(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int, vocab: int, bucket: int = 1) -> None:
+    def __init__(
+        self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int, vocab: int, bucket: tuple[int, int] = (1, 1)
+    ) -> None:
         batch, length = input_ids.shape
         if length > capacity:
             raise ValueError(f"the prompts take {length} slots and the cache has {capacity}")
-        extra = -length % bucket
+        extra = -length % bucket[0]
         self._vocab, self._used, self._limit = vocab, length + extra, capacity + extra
         self._next = lengths.astype(np.int32)
-        shape = (batch, self._limit + -self._limit % bucket)
+        shape = (batch, self._limit + -self._limit % bucket[1])
         self._ids, self._segments = np.full(shape, NOTHING, np.int32), np.zeros(shape, np.int32)
         self._ids[:, extra : self._used] = input_ids
         self._segments[:, : self._used] = np.arange(self._used) >= (self._used - lengths)[:, None]

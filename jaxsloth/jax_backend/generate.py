@@ -19,6 +19,7 @@ from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.sampling import Sampling, Variant
 
 BUCKET = 64  # prompts and caches are rounded up to this many slots, so that few shapes compile
+SLOTS = 256  # and caches to so many where attention reads those slots alone that are written
 BURST = 8  # tokens a row that one program says
 
 
@@ -76,7 +77,8 @@ class DecodeState(DecodedRows):
     """A batch being decoded."""
 
     def __init__(self, model: ModelState, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
-        super().__init__(input_ids, lengths, capacity, model.spec.embedding.vocab, BUCKET)
+        slots = SLOTS if model.decodes_fused(room=True) and not model.stretches else BUCKET
+        super().__init__(input_ids, lengths, capacity, model.spec.embedding.vocab, (BUCKET, slots))
         self._model = model
         # Stacked, or each layer's by itself once a fused burst has begun.
         self._caches: tuple[Cache, ...] | list[Cache] = placement.replicate(model.decoder().empty_caches(*self._ids.shape))
