@@ -63,7 +63,7 @@ def test_steps_and_other_rows_may_follow_bursts(name):
     assert np.array_equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("name", ["fused", "composed"])
+@pytest.mark.parametrize("name", [pytest.param("fused", marks=pytest.mark.slow), "composed"])
 def test_other_numbers_and_lengths_compile_nothing(name):
     model = build("jax", spec_from_config(CONFIG), name)
     sampled = replace(SETTINGS, do_sample=True, temperature=0.7, top_k=20, top_p=0.9, min_p=0.05)

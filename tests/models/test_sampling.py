@@ -75,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
         "bad_words_ids": [[13], [1, 2]],
     },
 }
+TIED = ("min_p", "top_k", "top_p", "top_p of many", "usual", "typical after top_k", "everything")  # on equal logits as well
 UNCHANGED = {"top_k of all", "min_new_tokens reached", "long ngrams"}
 
 
@@ -167,8 +168,7 @@ both = pytest.mark.parametrize("run", [on_torch, on_jax], ids=["torch", "jax"])
 
 
 @both
-@pytest.mark.parametrize("tied", [False, True], ids=["distinct", "tied"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "tied"), [*((case, False) for case in CASES), *((case, True) for case in TIED)], ids=str)
 def test_what_is_left_is_transformers(case, tied, run, monkeypatch):
     """The same tokens and probabilities; where the candidates are too few, after all are asked instead."""
     monkeypatch.setattr(sampling_module, "CANDIDATES", 24)
