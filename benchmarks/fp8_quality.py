@@ -79,7 +79,7 @@ def train(plan: Plan, moved: bool, most: int | None) -> dict[str, Any]:
     step_function, optimizer = model.step(CausalLoss(), OptimizerOptions()), plan.recipe.optimizer
     for step in range(plan.total_steps):
         rate = learning_rate(step, plan.total_steps, optimizer.learning_rate, plan.recipe.schedule)
-        losses.append(step_function(plan.windows.window(step), learning_rate=rate, step=step, seed=0).floats()[0])
+        losses.append(step_function(plan.step_batches.batch(step), learning_rate=rate, step=step, seed=0).floats()[0])
     return {"losses": losses, "before": before, "after": held_out_loss(model, plan, most), "adapter": model.trainable()}
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.peers.own import window
+from benchmarks.peers.own import step_batch
 
 STEPS, BATCH, LENGTH, HELD_OUT = 200, 4, 512, 4
 STATES, SUCCESSORS = 2048, (0.6, 0.2, 0.15, 0.05)
@@ -59,21 +59,21 @@ def train(backend: str, shape: str, moved: bool) -> dict[str, Any]:
     if moved:
         values = {name: np.nextafter(value, np.float32(np.inf), dtype=np.float32) for name, value in values.items()}
     model.add_adapters(spec, values)
-    held_out = [window(ids) for ids in text(spec.embedding.vocab, HELD_OUT, 2)]
+    held_out = [step_batch(ids) for ids in text(spec.embedding.vocab, HELD_OUT, 2)]
     before = evaluate(model, held_out)
     step_function, losses = model.step(CausalLoss(), OptimizerOptions()), []
     schedule = ScheduleRecipe(kind="cosine", warmup_steps=WARMUP)
     for step, ids in enumerate(text(spec.embedding.vocab, STEPS, 1)):
         rate = learning_rate(step, STEPS, LEARNING_RATE, schedule)
-        losses.append(step_function(window(ids), learning_rate=rate, step=step, seed=0).floats()[0])
+        losses.append(step_function(step_batch(ids), learning_rate=rate, step=step, seed=0).floats()[0])
     return {"losses": losses, "before": before, "after": evaluate(model, held_out)}
 
 
-def evaluate(model: Any, windows: list[Any]) -> float:
+def evaluate(model: Any, step_batches: list[Any]) -> float:
     from jaxsloth.batch import Batch
 
     step, total, count = model.eval_step(), 0.0, 0
-    for each in windows:
+    for each in step_batches:
         batch = Batch(each.input_ids[0], each.targets[0], each.segments[0], each.positions[0], each.rows[0])
         loss, tokens = step(batch)
         total, count = total + float(loss), count + tokens

@@ -81,12 +81,12 @@ def epochs(runner: Runner, work: Work) -> dict[str, Any]:
     """Times whole epochs over the documents; the warm-up epochs have learning rate 0, so that their loss is the model's own."""
     from benchmarks.peers.own import OwnRunner
     from jaxsloth.data.encode import Example
-    from jaxsloth.data.windows import WindowStream
+    from jaxsloth.data.step_batches import StepBatches
 
     if not isinstance(runner, OwnRunner):
         raise TypeError("only jaxsloth's contenders are measured over documents")
     examples = [Example(tokens, np.ones(len(tokens), bool)) for tokens in documents(work)]
-    stream = WindowStream(
+    stream = StepBatches(
         examples,
         batch_size=work.batch,
         accumulation=1,
@@ -100,12 +100,12 @@ def epochs(runner: Runner, work: Work) -> dict[str, Any]:
     for epoch in range(work.warmup + work.steps):
         loss = valid = seconds = 0.0
         for step in range(stream.steps_per_epoch):
-            window = stream.window(epoch * stream.steps_per_epoch + step)
+            step_batch = stream.batch(epoch * stream.steps_per_epoch + step)
             start = time.perf_counter()
-            mean = runner.train_on(window, work.learning_rate if epoch >= work.warmup else 0.0)
+            mean = runner.train_on(step_batch, work.learning_rate if epoch >= work.warmup else 0.0)
             seconds += time.perf_counter() - start
-            loss, valid = loss + mean * window.valid_tokens, valid + window.valid_tokens
-            shapes.add(window.input_ids.shape[1:])
+            loss, valid = loss + mean * step_batch.valid_tokens, valid + step_batch.valid_tokens
+            shapes.add(step_batch.input_ids.shape[1:])
         times.append(seconds)
         losses.append(loss / valid)
     tokens = sum(len(example.tokens) for example in examples)

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from jaxsloth.batch import Batch, Window
+from jaxsloth.batch import Batch, StepBatch
 from jaxsloth.bridge import Bridge
 from jaxsloth.extras import MissingExtraError, require
 from jaxsloth.models.spec import ModelSpec
@@ -111,13 +111,13 @@ class StepResult:
 
 
 class Step(Protocol):
-    """One optimizer step over a whole accumulation window, on all devices, of one objective."""
+    """One optimizer step over a whole accumulation step batch, on all devices, of one objective."""
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+    def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> StepResult:
         """Updates the trained weights. step counts optimizer steps from 0; (seed, step) key the dropout masks and the noise.
 
         Raises:
-            ValueError: the window is not what the objective is defined on (`Objective.prepare`).
+            ValueError: the step batch is not what the objective is defined on (`Objective.prepare`).
         """
         ...
 

@@ -43,7 +43,7 @@ FIELDS = ("input_ids", "targets", "segments", "positions", "rows")
 
 
 @dataclass(frozen=True)
-class Window:
+class StepBatch:
     """All micro-batches of one optimizer step, over all devices, with the count that the loss is divided by.
 
     The arrays are a Batch's with a leading accumulation axis: ``[accumulation, batch, length]`` and ``[accumulation, batch]``.
@@ -56,7 +56,7 @@ class Window:
     segments: np.ndarray
     positions: np.ndarray
     rows: np.ndarray
-    valid_tokens: int  # targets that are not IGNORE, in the whole window
+    valid_tokens: int  # targets that are not IGNORE, in the whole step_batch
     values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property

@@ -1,4 +1,4 @@
-"""A step over a whole accumulation window, the evaluation step, and the log-probs of rows."""
+"""A step over a whole accumulation step batch, the evaluation step, and the log-probs of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from jaxsloth.backend import OptimizerOptions, StepResult
-from jaxsloth.batch import Batch, Window
+from jaxsloth.batch import Batch, StepBatch
 from jaxsloth.kernels.dropout.contract import key_words, step_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from jaxsloth.models.names import EMBEDDING, check_base_is_whole
@@ -50,16 +50,16 @@ class Step:
         self._drops = model.spec.lora is not None and model.spec.lora.dropout > 0
         self._program = model.written_program()
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+    def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> StepResult:
         objective, device = self._objective, self._model.decoder.device
-        count, values = objective.prepare(window, placement.world_size())
-        mine = placement.share(window.input_ids.shape[1])
+        count, values = objective.prepare(step_batch, placement.world_size())
+        mine = placement.share(step_batch.input_ids.shape[1])
         arrays = {name: to_device(value[:, mine], device) for name, value in values.items()}
         factor = torch.full((), self._optimizer.loss_scale / count, dtype=torch.float32, device=device)
         total, log_probs = torch.zeros_like(factor), None
         if isinstance(objective, RowObjective):
-            log_probs = torch.zeros(window.rows.shape, dtype=torch.float32, device=device)
-        for micro, result in self._passes(window, factor, arrays, step, seed):
+            log_probs = torch.zeros(step_batch.rows.shape, dtype=torch.float32, device=device)
+        for micro, result in self._passes(step_batch, factor, arrays, step, seed):
             if log_probs is None:
                 total += result / count
             else:
@@ -71,17 +71,17 @@ class Step:
         return StepResult(*self._update(learning_rate, total), log_probs)
 
     def _passes(
-        self, window: Window, factor: torch.Tensor, arrays: Tensors, step: int, seed: int
+        self, step_batch: StepBatch, factor: torch.Tensor, arrays: Tensors, step: int, seed: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Adds up the gradients of this process' rows: (micro-batch, what the objective makes of it, good until the next)."""
         model = self._model
         self._optimizer.flat.gradient.zero_()
         words = torch.tensor(step_words(seed, step), device=factor.device) if self._drops else None
-        mine = placement.share(window.input_ids.shape[1])
+        mine = placement.share(step_batch.input_ids.shape[1])
         if self._program is not None:
-            self._program.begin((mine.stop - mine.start) * window.input_ids.shape[2])
-        for micro in range(window.input_ids.shape[0]):
-            batch = window.micro(micro).take(mine)
+            self._program.begin((mine.stop - mine.start) * step_batch.input_ids.shape[2])
+        for micro in range(step_batch.input_ids.shape[0]):
+            batch = step_batch.micro(micro).take(mine)
             tensors = {"factor": factor} | {name: array[micro] for name, array in arrays.items()}
             if self._objective.noise:
                 tensors["noise"] = self._noise(batch, seed, step)

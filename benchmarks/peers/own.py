@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.work import Runner, Work, adapters, specs
 from jaxsloth.backend import BackendName, BuildOptions, OptimizerOptions, load_backend
-from jaxsloth.batch import IGNORE, Window
+from jaxsloth.batch import IGNORE, StepBatch
 from jaxsloth.convert.checkpoint import open_checkpoint
 from jaxsloth.objectives.causal_lm import CausalLoss
 
@@ -37,10 +37,10 @@ class OwnRunner:
             restart_peak()
 
     def step(self, ids: np.ndarray) -> float:
-        return self.train_on(window(ids), self._work.learning_rate)
+        return self.train_on(step_batch(ids), self._work.learning_rate)
 
-    def train_on(self, tokens: Window, learning_rate: float) -> float:
-        """One optimizer step on any window."""
+    def train_on(self, tokens: StepBatch, learning_rate: float) -> float:
+        """One optimizer step on any batch."""
         result = self._step(tokens, learning_rate=learning_rate, step=self._done, seed=0)
         self._done += 1
         self._engine.synchronize()
@@ -86,11 +86,11 @@ def build_options(work: Work) -> BuildOptions:
     return BuildOptions(dtype=work.dtype, **given)
 
 
-def window(ids: np.ndarray) -> Window:
+def step_batch(ids: np.ndarray) -> StepBatch:
     """One micro-batch whose labels are its inputs: position t must predict token t + 1."""
     ids = ids[None]
     targets = np.full_like(ids, IGNORE)
     targets[..., :-1] = ids[..., 1:]
     positions = np.ascontiguousarray(np.broadcast_to(np.arange(ids.shape[2], dtype=np.int32), ids.shape))
     rows = np.arange(ids.shape[1], dtype=np.int32)[None]
-    return Window(ids, targets, np.ones_like(ids), positions, rows, ids.shape[1] * (ids.shape[2] - 1))
+    return StepBatch(ids, targets, np.ones_like(ids), positions, rows, ids.shape[1] * (ids.shape[2] - 1))

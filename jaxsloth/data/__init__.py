@@ -1,1 +1,1 @@
-"""Files → rows → tokens → `Window`s: the same numpy arrays for both backends. No framework is imported here."""
+"""Files → rows → tokens → `StepBatch`s: the same numpy arrays for both backends. No framework is imported here."""

@@ -26,9 +26,9 @@ from jaxsloth.data.encode import encode_rows
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.formats import Conversation, row_reader
 from jaxsloth.data.sources import load_rows
+from jaxsloth.data.step_batches import eval_batches
 from jaxsloth.data.templates import ChatTemplate
 from jaxsloth.data.tokenizer import load_tokenizer
-from jaxsloth.data.windows import eval_batches
 from jaxsloth.evaluation.metrics import FROM_TARGETS, EvaluationError, check_metrics, text_scores
 from jaxsloth.generation import GenerationSettings, answering, generate
 from jaxsloth.recipe import DataRecipe

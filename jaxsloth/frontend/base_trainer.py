@@ -26,7 +26,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch, check_length
 from jaxsloth.data.encode import Example
-from jaxsloth.data.windows import FILLER_ROW, WindowStream, eval_batches
+from jaxsloth.data.step_batches import FILLER_ROW, StepBatches, eval_batches
 from jaxsloth.frontend.adapters import base_of, show_backend
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.language_model import FastModelForCausalLM
@@ -250,7 +250,7 @@ class BaseTrainer(TrainerSurface):
             self.base.loaded.checkpoint, self.processing_class, None, self.examples, all_of(self.held_out), deciding(self.args)
         )
         optimizer = BackendOptimizer(options, self.args.learning_rate, weights.held)
-        self._run = TrainerRun(self, model, backend, weights, optimizer, self._windows(), name, marks, anyway)
+        self._run = TrainerRun(self, model, backend, weights, optimizer, self._step_batches(), name, marks, anyway)
         self.base.shared = self.callback_handler.weights = weights
         self.is_in_train = True
         try:
@@ -265,7 +265,7 @@ class BaseTrainer(TrainerSurface):
             self.base.shared = self.callback_handler.weights = None
             self.is_in_train = False
 
-    def _windows(self, stream: Callable[..., WindowStream] = WindowStream) -> WindowStream:
+    def _step_batches(self, stream: Callable[..., StepBatches] = StepBatches) -> StepBatches:
         args = self.args
         check_length(longest(self.examples), self.base.engine.model.spec.max_positions)
         return stream(
@@ -339,14 +339,14 @@ class BaseTrainer(TrainerSurface):
 
     def get_train_dataloader(self) -> Batches:
         """The batches of the first epoch, as the backend gets them; in DPO rows 2i and 2i + 1 are a pair."""
-        windows = self._windows()
-        made = cache(windows.window)
+        step_batches = self._step_batches()
+        made = cache(step_batches.batch)
 
         def make(index: int) -> Batch:
-            step, micro = divmod(index, windows.accumulation)
+            step, micro = divmod(index, step_batches.accumulation)
             return made(step).micro(micro)
 
-        return Batches(windows.batches_per_epoch, make, self.train_dataset, windows.batch_size)
+        return Batches(step_batches.batches_per_epoch, make, self.train_dataset, step_batches.batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Rows | str | None = None) -> Batches:
         held_out = one_of(self.held_out, eval_dataset, self._encode)

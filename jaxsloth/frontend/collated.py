@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.batch import FIELDS, IGNORE, Batch, Window
+from jaxsloth.batch import FIELDS, IGNORE, Batch, StepBatch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError
-from jaxsloth.data.windows import WindowStream, empty_batch, round_up
+from jaxsloth.data.step_batches import StepBatches, empty_batch, round_up
 
 Row = dict[str, list[int]]
 _FIELDS = ("input_ids", "labels", "attention_mask", "position_ids")
@@ -98,14 +98,14 @@ class Collator:
         return arrays
 
 
-class CollatedStream(WindowStream):
-    """The windows of a run whose micro-batches a collator makes, of the rows that a `WindowStream` would take."""
+class CollatedBatches(StepBatches):
+    """The step batches of a run whose micro-batches a collator makes, of the rows that a `StepBatches` would take."""
 
     def __init__(self, collator: Collator, examples: Sequence[Example], **settings: Any) -> None:
         super().__init__(examples, **settings)
         self._collator, self._labelled = collator, has_masked(examples)
 
-    def window(self, step: int) -> Window:
+    def batch(self, step: int) -> StepBatch:
         chosen = [self._examples[row] for row in self.rows_of(step)]
         groups = [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
         made = self._collator.batches(groups, self._labelled)
@@ -113,7 +113,7 @@ class CollatedStream(WindowStream):
         rows, length = made[0].input_ids.shape
         made += [empty_batch((rows,), length)] * (self.accumulation - len(made))
         whole = {name: np.stack([getattr(batch, name) for batch in made]) for name in FIELDS}
-        return Window(**whole, valid_tokens=int(np.count_nonzero(whole["targets"] != IGNORE)))
+        return StepBatch(**whole, valid_tokens=int(np.count_nonzero(whole["targets"] != IGNORE)))
 
 
 def has_masked(examples: Sequence[Example]) -> bool:

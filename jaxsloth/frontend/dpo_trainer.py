@@ -11,7 +11,7 @@ from torch import nn
 from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
-from jaxsloth.data.windows import eval_batches
+from jaxsloth.data.step_batches import eval_batches
 from jaxsloth.frontend import base_trainer
 from jaxsloth.frontend.adapters import native_adapter, scaled, show_backend
 from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, check_collator, longest, ours, real_rows
@@ -141,13 +141,13 @@ class DPOTrainer(BaseTrainer):
         return examples
 
     def _make_step(self, options: OptimizerOptions) -> Step:
-        windows = self._run.windows
+        step_batches = self._run.step_batches
         if self._starting is not None:
             # The copy and what is trained take turns in one place, so all that the run visits is scored before it begins.
-            steps = range(min(self.state.max_steps, windows.steps_per_epoch))
-            self._references.of([self.examples[row] for step in steps for row in windows.rows_of(step)])
+            steps = range(min(self.state.max_steps, step_batches.steps_per_epoch))
+            self._references.of([self.examples[row] for step in steps for row in step_batches.rows_of(step)])
         step = self.base.engine.model.step(self._objective, options)
-        return ReferredStep(step, windows, self.examples, self._references)
+        return ReferredStep(step, step_batches, self.examples, self._references)
 
     def measure(self, result: Compared) -> Sequence[Metrics]:
         return result.metrics(self._objective.beta)

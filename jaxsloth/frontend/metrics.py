@@ -10,7 +10,7 @@ import torch
 from transformers import EvalPrediction
 
 from jaxsloth.batch import IGNORE, Batch
-from jaxsloth.data.windows import FILLER_ROW
+from jaxsloth.data.step_batches import FILLER_ROW
 
 
 def predictions(model: Any, batches: Sequence[Batch], preprocess: Callable[[Any, Any], Any] | None) -> EvalPrediction:

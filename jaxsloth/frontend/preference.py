@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxsloth.backend import Step, StepResult
-from jaxsloth.batch import Batch, Window
+from jaxsloth.batch import Batch, StepBatch
 from jaxsloth.data.encode import Example
-from jaxsloth.data.windows import FILLER_ROW, WindowStream
+from jaxsloth.data.step_batches import FILLER_ROW, StepBatches
 from jaxsloth.objectives.preference import REFERENCE
 
 Score = Callable[[Sequence[Example]], np.ndarray]
@@ -65,17 +65,17 @@ class Compared(StepResult):
 
 
 class ReferredStep:
-    """A step over pairs as a run takes steps: each window is shown with its reference."""
+    """A step over pairs as a run takes steps: each step batch is shown with its reference."""
 
-    def __init__(self, step: Step, windows: WindowStream, examples: Sequence[Example], references: References) -> None:
-        self._step, self._windows, self._examples, self._references = step, windows, examples, references
+    def __init__(self, step: Step, step_batches: StepBatches, examples: Sequence[Example], references: References) -> None:
+        self._step, self._step_batches, self._examples, self._references = step, step_batches, examples, references
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> Compared:
-        values = self._references.of([self._examples[row] for row in self._windows.rows_of(step)])
-        real = window.rows != FILLER_ROW
-        reference = np.zeros(window.rows.shape, np.float32)
-        reference[real] = values[window.rows[real]]
-        compared = replace(window, values={REFERENCE: reference})
+    def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> Compared:
+        values = self._references.of([self._examples[row] for row in self._step_batches.rows_of(step)])
+        real = step_batch.rows != FILLER_ROW
+        reference = np.zeros(step_batch.rows.shape, np.float32)
+        reference[real] = values[step_batch.rows[real]]
+        compared = replace(step_batch, values={REFERENCE: reference})
         result = self._step(compared, learning_rate=learning_rate, step=step, seed=seed)
         return Compared(**vars(result), reference=reference, real=real)
 

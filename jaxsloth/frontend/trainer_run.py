@@ -18,11 +18,11 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from jaxsloth.backend import Backend, Model, Step
-from jaxsloth.batch import Window
+from jaxsloth.batch import StepBatch
 from jaxsloth.convert.files import whole_folder
 from jaxsloth.convert.peft_adapter import check_values, read_adapter, stored, write_adapter_files
 from jaxsloth.convert.safetensors_source import CheckpointError
-from jaxsloth.data.windows import WindowStream
+from jaxsloth.data.step_batches import StepBatches
 from jaxsloth.foreign import Count, Schema, read_object, validated
 from jaxsloth.frontend.arguments import warn_once
 from jaxsloth.frontend.optimizer_view import OPTIMIZERS, BackendOptimizer, go_on_from, scheduler_of
@@ -142,7 +142,7 @@ class TrainerRun:
     backend: Backend
     weights: SharedWeights
     optimizer: BackendOptimizer
-    windows: WindowStream
+    step_batches: StepBatches
     base_model: str
     fingerprints: Fingerprints
     resume_anyway: Collection[str] = ()
@@ -167,7 +167,7 @@ class TrainerRun:
 
     def train(self, resume: Path | None) -> tuple[int, float, dict[str, float]]:
         """(steps done, mean loss, metrics), as transformers' TrainOutput has them."""
-        args, state, per_epoch = self.args, self.state, self.windows.steps_per_epoch
+        args, state, per_epoch = self.args, self.state, self.step_batches.steps_per_epoch
         state.max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
         state.num_train_epochs = math.ceil(state.max_steps / per_epoch)
         state.compute_steps(args, state.max_steps)
@@ -187,7 +187,9 @@ class TrainerRun:
         self._load_best()
         done, seconds = state.global_step - first, time.perf_counter() - start
         loss = self._all_losses / max(done, 1)
-        samples = sum(len(self.windows.rows_of(step)) for step in range(first, state.global_step)) // self.windows.together
+        samples = (
+            sum(len(self.step_batches.rows_of(step)) for step in range(first, state.global_step)) // self.step_batches.together
+        )
         metrics = {
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(samples / seconds, 3),
@@ -199,7 +201,7 @@ class TrainerRun:
         self._tell("on_train_end")
         return state.global_step, loss, metrics | {"epoch": state.epoch or 0.0}
 
-    def prepare(self, step: int) -> tuple[Step, Window, float] | None:
+    def prepare(self, step: int) -> tuple[Step, StepBatch, float] | None:
         control = self.owner.control
         if not self._in_epoch:
             if step >= self.state.max_steps or control.should_training_stop:
@@ -207,8 +209,8 @@ class TrainerRun:
             self._tell("on_epoch_begin")
             self._in_epoch = True
         self._tell("on_step_begin")
-        window = self.windows.window(step)
-        for _ in range(len(window.input_ids) - 1):
+        step_batch = self.step_batches.batch(step)
+        for _ in range(len(step_batch.input_ids) - 1):
             self._tell("on_substep_end")
         self._tell("on_pre_optimizer_step")
         self.weights.to_backend()
@@ -216,10 +218,10 @@ class TrainerRun:
         if self.args.max_grad_norm != self._max_norm:  # it counts at every step, as in transformers
             self._max_norm = self.args.max_grad_norm
             self.weights.renew()
-        return self.weights.step, window, self.optimizer.rate()
+        return self.weights.step, step_batch, self.optimizer.rate()
 
     def stepped(self, item: Dispatched) -> Iterator[None]:
-        state, per_epoch = self.state, self.windows.steps_per_epoch
+        state, per_epoch = self.state, self.step_batches.steps_per_epoch
         self.weights.stepped()
         self._tell("on_optimizer_step")
         self.scheduler.step()
@@ -247,8 +249,8 @@ class TrainerRun:
 
     def _epochs(self, steps: int) -> float:
         """How many epochs these steps are, counted in micro-batches, as transformers does."""
-        whole, rest = divmod(steps, self.windows.steps_per_epoch)
-        return whole + rest * self.windows.accumulation / self.windows.batches_per_epoch
+        whole, rest = divmod(steps, self.step_batches.steps_per_epoch)
+        return whole + rest * self.step_batches.accumulation / self.step_batches.batches_per_epoch
 
     def log(self, items: Sequence[Dispatched]) -> None:
         done = [item for item in items if not item.skipped]

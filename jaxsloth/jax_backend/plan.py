@@ -42,7 +42,7 @@ def make_plan(
     segments: np.ndarray,
     devices: int,
 ) -> tuple[Plan, tuple[np.ndarray, ...]]:
-    """(the plan of a window, the arrays of its documents where it is packed).
+    """(the plan of a step batch, the arrays of its documents where it is packed).
 
     targets and segments ``[micro, batch, length]``. The arrays are a `Documents`' with a leading micro axis; their second axis
     is shared out among the devices as the batch's is. Targets are counted in quarters of the tokens: each count is a program.

@@ -1,4 +1,4 @@
-"""A step over a whole accumulation window, the evaluation step, and the log-probs of rows: one compiled function each."""
+"""A step over a whole accumulation step batch, the evaluation step, and the log-probs of rows: one compiled function each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsloth.backend import OptimizerOptions, StepResult
-from jaxsloth.batch import Batch, Window
+from jaxsloth.batch import FIELDS, Batch, StepBatch
 from jaxsloth.jax_backend import placement
 from jaxsloth.jax_backend.optimizer import OptimizerState
 from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
@@ -110,12 +110,12 @@ class Step:
         frozen: Any,
         frequencies: Any,
         scalars: Any,
-        window: Any,
+        step_batch: Any,
         kept: Any,
         ropes: Any,
         plan: Plan,
     ) -> tuple[Any, OptimizerState, tuple[Any, Any, Any, Any, Any]]:
-        def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *window: Any) -> Any:
+        def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *step_batch: Any) -> Any:
             rates = (ropes, frequencies)
 
             def micro(total: Any, batch: Any) -> tuple[Any, Any]:
@@ -130,31 +130,31 @@ class Step:
                 return jax.tree.map(jnp.add, total, (loss, gradients)), log_probs
 
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
-            if window[0].shape[0] == 1:
-                total, log_probs = micro(zeros, jax.tree.map(lambda array: array[0], window))
+            if step_batch[0].shape[0] == 1:
+                total, log_probs = micro(zeros, jax.tree.map(lambda array: array[0], step_batch))
                 log_probs = jax.tree.map(lambda array: array[None], log_probs)
             else:
-                total, log_probs = jax.lax.scan(micro, zeros, window)
+                total, log_probs = jax.lax.scan(micro, zeros, step_batch)
             return placement.sum_over_devices(total), placement.gather_from_devices(log_probs, axis=1)
 
         run = placement.over_devices(share, replicated=5, sharded_axis=1)
-        (loss, gradients), log_probs = run(trained, frozen, frequencies, scalars, state.loss_scale, *window)
+        (loss, gradients), log_probs = run(trained, frozen, frequencies, scalars, state.loss_scale, *step_batch)
         trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"], kept)
         together = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
         return trained, state, (loss, norm, skipped, together, log_probs)
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+    def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> StepResult:
         model = self._model
-        count, values = self._objective.prepare(window, model.devices)
+        count, values = self._objective.prepare(step_batch, model.devices)
         scalars = {
             "rate": np.float32(learning_rate),
             "count": np.float32(count),
             "words": np.array(step_words(seed, step), np.uint32),
         }
-        frequencies, ropes = model.frequencies(int(window.positions.max(initial=0)) + 1)
-        plan, documents = make_plan(model.checkpointing, model.unrolled, window.targets, window.segments, model.devices)
-        arrays = (window.input_ids, window.targets, window.segments, window.positions, window.rows, *documents, values)
-        put = jax.tree.map(partial(placement.put_batch, axis=1), arrays)
+        frequencies, ropes = model.frequencies(int(step_batch.positions.max(initial=0)) + 1)
+        plan, documents = make_plan(model.checkpointing, model.unrolled, step_batch.targets, step_batch.segments, model.devices)
+        batch = tuple(getattr(step_batch, name) for name in FIELDS)
+        put = jax.tree.map(partial(placement.put_batch, axis=1), (*batch, *documents, values))
         with model.compiles():
             model.trained, self._state, result = self._run(
                 model.trained, self._state, model.frozen, frequencies, scalars, put, self._frozen, ropes=ropes, plan=plan

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxsloth.batch import Window
+from jaxsloth.batch import StepBatch
 from jaxsloth.objectives.objective import Objective
 
 
@@ -36,6 +36,6 @@ class CausalLoss(Objective):
     def noise(self) -> float:
         return self.embedding_noise
 
-    def prepare(self, window: Window, devices: int) -> tuple[int, dict[str, np.ndarray]]:
+    def prepare(self, step_batch: StepBatch, devices: int) -> tuple[int, dict[str, np.ndarray]]:
         del devices
-        return max(window.valid_tokens, 1), {}
+        return max(step_batch.valid_tokens, 1), {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.batch import Window
+from jaxsloth.batch import StepBatch
 
 
 class Objective(ABC):
@@ -30,12 +30,12 @@ class Objective(ABC):
         return 0.0
 
     @abstractmethod
-    def prepare(self, window: Window, devices: int) -> tuple[int, dict[str, np.ndarray]]:
+    def prepare(self, step_batch: StepBatch, devices: int) -> tuple[int, dict[str, np.ndarray]]:
         """(the count that the loss is divided by, at least 1; the arrays of `RowObjective.losses_and_grads`, float32
         ``[accumulation, batch]``).
 
         Raises:
-            ValueError: the window is not what this loss is defined on.
+            ValueError: the step batch is not what this loss is defined on.
         """
 
 

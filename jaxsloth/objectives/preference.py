@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxsloth.batch import IGNORE, Window
+from jaxsloth.batch import IGNORE, StepBatch
 from jaxsloth.objectives.objective import RowObjective
 
 REFERENCE = "reference"
@@ -44,27 +44,27 @@ class PreferenceLoss(RowObjective):
         if self.label_smoothing and self.loss != "sigmoid":
             raise ValueError(f"label_smoothing belongs to the sigmoid loss; set it to 0 for {self.loss}")
 
-    def prepare(self, window: Window, devices: int) -> tuple[int, dict[str, np.ndarray]]:
-        """The window's values hold "reference", the reference model's log-probs summed over each row's targets.
+    def prepare(self, step_batch: StepBatch, devices: int) -> tuple[int, dict[str, np.ndarray]]:
+        """The step batch's values hold "reference", the reference model's log-probs summed over each row's targets.
 
         Raises:
-            ValueError: the window is packed; a device's share of the rows is odd; there is no reference, or of another shape.
+            ValueError: it is packed; a device's share of the rows is odd; there is no reference, or of another shape.
         """
-        if window.segments.max(initial=0) > 1:
-            raise ValueError("pairs of answers are trained a row an answer, got a packed window; make it with packing off")
-        rows = window.targets.shape[1]
+        if step_batch.segments.max(initial=0) > 1:
+            raise ValueError("pairs of answers are trained a row an answer, got a packed step batch; make it with packing off")
+        rows = step_batch.targets.shape[1]
         if rows % (2 * devices):
             raise ValueError(
                 f"rows 2i and 2i + 1 are a pair, so a batch must have a multiple of {2 * devices} rows on {devices} device(s), "
                 f"got {rows}"
             )
-        reference = window.values.get(REFERENCE)
-        if reference is None or reference.shape != window.rows.shape:
+        reference = step_batch.values.get(REFERENCE)
+        if reference is None or reference.shape != step_batch.rows.shape:
             got = "none" if reference is None else f"those of {reference.shape}"
             raise ValueError(
-                f"the window's values must hold a reference log-prob for every row, {window.rows.shape}, got {got}"
+                f"the step batch's values must hold a reference log-prob for every row, {step_batch.rows.shape}, got {got}"
             )
-        counts = np.count_nonzero(window.targets != IGNORE, axis=2).astype(np.float32)
+        counts = np.count_nonzero(step_batch.targets != IGNORE, axis=2).astype(np.float32)
         pairs = int(np.count_nonzero(counts.reshape(-1, 2).any(axis=1)))
         return max(pairs, 1), {REFERENCE: reference.astype(np.float32), "counts": counts}
 

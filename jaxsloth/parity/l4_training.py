@@ -84,7 +84,7 @@ def _steps(model: Any, subjects: Subjects, options: OptimizerOptions, shift: int
     schedule = ScheduleRecipe(kind="linear", warmup_steps=WARMUP)
     for step in range(bars.L4_STEPS):
         rate = learning_rate(step + shift, bars.L4_STEPS, LEARNING_RATE, schedule)
-        result = step_function(stream.window(step), learning_rate=rate, step=step, seed=SEED)
+        result = step_function(stream.batch(step), learning_rate=rate, step=step, seed=SEED)
         loss, grad_norm, _ = result.floats()
         yield loss, grad_norm
 

@@ -18,8 +18,8 @@ from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.data.encode import Example
 from jaxsloth.data.prepare import prepare
+from jaxsloth.data.step_batches import StepBatches
 from jaxsloth.data.tokenizer import load_tokenizer
-from jaxsloth.data.windows import WindowStream
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import DataRecipe
 from jaxsloth.training.initialize import initial_adapters
@@ -61,9 +61,9 @@ class Subjects:
         cut = [Example(row.tokens[:LENGTH], row.learn[:LENGTH]) for row in rows]
         return [row for row in cut if row.learn.any()][:100]
 
-    def stream(self) -> WindowStream:
+    def stream(self) -> StepBatches:
         """The rows in order, `BATCH` a step, all steps of one shape."""
-        return WindowStream(
+        return StepBatches(
             self.examples,
             batch_size=BATCH,
             accumulation=1,
@@ -76,8 +76,7 @@ class Subjects:
         )
 
     def batch(self, step: int = 0) -> Batch:
-        window = self.stream().window(step)
-        return Batch(window.input_ids[0], window.targets[0], window.segments[0], window.positions[0], window.rows[0])
+        return self.stream().batch(step).micro(0)
 
     @cached_property
     def initial(self) -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from jaxsloth.backend import Model, OptimizerOptions, Step
-from jaxsloth.batch import Batch, Window
+from jaxsloth.batch import Batch, StepBatch
+from jaxsloth.data.step_batches import StepBatches
 from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.training.checkpoint import SavedRun
 from jaxsloth.training.log import Entry
@@ -22,12 +23,6 @@ class Callback(Protocol):
     def on_evaluate(self, entry: Entry) -> None: ...
 
     def on_save(self, step: int) -> None: ...
-
-
-class Windows(Protocol):
-    """Random access to the windows of a run."""
-
-    def window(self, step: int) -> Window: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Fit:
     """
 
     model: Model
-    windows: Windows
+    step_batches: StepBatches
     held_out: Sequence[Batch]
     options: FitOptions
     save_run: Callable[[Progress, dict[str, Any]], None]
@@ -89,8 +84,8 @@ class Fit:
         self._loop.run(self._done)
         return self.progress
 
-    def prepare(self, step: int) -> tuple[Step, Window, float] | None:
-        return None if step >= self._end else (self._step, self.windows.window(step), self.options.learning_rate(step))
+    def prepare(self, step: int) -> tuple[Step, StepBatch, float] | None:
+        return None if step >= self._end else (self._step, self.step_batches.batch(step), self.options.learning_rate(step))
 
     def stepped(self, item: Dispatched) -> Iterator[None]:
         self._done, self._improved = item.step, False

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Protocol
 
 from jaxsloth.backend import Step, StepResult
-from jaxsloth.batch import Window
+from jaxsloth.batch import StepBatch
 from jaxsloth.training.completion import Completion, Completions
 
 
@@ -67,7 +67,7 @@ class Flow(Protocol):
     @property
     def saves(self) -> bool: ...
 
-    def prepare(self, step: int) -> tuple[Step, Window, float] | None:
+    def prepare(self, step: int) -> tuple[Step, StepBatch, float] | None:
         """(what steps, its batch, its learning rate) of a step counted from 0; None where the run is over."""
         ...
 
@@ -124,11 +124,11 @@ class Loop:
         """Trains from a step (counted from 0) until the flow ends it; NonFiniteLossError where a loss is not finite."""
         with Completions() if self._late else nullcontext() as completions:
             while (work := self._flow.prepare(step)) is not None:
-                function, window, rate = work
-                result = function(window, learning_rate=rate, step=step, seed=self._seed)
+                function, step_batch, rate = work
+                result = function(step_batch, learning_rate=rate, step=step, seed=self._seed)
                 completion = None if completions is None else completions.watch(result.wait)
                 step += 1
-                item = Dispatched(step, result, rate, window.tokens, completion)
+                item = Dispatched(step, result, rate, step_batch.tokens, completion)
                 if self._put_off is not None:
                     self._settle(self._put_off)
                 self._pending.append(item)

@@ -15,7 +15,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.convert.files import write_text
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.convert.safetensors_source import CheckpointError
-from jaxsloth.data.windows import WindowStream
+from jaxsloth.data.step_batches import StepBatches
 from jaxsloth.foreign import local_path
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import Recipe
@@ -44,7 +44,7 @@ class Plan:
     dtype: DtypeName
     spec: ModelSpec  # with adapters, quantized
     base_model: str
-    windows: WindowStream
+    step_batches: StepBatches
     held_out: list[Batch]
     total_steps: int
     resume: SavedRun | None

@@ -26,8 +26,8 @@ from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.data.encode import Example
 from jaxsloth.data.prepare import prepare
+from jaxsloth.data.step_batches import StepBatches, eval_batches
 from jaxsloth.data.tokenizer import load_tokenizer
-from jaxsloth.data.windows import WindowStream, eval_batches
 from jaxsloth.extras import missing_packages
 from jaxsloth.foreign import ForeignError, check_writable_folder
 from jaxsloth.models.names import trainable_shapes
@@ -130,7 +130,7 @@ def plan_from_examples(
     check_length(max((len(example.tokens) for example in examples), default=0), spec.max_positions)
     backend = choose_backend(recipe.backend)
     devices, data = backend.devices(), recipe.data
-    windows = WindowStream(
+    step_batches = StepBatches(
         examples,
         batch_size=recipe.batch_size,
         accumulation=recipe.accumulation,
@@ -145,13 +145,13 @@ def plan_from_examples(
     if held_out:
         size, multiple = recipe.evaluation.batch_size, data.pad_to_multiple_of
         batches = eval_batches(held_out, size, multiple, data.max_length, devices.count)
-    total = recipe.steps or math.ceil((recipe.epochs or 1) * windows.steps_per_epoch)
+    total = recipe.steps or math.ceil((recipe.epochs or 1) * step_batches.steps_per_epoch)
     if saved is not None:
         check_values(saved.adapter, trainable_shapes(spec), f"{saved.folder}")
         if saved.state.step >= total:  # perhaps killed between its last checkpoint and its adapter: both are written again
             logger.warning("%s: all %d steps are done; only the adapter and the plot are written", saved.folder.parent, total)
     dtype = choose_dtype(recipe, devices)
-    return Plan(recipe, backend, devices, dtype, spec, base_model, windows, batches, total, saved)
+    return Plan(recipe, backend, devices, dtype, spec, base_model, step_batches, batches, total, saved)
 
 
 def check_output(recipe: Recipe, resume: bool, anyway: Collection[str] = ()) -> SavedRun | None:
@@ -242,7 +242,7 @@ def _execute(
     with ProgressBar(shown, plan.total_steps, first, last) as bar:
         fit = Fit(
             model,
-            plan.windows,
+            plan.step_batches,
             plan.held_out,
             _fit_options(plan, stop_after),
             book.save,

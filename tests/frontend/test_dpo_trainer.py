@@ -311,9 +311,9 @@ def test_the_end_is_learnt_whatever_pads(checkpoint, tmp_path, pad):
     config = DPOConfig(str(tmp_path), **SETTINGS | {"max_steps": 1})
     trainer = DPOTrainer(model, args=config, train_dataset=TEXTS[:4], processing_class=tokenizer)
     assert all(example.tokens[-1] == tokenizer.eos_token_id and example.learn[-1] for example in trainer.examples)
-    window = trainer._windows().window(0)
-    lengths = (window.segments != 0).sum(axis=-1)
-    last = np.take_along_axis(window.targets, lengths[..., None] - 2, axis=-1)  # what the last but one token must predict
+    step_batch = trainer._step_batches().batch(0)
+    lengths = (step_batch.segments != 0).sum(axis=-1)
+    last = np.take_along_axis(step_batch.targets, lengths[..., None] - 2, axis=-1)  # what the last but one token must predict
     assert (last == tokenizer.eos_token_id).all()
     assert trainer.train().global_step == 1
 

@@ -71,7 +71,7 @@ def made(checkpoint, folder, rows, **changes):
 
 def test_streams_that_are_packed_and_of_preferences_end_too(checkpoint, tmp_path):
     packed = made(checkpoint, tmp_path, IterableDataset.from_generator(endless), packing=True)
-    assert packed._windows().steps_per_epoch >= 4
+    assert packed._step_batches().steps_per_epoch >= 4
     model, tokenizer = native_model(checkpoint, "torch")
     pairs = ({"prompt": f"{n} ", "chosen": "duck", "rejected": "egg"} for n in itertools.count())
     config = DPOConfig(str(tmp_path), **SETTINGS)

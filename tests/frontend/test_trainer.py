@@ -432,9 +432,9 @@ def test_the_end_is_learnt_whatever_pads(checkpoint, tmp_path, pad):
     config = SFTConfig(str(tmp_path), **SETTINGS | {"max_steps": 1})
     trainer = SFTTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
     assert all(row["labels"][-1] == tokenizer.eos_token_id for row in trainer.train_dataset)
-    window = trainer._windows().window(0)
-    lengths = (window.segments != 0).sum(axis=-1)
-    last = np.take_along_axis(window.targets, lengths[..., None] - 2, axis=-1)  # what the last but one token must predict
+    step_batch = trainer._step_batches().batch(0)
+    lengths = (step_batch.segments != 0).sum(axis=-1)
+    last = np.take_along_axis(step_batch.targets, lengths[..., None] - 2, axis=-1)  # what the last but one token must predict
     assert (last == tokenizer.eos_token_id).all()
     assert trainer.train().global_step == 1
 
@@ -474,7 +474,7 @@ def test_padded_rows_are_cut_and_formatting_functions_work(checkpoint, tmp_path)
 def test_packing_and_assistant_only(checkpoint, tmp_path):
     packed = small(checkpoint, tmp_path, packing=True, rows=ROWS["text"])
     packed.train()
-    assert packed._run.windows.steps_per_epoch < 45 // 2
+    assert packed._run.step_batches.steps_per_epoch < 45 // 2
     answers = small(checkpoint, tmp_path, rows=ROWS["messages"], assistant_only_loss=True)
     example = answers.examples[3]
     assert answers.tokenizer.decode(example.tokens[example.learn]) == f"{sentence(3)}<eos>"

@@ -147,8 +147,11 @@ def test_graphs_replay_what_they_recorded(mode):
         step = model.step(CausalLoss(), OptimizerOptions(weight_decay=0.1))
         if not captures:
             model.written_program()._stretches = True
-        windows = [stream(examples(16, VOCAB), batch_size=size).window(place) for size in (4, 2) for place in (0, 1)]
-        found = [step(window, learning_rate=1e-2, step=place, seed=0).floats()[0] for place, window in enumerate(windows * 3)]
+        step_batches = [stream(examples(16, VOCAB), batch_size=size).batch(place) for size in (4, 2) for place in (0, 1)]
+        found = [
+            step(step_batch, learning_rate=1e-2, step=place, seed=0).floats()[0]
+            for place, step_batch in enumerate(step_batches * 3)
+        ]
         assert (model.written_program().captured >= 2) == captures
         losses.append(found)
     assert np.allclose(*losses, rtol=0, atol=2e-2) and losses[0][8] < losses[0][0]

@@ -124,13 +124,13 @@ def test_trained_biases_are_pefts(backend, bias):
 @both
 def test_steps_are_torchs_adamw_on_peft(backend):
     model, spec, weights, values = build(backend)
-    windows = stream(examples(20, VOCAB))
-    ours, _ = losses_of(model, windows, 10)
+    step_batches = stream(examples(20, VOCAB))
+    ours, _ = losses_of(model, step_batches, 10)
     judge = peft_model(CONFIG, weights, spec, values)
     parameters = [p for p in judge.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     for step in range(10):
-        loss = judge_loss(judge, first_batch(windows, step))
+        loss = judge_loss(judge, first_batch(step_batches, step))
         assert abs(loss.item() - ours[step]) <= 1e-5
         optimizer.zero_grad()
         loss.backward()
@@ -151,10 +151,10 @@ def test_accumulation_layouts(backend):
 
 
 def test_dropout_is_the_same_on_both_backends_and_does_something():
-    windows = stream(examples(16, VOCAB))
-    curves = {b: losses_of(build(b, lora={"dropout": 0.3})[0], windows, 4)[0] for b in BACKENDS}
+    step_batches = stream(examples(16, VOCAB))
+    curves = {b: losses_of(build(b, lora={"dropout": 0.3})[0], step_batches, 4)[0] for b in BACKENDS}
     assert max_abs(curves["torch"], curves["jax"]) <= 1e-5
-    assert max_abs(curves["torch"], losses_of(build("torch")[0], windows, 4)[0]) > 1e-3
+    assert max_abs(curves["torch"], losses_of(build("torch")[0], step_batches, 4)[0]) > 1e-3
 
 
 @cache
@@ -175,20 +175,20 @@ def test_a_run_changes_backend(first, second):
 @both
 def test_loss_scaling_skips_an_overflow(backend):
     model, *_ = build(backend, options=BuildOptions(dtype="float16"))
-    windows = stream(examples(8, VOCAB))
+    step_batches = stream(examples(8, VOCAB))
     step_function = model.step(CausalLoss(), OptimizerOptions(loss_scaling=True))
     state = step_function.state()
     state["loss_scale"] = np.array(2.0**60, np.float32)
     step_function.load_state(state)
     before = model.trainable()
-    loss, _, skipped = step_function(windows.window(0), learning_rate=1e-2, step=0, seed=0).floats()
+    loss, _, skipped = step_function(step_batches.batch(0), learning_rate=1e-2, step=0, seed=0).floats()
     after, now = model.trainable(), step_function.state()
     assert skipped and np.isfinite(loss)
     assert all(np.array_equal(before[n], after[n]) for n in before)
     assert float(now["loss_scale"]) == 2.0**59 and int(now["count"]) == 0
     state["loss_scale"] = np.array(2.0**10, np.float32)
     step_function.load_state(state)
-    assert not step_function(windows.window(0), learning_rate=1e-2, step=0, seed=0).floats()[2]
+    assert not step_function(step_batches.batch(0), learning_rate=1e-2, step=0, seed=0).floats()[2]
     assert any(not np.array_equal(before[n], v) for n, v in model.trainable().items())
     assert int(step_function.state()["good_steps"]) == 1
 
@@ -247,10 +247,10 @@ def test_an_unsupported_part_is_named(backend):
 def test_compilations_are_those_of_xla():
     """A step object has a program of its own, though its shapes are another's."""
     model, *_ = build("jax", {"num_hidden_layers": 2})
-    window, counts = stream(examples(8, VOCAB)).window(0), []
+    step_batch, counts = stream(examples(8, VOCAB)).batch(0), []
     for _ in range(2):
         step = model.step(CausalLoss(), OptimizerOptions())
         for place in range(2):
-            step(window, learning_rate=1e-3, step=place, seed=0)
+            step(step_batch, learning_rate=1e-3, step=place, seed=0)
             counts.append(model.compilations())
     assert counts == [1, 1, 2, 2]

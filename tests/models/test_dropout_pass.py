@@ -22,9 +22,9 @@ STEPS = 3
 def curves(backend: str, packing: bool, options: BuildOptions | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Losses and gradient norms of some steps, two micro-batches each."""
     model, *_ = build(backend, CHANGES, lora={"dropout": 0.3, "targets": SOME}, options=options)
-    windows = stream(examples(16, VOCAB), batch_size=2, accumulation=2, packing=packing)
+    step_batches = stream(examples(16, VOCAB), batch_size=2, accumulation=2, packing=packing)
     step = model.step(CausalLoss(), OptimizerOptions(weight_decay=0.1))
-    results = [step(windows.window(index), learning_rate=1e-2, step=index, seed=9) for index in range(STEPS)]
+    results = [step(step_batches.batch(index), learning_rate=1e-2, step=index, seed=9) for index in range(STEPS)]
     losses, norms = np.array([result.floats()[:2] for result in results]).T
     return losses, norms
 

@@ -76,8 +76,8 @@ def test_adapters_that_move_are_seen(unrounded):
     for compute in ("exact", "fp8"):
         options = BuildOptions(implementations=FUSED, compute=compute)
         model, *_ = build("torch", nested=True, options=options, stir=False)
-        step, windows = model.step(CausalLoss(), OptimizerOptions()), stream(examples(4, VOCAB))
-        losses[compute] = [step(windows.window(0), learning_rate=0.3, step=place, seed=0).floats()[0] for place in range(3)]
+        step, step_batches = model.step(CausalLoss(), OptimizerOptions()), stream(examples(4, VOCAB))
+        losses[compute] = [step(step_batches.batch(0), learning_rate=0.3, step=place, seed=0).floats()[0] for place in range(3)]
     assert np.ptp(losses["exact"]) > 0.3
     assert np.allclose(losses["fp8"], losses["exact"], rtol=1e-4)
 

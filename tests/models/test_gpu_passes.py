@@ -106,9 +106,10 @@ def test_graphs_replay_what_they_recorded(mode, changes, lora):
         options = BuildOptions(dtype="float32", gradient_checkpointing=mode, implementations={"train_pass": train_pass})
         model, *_ = build("torch", WIDE | changes, lora=lora, nested=True, options=options)
         step = model.step(CausalLoss(), OptimizerOptions(weight_decay=0.1))
-        windows = [stream(examples(16, VOCAB), batch_size=size).window(place) for size in (4, 4, 2) for place in (0, 1)]
+        step_batches = [stream(examples(16, VOCAB), batch_size=size).batch(place) for size in (4, 4, 2) for place in (0, 1)]
         losses[train_pass] = [
-            step(window, learning_rate=1e-2, step=place, seed=0).floats()[0] for place, window in enumerate(windows * 2)
+            step(step_batch, learning_rate=1e-2, step=place, seed=0).floats()[0]
+            for place, step_batch in enumerate(step_batches * 2)
         ]
         if train_pass == "fused":
             assert model.written_program().captured >= 2
@@ -118,18 +119,18 @@ def test_graphs_replay_what_they_recorded(mode, changes, lora):
 def test_auto_chooses_again_beside_what_was_recorded(monkeypatch):
     """Graphs of short batches, longer ones that are offloaded, recorded too, and the short ones' graphs again."""
     monkeypatch.setattr(written_program, "KEPT_WEIGHTS", 0)  # no copies of weights, which would take of the free memory below
-    windows = [stream(examples(16, VOCAB), batch_size=size).window(0) for size in (1, 1, 1, 4, 4, 4, 1, 4)]
+    step_batches = [stream(examples(16, VOCAB), batch_size=size).batch(0) for size in (1, 1, 1, 4, 4, 4, 1, 4)]
     losses = {}
     for train_pass in ("fused", "composed"):
         options = BuildOptions(dtype="float32", gradient_checkpointing="auto", implementations={"train_pass": train_pass})
         model, *_ = build("torch", WIDE, nested=True, options=options)
-        longest = windows[3].input_ids.size
+        longest = step_batches[3].input_ids.size
         free = activation_bytes(model.spec, "offload", longest, 4) / FILLED + 1
         monkeypatch.setattr(written_program, "free_memory", lambda device, free=free: free)
         step, modes = model.step(CausalLoss(), OptimizerOptions()), []
         losses[train_pass] = []
-        for place, window in enumerate(windows):
-            losses[train_pass].append(step(window, learning_rate=1e-2, step=place, seed=0).floats()[0])
+        for place, step_batch in enumerate(step_batches):
+            losses[train_pass].append(step(step_batch, learning_rate=1e-2, step=place, seed=0).floats()[0])
             if train_pass == "fused":
                 modes.append(model.written_program().mode)
         if train_pass == "fused":
@@ -141,11 +142,11 @@ def test_auto_chooses_again_beside_what_was_recorded(monkeypatch):
 def test_evaluation_between_replays():
     model, *_ = build("torch", WIDE, nested=True, options=BuildOptions(dtype="bfloat16"))
     step, evaluate = model.step(CausalLoss(), OptimizerOptions()), model.eval_step()
-    windows = stream(examples(8, VOCAB))
-    held_out = first_batch(windows)
+    step_batches = stream(examples(8, VOCAB))
+    held_out = first_batch(step_batches)
     before = float(evaluate(held_out)[0])
     for place in range(6):
-        step(windows.window(0), learning_rate=1e-2, step=place, seed=0)
+        step(step_batches.batch(0), learning_rate=1e-2, step=place, seed=0)
     after = float(evaluate(held_out)[0])
     assert np.isfinite(after) and after < before
 

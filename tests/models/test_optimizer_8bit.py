@@ -71,14 +71,14 @@ def test_fifty_steps_of_the_flat_buffer_are_bitsandbytes():
 def test_each_step_is_bitsandbytes_adamw8bit_on_peft(backend):
     """From the judge's own state every time: a code that falls on the other side of a tie would change what follows."""
     model, spec, weights, values = build(backend, lora=LORA)
-    windows, ours = stream(examples(40, VOCAB)), model.step(CausalLoss(), OPTIONS)
+    step_batches, ours = stream(examples(40, VOCAB)), model.step(CausalLoss(), OPTIONS)
     judge = peft_model(CONFIG, weights, spec, values)
     parameters = {n.replace(".default.", "."): p for n, p in judge.named_parameters() if p.requires_grad}
     optimizer = Judge(list(parameters.values()), lr=1e-2, weight_decay=0.1)
     assert {p.numel() >= SMALLEST for p in parameters.values()} == {True, False}
     for step in range(6):
-        got = ours(windows.window(step), learning_rate=1e-2, step=step, seed=9).floats()[0]
-        loss = judge_loss(judge, first_batch(windows, step))
+        got = ours(step_batches.batch(step), learning_rate=1e-2, step=step, seed=9).floats()[0]
+        loss = judge_loss(judge, first_batch(step_batches, step))
         assert abs(loss.item() - got) <= 1e-5
         optimizer.zero_grad()
         loss.backward()
@@ -112,10 +112,10 @@ def judge_state(optimizer, parameters, count) -> dict[str, np.ndarray]:
 
 def test_the_backends_have_one_curve_that_is_the_eight_bit_one():
     """Runs that begin one ulp apart are as far from each other as the backends are: 1.5e-4 after 8 of these steps."""
-    windows = stream(examples(40, VOCAB))
-    curves = {backend: losses_of(build(backend, lora=LORA)[0], windows, 8, OPTIONS)[0] for backend in BACKENDS}
+    step_batches = stream(examples(40, VOCAB))
+    curves = {backend: losses_of(build(backend, lora=LORA)[0], step_batches, 8, OPTIONS)[0] for backend in BACKENDS}
     assert max_abs(curves["torch"], curves["jax"]) <= 4e-4
-    whole = losses_of(build("torch", lora=LORA)[0], windows, 8)[0]
+    whole = losses_of(build("torch", lora=LORA)[0], step_batches, 8)[0]
     gap = max_abs(curves["torch"], whole)
     assert 8e-4 < gap < 1e-2, f"8 bits are {gap:.1e} from 32"
 
@@ -126,8 +126,8 @@ def test_the_backends_have_one_curve_that_is_the_eight_bit_one():
 )
 def test_a_run_changes_backend(first, second, bias):
     lora, changes = LORA | {"bias": bias}, {"attention_bias": True} if bias == "all" else {}
-    windows = stream(examples(24, VOCAB))
-    adapter, state, whole = six_steps(build(first, changes, lora=lora)[0], windows, OPTIONS)
+    step_batches = stream(examples(24, VOCAB))
+    adapter, state, whole = six_steps(build(first, changes, lora=lora)[0], step_batches, OPTIONS)
     other, *_ = build(second, changes, lora=lora, stir=False)
     other.load_trainable(adapter)
     rest = other.step(CausalLoss(), OPTIONS)
@@ -135,15 +135,15 @@ def test_a_run_changes_backend(first, second, bias):
     again = rest.state()
     assert again.keys() == state.keys()
     assert all(np.array_equal(again[name], value) and again[name].dtype == value.dtype for name, value in state.items())
-    assert later_losses(rest, windows) == pytest.approx(whole, rel=0, abs=1e-6 if first == second else 2e-4)
+    assert later_losses(rest, step_batches) == pytest.approx(whole, rel=0, abs=1e-6 if first == second else 2e-4)
 
 
 @both
 def test_the_state_is_small_and_of_each_tensor(backend):
     model, *_ = build(backend, lora=LORA)
-    windows = stream(examples(8, VOCAB))
-    _, step_function = losses_of(model, windows, 1, OPTIONS)
-    _, whole = losses_of(model, windows, 1)
+    step_batches = stream(examples(8, VOCAB))
+    _, step_function = losses_of(model, step_batches, 1, OPTIONS)
+    _, whole = losses_of(model, step_batches, 1)
     state = step_function.state()
     for name, value in model.trainable().items():
         assert state[f"{name}.exp_avg_sq"].shape == value.shape
@@ -166,12 +166,12 @@ def test_another_optimizers_state_is_refused(backend, wrote, reads):
 @both
 def test_loss_scaling_skips_an_overflow(backend):
     model, *_ = build(backend, lora=LORA)
-    windows = stream(examples(8, VOCAB))
+    step_batches = stream(examples(8, VOCAB))
     step_function = model.step(CausalLoss(), OptimizerOptions(name="adamw_8bit", loss_scaling=True))
     state = step_function.state() | {"loss_scale": np.array(np.inf, np.float32)}
     step_function.load_state(state)
     before = model.trainable()
-    assert step_function(windows.window(0), learning_rate=1e-2, step=0, seed=0).floats()[2]
+    assert step_function(step_batches.batch(0), learning_rate=1e-2, step=0, seed=0).floats()[2]
     after, now = model.trainable(), step_function.state()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert all(np.array_equal(now[name], value) for name, value in state.items() if "exp_avg" in name)

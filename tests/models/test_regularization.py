@@ -20,13 +20,13 @@ WAYS = {
 }
 
 
-def losses(way: str, objective: CausalLoss, **windows) -> np.ndarray:
+def losses(way: str, objective: CausalLoss, **step_batches) -> np.ndarray:
     """Of three steps; each depends on the gradients of those before it."""
     backend, implementations = WAYS[way]
     model, *_ = build(backend, SHAPE, options=BuildOptions(implementations=implementations))
     step = model.step(objective, OptimizerOptions())
-    rows = stream(examples(6, VOCAB), **({"pad_to_multiple_of": 64} | windows))  # one length: one program
-    return np.array([step(rows.window(n), learning_rate=1e-2, step=n, seed=7).floats()[0] for n in range(3)])
+    rows = stream(examples(6, VOCAB), **({"pad_to_multiple_of": 64} | step_batches))  # one length: one program
+    return np.array([step(rows.batch(n), learning_rate=1e-2, step=n, seed=7).floats()[0] for n in range(3)])
 
 
 BOTH = CausalLoss(embedding_noise=20.0, label_smoothing=0.2)
@@ -47,10 +47,10 @@ def test_each_counts(one, judge):
     assert np.abs(losses("torch", one) - judge).min() > 1e-3
 
 
-@pytest.mark.parametrize("windows", [{"batch_size": 2, "accumulation": 2}, {"pad_to_multiple_of": 8}])
-def test_noise_knows_neither_accumulation_nor_padding(windows, judge):
+@pytest.mark.parametrize("step_batches", [{"batch_size": 2, "accumulation": 2}, {"pad_to_multiple_of": 8}])
+def test_noise_knows_neither_accumulation_nor_padding(step_batches, judge):
     """A row's noise is keyed by its place in the step, and its magnitude by its own length."""
-    assert np.abs(losses("torch", BOTH, **windows) - judge).max() < BAR
+    assert np.abs(losses("torch", BOTH, **step_batches) - judge).max() < BAR
 
 
 @pytest.mark.parametrize("wrong", [{"embedding_noise": -1.0}, {"embedding_noise": float("inf")}, {"label_smoothing": 1.0}])

@@ -1,4 +1,4 @@
-"""Pairs of answers as a window, and what TRL's own DPOTrainer says of them."""
+"""Pairs of answers as a step batch, and what TRL's own DPOTrainer says of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jaxsloth.batch import IGNORE, Window
+from jaxsloth.batch import IGNORE, StepBatch
 from jaxsloth.objectives.preference import PreferenceLoss
 from tests.support.sources import transformers_model
 from tests.support.tiny import CONFIG, byte_tokenizer
@@ -26,8 +26,8 @@ SMALL = CONFIG | {"num_hidden_layers": 2}
 RANK, ALPHA = 4, 8.0
 
 
-def window_of(examples: list[dict[str, Any]], micros: int, filling: int = 0, length: int = 64) -> Window:
-    """TRL's tokenized pairs as a window of `micros` micro-batches, the last of them with `filling` pairs of nothing behind."""
+def step_batch_of(examples: list[dict[str, Any]], micros: int, filling: int = 0, length: int = 64) -> StepBatch:
+    """TRL's tokenized pairs as a step batch of `micros` micro-batches, the last with `filling` pairs of nothing behind."""
     rows = [(example["prompt_ids"], example[side]) for example in examples for side in ("chosen_ids", "rejected_ids")]
     count = len(rows) + 2 * filling
     ids, targets = np.zeros((count, length), np.int32), np.full((count, length), IGNORE, np.int32)
@@ -40,7 +40,7 @@ def window_of(examples: list[dict[str, Any]], micros: int, filling: int = 0, len
     numbers = np.where(segments.any(axis=1), np.arange(count), -1).astype(np.int32)
     shape = (micros, count // micros)
     ids, targets, segments, positions = (array.reshape(*shape, length) for array in (ids, targets, segments, positions))
-    return Window(ids, targets, segments, positions, numbers.reshape(shape), int((targets != IGNORE).sum()))
+    return StepBatch(ids, targets, segments, positions, numbers.reshape(shape), int((targets != IGNORE).sum()))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxsloth.models.names import trainable_shapes
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.objectives.preference import REFERENCE, PreferenceLoss
 from jaxsloth.transforms import add_lora
-from tests.support.preference_judge import SMALL, window_of
+from tests.support.preference_judge import SMALL, step_batch_of
 from tests.support.sources import DictSource
 from tests.support.tiny import random_weights
 
@@ -28,11 +28,11 @@ def run(name: str) -> dict[str, np.ndarray]:
     pairs = [
         {"prompt_ids": [3, 4, 5], "chosen_ids": [9] * (6 + place), "rejected_ids": [7, 8] * (9 - place)} for place in range(7)
     ]
-    window, off = window_of(pairs, 2, filling=1), model.row_log_probs(adapters=False)
-    reference = np.stack([off(window.micro(micro)) for micro in range(2)])
-    window = replace(window, values={REFERENCE: reference})
+    step_batch, off = step_batch_of(pairs, 2, filling=1), model.row_log_probs(adapters=False)
+    reference = np.stack([off(step_batch.micro(micro)) for micro in range(2)])
+    step_batch = replace(step_batch, values={REFERENCE: reference})
     step = model.step(PreferenceLoss(beta=0.5), OptimizerOptions())
-    results = [step(window, learning_rate=1e-2, step=place, seed=0) for place in range(3)]
+    results = [step(step_batch, learning_rate=1e-2, step=place, seed=0) for place in range(3)]
     if backend.devices().rank == 0:
         print(backend.devices().count, "devices")
     return {

@@ -94,18 +94,18 @@ def compare_gradients(model, judge):
         assert relative_frobenius(gradient, found[name].numpy()) <= 1e-5, name
 
 
-def losses_of(model, windows, steps, options=None, rate=1e-2, seed=9):
+def losses_of(model, step_batches, steps, options=None, rate=1e-2, seed=9):
     step_function = model.step(CausalLoss(), options or OptimizerOptions(weight_decay=0.1, max_grad_norm=0.3))
-    results = [step_function(windows.window(s), learning_rate=rate, step=s, seed=seed) for s in range(steps)]
+    results = [step_function(step_batches.batch(s), learning_rate=rate, step=s, seed=seed) for s in range(steps)]
     return np.array([result.floats()[0] for result in results]), step_function
 
 
-def six_steps(model, windows, options=None):
+def six_steps(model, step_batches, options=None):
     """(the adapter and the optimizer's state after three steps, the losses of the next three by step)"""
-    _, step_function = losses_of(model, windows, 3, options)
+    _, step_function = losses_of(model, step_batches, 3, options)
     adapter, state = model.trainable(), step_function.state()
-    return adapter, state, later_losses(step_function, windows)
+    return adapter, state, later_losses(step_function, step_batches)
 
 
-def later_losses(step_function, windows):
-    return {s: step_function(windows.window(s), learning_rate=1e-2, step=s, seed=9).floats()[0] for s in range(3, 6)}
+def later_losses(step_function, step_batches):
+    return {s: step_function(step_batches.batch(s), learning_rate=1e-2, step=s, seed=9).floats()[0] for s in range(3, 6)}

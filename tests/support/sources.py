@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
-from jaxsloth.data.windows import WindowStream
+from jaxsloth.data.step_batches import StepBatches
 
 
 class DictSource:
@@ -53,7 +53,7 @@ def examples(count: int, vocab: int, seed: int = 3, longest: int = 40) -> list[E
     return rows
 
 
-def stream(rows: Sequence[Example], **changes: Any) -> WindowStream:
+def stream(rows: Sequence[Example], **changes: Any) -> StepBatches:
     settings: dict[str, Any] = {
         "batch_size": 4,
         "accumulation": 1,
@@ -64,10 +64,9 @@ def stream(rows: Sequence[Example], **changes: Any) -> WindowStream:
         "pad_to_multiple_of": 32,
         "devices": 1,
     }
-    return WindowStream(rows, **(settings | changes))
+    return StepBatches(rows, **(settings | changes))
 
 
-def first_batch(windows: WindowStream, step: int = 0) -> Batch:
+def first_batch(step_batches: StepBatches, step: int = 0) -> Batch:
     """The first micro-batch of a step."""
-    window = windows.window(step)
-    return Batch(window.input_ids[0], window.targets[0], window.segments[0], window.positions[0], window.rows[0])
+    return step_batches.batch(step).micro(0)

@@ -37,10 +37,10 @@ class Waited:
         self.inner, self.synchronize = step_function, synchronize
         self.seconds: dict[int, float] = {}
 
-    def __call__(self, window: Any, *, step: int, **others: Any) -> Any:
+    def __call__(self, step_batch: Any, *, step: int, **others: Any) -> Any:
         self.synchronize()
         start = time.perf_counter()
-        result = self.inner(window, step=step, **others)
+        result = self.inner(step_batch, step=step, **others)
         self.synchronize()
         self.seconds[step + 1] = time.perf_counter() - start
         return result

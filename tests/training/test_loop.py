@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsloth.backend import OptimizerOptions, StepResult
-from jaxsloth.batch import Batch, Window
+from jaxsloth.batch import Batch, StepBatch
 from jaxsloth.training.checkpoint import SavedRun, TrainerState
 from jaxsloth.training.completion import Completion, Completions
 from jaxsloth.training.fit import Fit, FitOptions, Progress
@@ -63,10 +63,10 @@ class Counting:
     def step(self, objective: Any, optimizer: OptimizerOptions) -> Any:
         return self
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+    def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> StepResult:
         done = step + 1
         self.journal.append(f"step {done}")
-        self.seen.append((step, learning_rate, seed, int(window.rows[0, 0])))
+        self.seen.append((step, learning_rate, seed, int(step_batch.rows[0, 0])))
         loss = self.losses.get(done, 1.0 / done)
         return StepResult(Scalar(loss, done, self.journal), 0.5, float(done in self.skipped))
 
@@ -84,10 +84,10 @@ class Counting:
 class Windows:
     """Step s has s + 1 tokens, and its row is named s."""
 
-    def window(self, step: int) -> Window:
+    def batch(self, step: int) -> StepBatch:
         ids = np.zeros((1, 1, 64), np.int32)
         segments = (np.arange(64) <= step).astype(np.int32)[None, None]
-        return Window(ids, ids, segments, ids, np.full((1, 1), step, np.int32), step + 1)
+        return StepBatch(ids, ids, segments, ids, np.full((1, 1), step, np.int32), step + 1)
 
 
 @dataclass
@@ -126,7 +126,7 @@ class VirtualDevice(Counting):
         self.now = self.free = 0.0
         self.device, self.host = device, host or {}
 
-    def __call__(self, window: Window, *, learning_rate: float, step: int, seed: int) -> StepResult:
+    def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> StepResult:
         done = step + 1
         self.now += self.host.get(done, 1e-3)
         self.free = max(self.free, self.now) + self.device[done]

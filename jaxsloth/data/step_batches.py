@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxsloth.batch import IGNORE, PADDING_SEGMENT, Batch, Window
+from jaxsloth.batch import IGNORE, PADDING_SEGMENT, Batch, StepBatch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError, first_few
 from jaxsloth.data.order import epoch_order
@@ -23,14 +23,14 @@ class Order(Protocol):
         ...
 
 
-class WindowStream:
-    """The windows of a run.
+class StepBatches:
+    """The step batches of a run.
 
     A step takes `global_rows` = batch_size × accumulation rows; an epoch visits every row once, in an order that the seed and
     the epoch give, and its last step may be short: rows that only fill the shape have segments 0, no targets, and row -1.
     The rows of a step and their order don't depend on how batch_size and accumulation share them out, nor on devices.
 
-    Without packing, a row is an example, and a window is as long as its longest row, rounded up to pad_to_multiple_of. With
+    Without packing, a row is an example, and a step batch is as long as its longest row, rounded up to pad_to_multiple_of. With
     packing, a row is whole examples side by side in max_length tokens (rounded up); they are packed once, in the first
     epoch's order, so that every epoch has the same rows, in its own order.
 
@@ -88,8 +88,8 @@ class WindowStream:
         self._cached_epoch = -1
         self._cached_order = np.empty(0, np.int64)
 
-    def window(self, step: int) -> Window:
-        """The window of a step, counted from 0 over all epochs."""
+    def batch(self, step: int) -> StepBatch:
+        """The step batch of a step, counted from 0 over all epochs."""
         rows = [[self._examples[i] for i in self._rows[row]] for row in self.rows_of(step)]
         length = self._fixed_length or round_up(max(_tokens(row) for row in rows), self._multiple)
         shape = (self.accumulation, self._batch_axis)
@@ -98,11 +98,11 @@ class WindowStream:
             micro, place = divmod(index, self.batch_size)
             _fill(arrays, (micro, place), row, index)
         valid = int(np.count_nonzero(arrays.targets != IGNORE))
-        return Window(arrays.input_ids, arrays.targets, arrays.segments, arrays.positions, arrays.rows, valid)
+        return StepBatch(arrays.input_ids, arrays.targets, arrays.segments, arrays.positions, arrays.rows, valid)
 
     def rows_of(self, step: int) -> np.ndarray:
-        """int64 ``[rows]``: which rows (examples, where nothing is packed) a step takes, in its order; a window's `rows` count
-        along it."""
+        """int64 ``[rows]``: which rows (examples, where nothing is packed) a step takes, in its order, along which its
+        batch's `rows` count."""
         epoch, position = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[position * self.global_rows : (position + 1) * self.global_rows]
 
@@ -117,7 +117,7 @@ class WindowStream:
 def eval_batches(
     examples: Sequence[Example], batch_size: int, pad_to_multiple_of: int, max_length: int, devices: int = 1
 ) -> list[Batch]:
-    """Examples in their order, batch_size a batch, each batch padded like a window; the last is filled up with filler rows.
+    """Examples in their order, batch_size a batch, each batch padded like a step batch; the last is filled up with filler rows.
 
     Raises:
         DataError: no examples, or one is longer than max_length.

@@ -9,7 +9,7 @@ from jaxsloth.batch import IGNORE
 from jaxsloth.data.encode import Example
 from jaxsloth.data.errors import DataError
 from jaxsloth.data.packing import pack
-from jaxsloth.data.windows import WindowStream, eval_batches
+from jaxsloth.data.step_batches import StepBatches, eval_batches
 
 LAYOUTS = [(8, 1), (2, 4), (1, 8), (4, 2)]
 
@@ -27,15 +27,15 @@ def documents(count=43, longest=30, seed=0):
 
 def stream(examples, **settings):
     defaults = {"batch_size": 4, "accumulation": 2, "seed": 3, "shuffle": True, "packing": False}
-    return WindowStream(examples, **{**defaults, "max_length": 30, "pad_to_multiple_of": 8, **settings})
+    return StepBatches(examples, **{**defaults, "max_length": 30, "pad_to_multiple_of": 8, **settings})
 
 
-def read_rows(window):
-    """Each real row of a window, by its index: the documents in it as (tokens, targets), read through the segments."""
+def read_rows(step_batch):
+    """Each real row of a step batch, by its index: the documents in it as (tokens, targets), read through the segments."""
     rows = {}
-    for place in np.ndindex(window.rows.shape):
-        segments = window.segments[place]
-        index = int(window.rows[place])
+    for place in np.ndindex(step_batch.rows.shape):
+        segments = step_batch.segments[place]
+        index = int(step_batch.rows[place])
         if index < 0:
             assert not segments.any()
             continue
@@ -44,10 +44,10 @@ def read_rows(window):
         for segment in range(1, segments.max() + 1):
             (where,) = np.nonzero(segments == segment)
             assert (np.diff(where) == 1).all(), "a document is torn"
-            assert window.positions[place][where].tolist() == list(range(len(where)))
-            rows[index].append((tuple(window.input_ids[place][where]), tuple(window.targets[place][where])))
-        assert (window.input_ids[place][segments == 0] == 0).all()
-        assert (window.targets[place][segments == 0] == IGNORE).all()
+            assert step_batch.positions[place][where].tolist() == list(range(len(where)))
+            rows[index].append((tuple(step_batch.input_ids[place][where]), tuple(step_batch.targets[place][where])))
+        assert (step_batch.input_ids[place][segments == 0] == 0).all()
+        assert (step_batch.targets[place][segments == 0] == IGNORE).all()
     assert sorted(rows) == list(range(len(rows)))
     return [rows[index] for index in range(len(rows))]
 
@@ -61,12 +61,12 @@ def expected_document(example):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_epoch_holds_every_document_once(packing, shuffle):
     examples = documents()
-    windows = stream(examples, packing=packing, shuffle=shuffle)
+    step_batches = stream(examples, packing=packing, shuffle=shuffle)
     expected = Counter(expected_document(example) for example in examples)
     epochs = []
     for epoch in range(3):
-        steps = range(epoch * windows.steps_per_epoch, (epoch + 1) * windows.steps_per_epoch)
-        rows = [row for step in steps for row in read_rows(windows.window(step))]
+        steps = range(epoch * step_batches.steps_per_epoch, (epoch + 1) * step_batches.steps_per_epoch)
+        rows = [row for step in steps for row in read_rows(step_batches.batch(step))]
         assert Counter(document for row in rows for document in row) == expected
         epochs.append(rows)
     assert (epochs[0] == epochs[1]) is not shuffle
@@ -80,11 +80,11 @@ def test_layout_and_devices_change_nothing(packing):
     expected = None
     for batch_size, accumulation in LAYOUTS:
         for devices in (1, 2, 3):
-            windows = stream(examples, batch_size=batch_size, accumulation=accumulation, packing=packing, devices=devices)
-            steps = [windows.window(step) for step in range(windows.steps_per_epoch)]
+            step_batches = stream(examples, batch_size=batch_size, accumulation=accumulation, packing=packing, devices=devices)
+            steps = [step_batches.batch(step) for step in range(step_batches.steps_per_epoch)]
             assert all(w.input_ids.shape[0] == accumulation and w.input_ids.shape[1] % devices == 0 for w in steps)
             assert all((np.count_nonzero(w.rows >= 0, axis=1) <= batch_size).all() for w in steps)
-            found = [(read_rows(window), window.valid_tokens, window.tokens) for window in steps]
+            found = [(read_rows(step_batch), step_batch.valid_tokens, step_batch.tokens) for step_batch in steps]
             expected = expected or found
             assert found == expected
 
@@ -92,34 +92,34 @@ def test_layout_and_devices_change_nothing(packing):
 def test_steps_are_random_access():
     examples = documents()
     straight, jumping = stream(examples), stream(examples)
-    there = {step: read_rows(jumping.window(step)) for step in (17, 0, 9, 5, 16)}
-    assert there == {step: read_rows(straight.window(step)) for step in range(18) if step in there}
+    there = {step: read_rows(jumping.batch(step)) for step in (17, 0, 9, 5, 16)}
+    assert there == {step: read_rows(straight.batch(step)) for step in range(18) if step in there}
 
 
 def test_lengths_and_counts():
     examples = documents()
-    windows = stream(examples)
-    assert windows.global_rows == 8
-    assert windows.steps_per_epoch == 6
-    for step in range(windows.steps_per_epoch):
-        window = windows.window(step)
-        rows = read_rows(window)
+    step_batches = stream(examples)
+    assert step_batches.global_rows == 8
+    assert step_batches.steps_per_epoch == 6
+    for step in range(step_batches.steps_per_epoch):
+        step_batch = step_batches.batch(step)
+        rows = read_rows(step_batch)
         longest = max(len(tokens) for [(tokens, _)] in rows)
-        assert window.input_ids.shape[2] == -(-longest // 8) * 8
-        assert window.valid_tokens == sum(target != IGNORE for [(_, targets)] in rows for target in targets)
-        assert window.tokens == sum(len(tokens) for [(tokens, _)] in rows)
+        assert step_batch.input_ids.shape[2] == -(-longest // 8) * 8
+        assert step_batch.valid_tokens == sum(target != IGNORE for [(_, targets)] in rows for target in targets)
+        assert step_batch.tokens == sum(len(tokens) for [(tokens, _)] in rows)
     assert len(rows) == 43 - 5 * 8, "the last step is short"
-    for array in (window.input_ids, window.targets, window.segments, window.positions, window.rows):
+    for array in (step_batch.input_ids, step_batch.targets, step_batch.segments, step_batch.positions, step_batch.rows):
         assert array.dtype == np.int32
 
 
 def test_packed_rows_are_full():
     examples = documents(count=400)
-    windows = stream(examples, packing=True, max_length=60)
-    shapes = {windows.window(step).input_ids.shape for step in range(windows.steps_per_epoch)}
+    step_batches = stream(examples, packing=True, max_length=60)
+    shapes = {step_batches.batch(step).input_ids.shape for step in range(step_batches.steps_per_epoch)}
     assert shapes == {(2, 4, 64)}
     tokens = sum(len(example.tokens) for example in examples)
-    rows = sum(len(read_rows(windows.window(step))) for step in range(windows.steps_per_epoch))
+    rows = sum(len(read_rows(step_batches.batch(step))) for step in range(step_batches.steps_per_epoch))
     assert tokens / (rows * 64) > 0.95
 
 
@@ -168,12 +168,12 @@ def test_pairs_are_visited_together(batch_size, accumulation):
 
     made = stream(examples, batch_size=batch_size, accumulation=accumulation, order=backwards, together=2)
     assert (made.steps_per_epoch, made.together) == (3, 2)
-    found = [document for step in range(3) for (document,) in read_rows(made.window(step))]
+    found = [document for step in range(3) for (document,) in read_rows(made.batch(step))]
     expected = [row for pair in range(10, -1, -1) for row in (2 * pair, 2 * pair + 1)]
     assert found == [expected_document(examples[row]) for row in expected]
     assert np.concatenate([made.rows_of(step) for step in range(3)]).tolist() == expected
     assert made.rows_of(3).tolist() == list(range(8))
-    last = made.window(2).rows
+    last = made.batch(2).rows
     assert np.all((last[:, 0::2] < 0) == (last[:, 1::2] < 0))
 
 
