@@ -6,7 +6,7 @@ import torch
 
 from jaxsloth.backend import BackendName, BuildOptions, DeviceInfo, TensorSource
 from jaxsloth.models.spec import ModelSpec
-from jaxsloth.torch_backend import placement
+from jaxsloth.torch_backend import devices
 from jaxsloth.torch_backend.model import TorchModel, training_passes
 
 
@@ -16,14 +16,14 @@ class TorchBackend:
     name: BackendName = "torch"
 
     def devices(self) -> DeviceInfo:
-        return placement.device_info()
+        return devices.device_info()
 
     def use_device(self, index: int) -> None:
-        placement.use_device(index)
+        devices.use_device(index)
 
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> TorchModel:
-        placement.join_processes()
-        placement.CHOICE.built()
+        devices.join_processes()
+        devices.CHOICE.built()
         return TorchModel(spec, source, options)
 
     def training_passes(self, spec: ModelSpec, options: BuildOptions) -> list[str]:
@@ -31,13 +31,13 @@ class TorchBackend:
 
     def synchronize(self) -> None:
         if torch.cuda.is_available():
-            torch.cuda.synchronize(placement.device())
+            torch.cuda.synchronize(devices.device())
 
     def peak_memory(self) -> int | None:
-        return placement.peak_memory()
+        return devices.peak_memory()
 
     def barrier(self) -> None:
-        placement.barrier()
+        devices.barrier()
 
 
 BACKEND = TorchBackend()

@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.objectives.objective import Objective, RowObjective
 from jaxsloth.torch_backend.decoder import Decoder
+from jaxsloth.torch_backend.devices import to_device
 from jaxsloth.torch_backend.objective import Tensors, weigh
-from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.run import DropoutKey, Run
 
 

@@ -20,9 +20,9 @@ from jaxsloth.batch import IGNORE, Batch
 from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
 from jaxsloth.models.names import EMBEDDING, LM_HEAD, stacked_name
 from jaxsloth.torch_backend import autograd_pass
+from jaxsloth.torch_backend.devices import to_device
 from jaxsloth.torch_backend.external_adapters import SEPARATOR, FunctionalPass, Gradients, external_spec, members
 from jaxsloth.torch_backend.linear import Adapter, Linear
-from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.run import DropoutKey, Run
 from jaxsloth.torch_backend.state import ModelState
 from jaxsloth.torch_backend.written_program import runs_written

@@ -18,7 +18,7 @@ from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.objectives.objective import Objective
-from jaxsloth.torch_backend import autograd_pass, fp8, placement
+from jaxsloth.torch_backend import autograd_pass, devices, fp8
 from jaxsloth.torch_backend.bridge import Bridge
 from jaxsloth.torch_backend.decoder import Decoder
 from jaxsloth.torch_backend.generate import DecodeState
@@ -36,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def make_ops(spec: ModelSpec, options: BuildOptions) -> Ops:
     """The ops of a model; RefusedError where the options ask for what is not here."""
     check_requested(options.implementations or {})
-    device = placement.device()
+    device = devices.device()
     fp8.check_options(options, device)
     return Ops(Facts(device.type, options.dtype, {"hidden": spec.hidden}), options.implementations or {})  # type: ignore[arg-type]
 
@@ -45,7 +45,7 @@ class TorchModel(ModelState):
     """See `jaxsloth.backend.Model`. `decoder` is the nn.Module."""
 
     def __init__(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> None:
-        get_weight = loader(spec, source, placement.device(), DTYPES[options.dtype])
+        get_weight = loader(spec, source, devices.device(), DTYPES[options.dtype])
         ops = make_ops(spec, options)
         recompute = options.gradient_checkpointing not in ("none", "auto")
         super().__init__(spec, options, Decoder(spec, get_weight, ops, DTYPES[options.dtype], recompute))

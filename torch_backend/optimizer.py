@@ -12,7 +12,7 @@ from torch import nn
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.kernels.adamw_8bit.contract import check_stored
-from jaxsloth.torch_backend.placement import sum_over_processes
+from jaxsloth.torch_backend.devices import sum_over_processes
 
 LOSS_SCALE_START, LOSS_SCALE_GROWTH_INTERVAL = 65536.0, 2000
 

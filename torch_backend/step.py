@@ -14,10 +14,10 @@ from jaxsloth.kernels.dropout.contract import key_words, step_words
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from jaxsloth.models.names import EMBEDDING, check_base_is_whole
 from jaxsloth.objectives.objective import Objective, RowObjective
-from jaxsloth.torch_backend import autograd_pass, placement
+from jaxsloth.torch_backend import autograd_pass, devices
+from jaxsloth.torch_backend.devices import to_device
 from jaxsloth.torch_backend.objective import Tensors, by_row
 from jaxsloth.torch_backend.optimizer_8bit import make_optimizer
-from jaxsloth.torch_backend.placement import to_device
 from jaxsloth.torch_backend.state import ModelState
 
 
@@ -52,8 +52,8 @@ class Step:
 
     def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> StepResult:
         objective, device = self._objective, self._model.decoder.device
-        count, values = objective.prepare(step_batch, placement.world_size())
-        mine = placement.share(step_batch.input_ids.shape[1])
+        count, values = objective.prepare(step_batch, devices.world_size())
+        mine = devices.share(step_batch.input_ids.shape[1])
         arrays = {name: to_device(value[:, mine], device) for name, value in values.items()}
         factor = torch.full((), self._optimizer.loss_scale / count, dtype=torch.float32, device=device)
         total, log_probs = torch.zeros_like(factor), None
@@ -67,7 +67,7 @@ class Step:
         if isinstance(objective, RowObjective) and log_probs is not None:
             flat = {name: value.flatten() for name, value in arrays.items()}
             total = objective.losses_and_grads(torch, log_probs[:, mine].flatten(), flat)[0].sum() / count
-            placement.sum_over_processes(log_probs)
+            devices.sum_over_processes(log_probs)
         return StepResult(*self._update(learning_rate, total), log_probs)
 
     def _passes(
@@ -77,7 +77,7 @@ class Step:
         model = self._model
         self._optimizer.flat.gradient.zero_()
         words = torch.tensor(step_words(seed, step), device=factor.device) if self._drops else None
-        mine = placement.share(step_batch.input_ids.shape[1])
+        mine = devices.share(step_batch.input_ids.shape[1])
         if self._program is not None:
             self._program.begin((mine.stop - mine.start) * step_batch.input_ids.shape[2])
         for micro in range(step_batch.input_ids.shape[0]):
@@ -120,7 +120,7 @@ class EvalStep:
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, int]:
         total = self._rows(batch)[0].sum()
-        placement.sum_over_processes(total)
+        devices.sum_over_processes(total)
         return total, batch.valid_tokens()
 
 
@@ -133,7 +133,7 @@ class RowLosses:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, slice]:
-        mine = placement.share(batch.input_ids.shape[0])
+        mine = devices.share(batch.input_ids.shape[0])
         own = batch.take(mine)
         if self._program is None:
             return by_row(
@@ -155,7 +155,7 @@ def make_row_log_probs(model: ModelState, adapters: bool) -> Callable[[Batch], n
             losses, mine = rows(batch)
         whole = losses.new_zeros(batch.input_ids.shape[0])
         whole[mine] = -losses
-        placement.sum_over_processes(whole)
+        devices.sum_over_processes(whole)
         return whole.cpu().numpy()
 
     return row_log_probs

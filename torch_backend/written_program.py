@@ -23,8 +23,8 @@ from jaxsloth.models.spec import ModelSpec
 from jaxsloth.objectives.objective import Objective
 from jaxsloth.torch_backend import fp8
 from jaxsloth.torch_backend.decoder import Decoder
+from jaxsloth.torch_backend.devices import free_memory, host_memory, to_device
 from jaxsloth.torch_backend.objective import Tensors
-from jaxsloth.torch_backend.placement import free_memory, host_memory, to_device
 from jaxsloth.torch_backend.run import DropoutKey
 from jaxsloth.torch_backend.written_pass import DeviceBatch, WrittenPass, activation_widths, describe, make_pairs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from jaxsloth.backend import BackendName, BuildOptions, DeviceInfo, TensorSource
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.model import JaxModel
 from jaxsloth.jax_backend.state import training_passes
 from jaxsloth.models.spec import ModelSpec
@@ -17,14 +17,14 @@ class JaxBackend:
     name: BackendName = "jax"
 
     def devices(self) -> DeviceInfo:
-        return placement.device_info()
+        return devices.device_info()
 
     def use_device(self, index: int) -> None:
-        placement.use_device(index)
+        devices.use_device(index)
 
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> JaxModel:
-        placement.keep_compiled_programs()
-        placement.CHOICE.built()
+        devices.keep_compiled_programs()
+        devices.CHOICE.built()
         return JaxModel(spec, source, options)
 
     def training_passes(self, spec: ModelSpec, options: BuildOptions) -> list[str]:
@@ -32,11 +32,11 @@ class JaxBackend:
 
     def synchronize(self) -> None:
         jax.effects_barrier()
-        for device in placement.devices():
+        for device in devices.in_use():
             jax.device_put(0, device).block_until_ready()
 
     def peak_memory(self) -> int | None:
-        return placement.peak_memory()
+        return devices.peak_memory()
 
     def barrier(self) -> None:
         """One process drives all devices; there is nothing to wait for."""

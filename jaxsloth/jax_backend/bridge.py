@@ -20,7 +20,7 @@ from flax import nnx
 from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import Batch
 from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.linear import Trained
 from jaxsloth.jax_backend.plan import Checkpointing, Plan, documents_from, make_plan
 from jaxsloth.jax_backend.run import DropoutKey
@@ -38,7 +38,7 @@ class Bridge:
         self._model = model
         self._programs: dict[Any, _Program] = {}
         self._groups: dict[tuple[str, ...], dict[str, tuple[str | None, ...]]] = {}
-        self.device = placement.torch_device()
+        self.device = devices.torch_device()
 
     def groups(self, modules: Sequence[str]) -> Mapping[str, tuple[str | None, ...]]:
         asked = tuple(modules)
@@ -277,4 +277,4 @@ def _once_read(weights: Weights, result: Any) -> Any:
 
 def _take(array: Any) -> Any:
     """An array of another framework as JAX's, on JAX's device; no copy where it lies there already."""
-    return jax.device_put(jax.dlpack.from_dlpack(array), placement.devices()[0])
+    return jax.device_put(jax.dlpack.from_dlpack(array), devices.in_use()[0])

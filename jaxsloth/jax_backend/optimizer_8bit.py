@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsloth.backend import OptimizerOptions
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.optimizer import AdamW, is_spared, names_of
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, SMALLEST, Moments, blocks_of, check_stored
 from jaxsloth.kernels.jax_platform import platform
@@ -63,7 +63,7 @@ class AdamW8bit(AdamW):
     def _update(self, parameters: Any, adam: Adam8bitState, gradients: Any, learning_rate: Any) -> tuple[Any, Adam8bitState]:
         count = adam.count + 1
         # A Pallas call can't be divided by the compiler, so every device runs the whole update.
-        everywhere = placement.over_devices(self._update_here, replicated=5, sharded_axis=0)
+        everywhere = devices.over_devices(self._update_here, replicated=5, sharded_axis=0)
         new, trees = everywhere(parameters, self.trees(adam), gradients, learning_rate, count)
         return new, adam._replace(count=count, **trees)
 

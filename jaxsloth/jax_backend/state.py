@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxsloth.backend import BuildOptions, TensorSource
 from jaxsloth.convert.peft_adapter import check_values
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.block import Block
 from jaxsloth.jax_backend.compilations import Compilations
 from jaxsloth.jax_backend.decoder import Decoder
@@ -91,7 +91,7 @@ class ModelState:
         arrays = {**self._weights, **trained}
         decoder = Decoder(spec, arrays.__getitem__, self._ops, self._dtype)
         structure, state, frozen = nnx.split(decoder, TRAINED, ...)
-        return structure, placement.replicate(state), placement.replicate(frozen)
+        return structure, devices.replicate(state), devices.replicate(frozen)
 
     def decoder(self) -> Decoder:
         return nnx.merge(self.structure, self.trained, self.frozen)
@@ -127,13 +127,13 @@ class ModelState:
                 raise ValueError(
                     f"biases of {key} are trained in {filled} of {count} stacked blocks; train all or none of them"
                 )
-        return {key: placement.put(value) for key, value in found.items()}
+        return {key: devices.put(value) for key, value in found.items()}
 
     def stack(self, values: Mapping[str, np.ndarray]) -> Any:
         """Values by PEFT name as a state like that of the trained variables."""
         stacked = self._stack_values(values)
         flat = [(path, leaf.replace(stacked[_path_name(path)])) for path, leaf in nnx.to_flat_state(self.trained)]
-        return placement.replicate(nnx.from_flat_state(flat))
+        return devices.replicate(nnx.from_flat_state(flat))
 
     def unstack(self, state: Any) -> dict[str, np.ndarray]:
         """A state like that of the trained variables as arrays by PEFT name, in `trainable_shapes`' order."""
@@ -194,7 +194,7 @@ class ModelState:
 
     @property
     def devices(self) -> int:
-        return len(placement.devices())
+        return len(devices.in_use())
 
     def checkpointing(self, tokens: int, learns: bool = True) -> Checkpointing:
         """Which pass runs and what it keeps.
@@ -220,7 +220,7 @@ class ModelState:
         requested = (self.options.implementations or {}).get("train_pass")
         reason = "has no adapters to train" if spec.lora is None else None
         written = choose_written("train_pass", "jax", requested, reason, platform())
-        free = placement.free_memory()
+        free = devices.free_memory()
         if wanted == "auto" and written:
             return Checkpointing(True, first_fitting(self.needs(blocks, tokens), free))
         if wanted == "auto":  # JAX keeps about twice what the written pass does

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxsloth.backend import OptimizerOptions, StepResult
 from jaxsloth.batch import FIELDS, Batch, StepBatch
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.optimizer import OptimizerState
 from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
 from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
@@ -86,7 +86,7 @@ class Step:
     def __init__(self, model: ModelState, objective: Objective, options: OptimizerOptions) -> None:
         self._model, self._objective = model, objective
         self._optimizer = make_optimizer(options, model.options.implementations)
-        self._state: OptimizerState = placement.replicate(self._optimizer.init(model.trained))
+        self._state: OptimizerState = devices.replicate(self._optimizer.init(model.trained))
         self._run = jax.jit(self._step, static_argnames=("ropes", "plan"), donate_argnums=(0, 1))
         self._frozen: Any = None
 
@@ -135,9 +135,9 @@ class Step:
                 log_probs = jax.tree.map(lambda array: array[None], log_probs)
             else:
                 total, log_probs = jax.lax.scan(micro, zeros, step_batch)
-            return placement.sum_over_devices(total), placement.gather_from_devices(log_probs, axis=1)
+            return devices.sum_over_devices(total), devices.gather_from_devices(log_probs, axis=1)
 
-        run = placement.over_devices(share, replicated=5, sharded_axis=1)
+        run = devices.over_devices(share, replicated=5, sharded_axis=1)
         (loss, gradients), log_probs = run(trained, frozen, frequencies, scalars, state.loss_scale, *step_batch)
         trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"], kept)
         together = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
@@ -154,7 +154,7 @@ class Step:
         frequencies, ropes = model.frequencies(int(step_batch.positions.max(initial=0)) + 1)
         plan, documents = make_plan(model.checkpointing, model.unrolled, step_batch.targets, step_batch.segments, model.devices)
         batch = tuple(getattr(step_batch, name) for name in FIELDS)
-        put = jax.tree.map(partial(placement.put_batch, axis=1), (*batch, *documents, values))
+        put = jax.tree.map(partial(devices.put_batch, axis=1), (*batch, *documents, values))
         with model.compiles():
             model.trained, self._state, result = self._run(
                 model.trained, self._state, model.frozen, frequencies, scalars, put, self._frozen, ropes=ropes, plan=plan
@@ -183,7 +183,7 @@ class Step:
         scale, good = now.loss_scale, now.good_steps
         if self._optimizer.options.loss_scaling:
             scale, good = jnp.float32(state.get("loss_scale", scale)), jnp.int32(state.get("good_steps", 0))
-        self._state = placement.replicate(OptimizerState(adam, scale, good))
+        self._state = devices.replicate(OptimizerState(adam, scale, good))
 
 
 class RowLosses:
@@ -200,7 +200,7 @@ class RowLosses:
         plan, documents = make_plan(kept_for, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
         own = (array[0] for array in documents)
         arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
-        put = tuple(placement.put_batch(array, 0) for array in arrays)
+        put = tuple(devices.put_batch(array, 0) for array in arrays)
         compiled_in = {"structure": model.structure, "ropes": ropes, "plan": plan, "objective": self._objective}
         with model.compiles():
             return _rows_of_devices(trained, model.frozen, frequencies, put, **compiled_in)
@@ -221,9 +221,9 @@ def _rows_of_devices(
     def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
         rates = (ropes, frequencies)
         losses = row_losses(structure, trained, frozen, rates, batch, None, plan, objective)
-        return placement.gather_from_devices(losses, axis=0)
+        return devices.gather_from_devices(losses, axis=0)
 
-    return placement.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
+    return devices.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
 
 
 class EvalStep:
@@ -239,7 +239,7 @@ def make_row_log_probs(model: ModelState, adapters: bool) -> Callable[[Batch], n
     rows, off = RowLosses(model), None
     if not adapters:
         check_base_is_whole(model.spec)
-        off = placement.replicate(jax.tree.map(jnp.zeros_like, model.trained))  # the same program: adapters of zeros
+        off = devices.replicate(jax.tree.map(jnp.zeros_like, model.trained))  # the same program: adapters of zeros
 
     def row_log_probs(batch: Batch) -> np.ndarray:
         return -np.asarray(rows(model.trained if off is None else off, batch))

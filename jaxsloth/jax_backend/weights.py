@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsloth.backend import TensorSource
 from jaxsloth.convert.fitting import check_cast
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import devices
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import QUANTIZE, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
@@ -82,7 +82,7 @@ def _arrivals(spec: ModelSpec, source: TensorSource) -> Iterator[tuple[str, Any]
         value = source.read(name)
         if not isinstance(value, NF4) and value.dtype == np.float64:  # JAX has none, and would make it float32 itself
             check_cast(name, value, np.float32)
-        return jax.tree.map(placement.put, value if isinstance(value, NF4) else np.asarray(value))
+        return jax.tree.map(devices.put, value if isinstance(value, NF4) else np.asarray(value))
 
     names = list(shapes)
     with ThreadPoolExecutor(1) as reader:

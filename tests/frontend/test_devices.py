@@ -12,7 +12,7 @@ import torch
 
 from jaxsloth import FastLanguageModel
 from jaxsloth.device_choice import DeviceChoice
-from jaxsloth.torch_backend import BACKEND, placement
+from jaxsloth.torch_backend import BACKEND, devices
 from tests.support.modules import BACKENDS, adapted, batch, their_base
 from tests.support.tiny import write_checkpoint
 
@@ -106,7 +106,7 @@ def test_the_second_gpu(folder, backend):
 def two_gpus(monkeypatch):
     """torch as it is on a machine with two GPUs; the devices that were made current."""
     current: list[int] = []
-    monkeypatch.setattr(placement, "CHOICE", DeviceChoice("torch"))
+    monkeypatch.setattr(devices, "CHOICE", DeviceChoice("torch"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
@@ -115,24 +115,24 @@ def two_gpus(monkeypatch):
 
 
 def test_torch_takes_the_device_that_is_named(two_gpus):
-    assert placement.device() == torch.device("cuda", 0)
+    assert devices.device() == torch.device("cuda", 0)
     BACKEND.use_device(1)
-    assert placement.device() == torch.device("cuda", 1) and two_gpus == [1]
+    assert devices.device() == torch.device("cuda", 1) and two_gpus == [1]
     BACKEND.use_device(0)  # no model yet: it may still be changed
-    placement.CHOICE.built()
+    devices.CHOICE.built()
     BACKEND.use_device(0)
     assert two_gpus == [1, 0, 0]
     with pytest.raises(ValueError, match=r"cuda:1, and a model of this process was built for cuda:0"):
         BACKEND.use_device(1)
     with pytest.raises(ValueError, match="sees 2 of its kind, numbered from 0; set CUDA_VISIBLE_DEVICES=2"):
         BACKEND.use_device(2)
-    assert placement.device() == torch.device("cuda", 0) and two_gpus == [1, 0, 0]
+    assert devices.device() == torch.device("cuda", 0) and two_gpus == [1, 0, 0]
 
 
 def test_torchruns_device_wins(two_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     BACKEND.use_device(1)
-    assert placement.device() == torch.device("cuda", 1)
+    assert devices.device() == torch.device("cuda", 1)
     with pytest.raises(ValueError, match=r"device 0, and torchrun gives this process device 1 \(LOCAL_RANK\)"):
         BACKEND.use_device(0)
 

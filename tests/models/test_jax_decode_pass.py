@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxsloth.generation import generate
-from jaxsloth.jax_backend import attention, decode_pass, placement
+from jaxsloth.jax_backend import attention, decode_pass, devices
 from jaxsloth.jax_backend.cache import Cache
 from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.sampling import begin
@@ -78,7 +78,7 @@ def test_other_numbers_and_lengths_compile_nothing(name):
 
 def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
     spec = spec_from_config(CONFIG)
-    monkeypatch.setattr(placement, "free_memory", lambda: 1000.0)
+    monkeypatch.setattr(devices, "free_memory", lambda: 1000.0)
     model = build("jax", spec, None)
     with pytest.raises(RefusedError, match="no room for that"):
         generate(build("jax", spec, "fused"), PROMPTS, SETTINGS)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
-from jaxsloth.jax_backend import attention, linear, mlp, norm, placement, written_pass
+from jaxsloth.jax_backend import attention, devices, linear, mlp, norm, written_pass
 from jaxsloth.jax_backend.linear import TRAINED
 from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.plan import Checkpointing, Plan, make_plan
@@ -234,7 +234,7 @@ def test_the_mode_follows_what_is_asked_for(monkeypatch):
     assert mode(model, 64) == "full"
     model.set_gradient_checkpointing("auto")
     free = needs(model, 1000)["none"] / FILLED + 1
-    monkeypatch.setattr(placement, "free_memory", lambda: free)
+    monkeypatch.setattr(devices, "free_memory", lambda: free)
     assert [mode(model, tokens) for tokens in (1000, 10, 1100, 1000)] == ["none", "none", "selective", "selective"]
 
 
@@ -244,7 +244,7 @@ def test_evaluations_have_no_say_in_the_mode(monkeypatch):
     batch = first_batch(stream(examples(4, VOCAB)))
     tokens = batch.input_ids.size
     free = needs(model, tokens // 2)["none"] / FILLED + 1
-    monkeypatch.setattr(placement, "free_memory", lambda: free)
+    monkeypatch.setattr(devices, "free_memory", lambda: free)
     evaluate = model.eval_step()
     evaluate(batch)
     assert mode(model, tokens // 2) == "none"
@@ -292,7 +292,7 @@ def test_autograd_keeps_what_is_asked_for_or_refuses(monkeypatch, wanted, platfo
     options = BuildOptions(gradient_checkpointing=wanted, implementations={"train_pass": "autograd"})
     model, *_ = build("jax", WIDTHS, options=options)
     monkeypatch.setattr("jaxsloth.jax_backend.state.platform", lambda: platform)
-    monkeypatch.setattr(placement, "free_memory", lambda: float(free))
+    monkeypatch.setattr(devices, "free_memory", lambda: float(free))
     if found is RefusedError:
         with pytest.raises(RefusedError, match="offload is a way of the written training pass"):
             model.checkpointing(64)

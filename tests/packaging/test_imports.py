@@ -306,7 +306,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
 # Those that are functions, or whose classes differ.
 OTHER_ROOMS = {
     *("autograd_pass", "written_pass", "decode_pass", "offload"),
-    *("optimizer", "optimizer_8bit", "step", "generate", "bridge", "placement", "model"),
+    *("optimizer", "optimizer_8bit", "step", "generate", "bridge", "devices", "model"),
 }
 
 

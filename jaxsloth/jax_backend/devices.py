@@ -20,7 +20,7 @@ DATA = "data"
 CHOICE = DeviceChoice("jax")
 
 
-def devices() -> tuple[jax.Device, ...]:
+def in_use() -> tuple[jax.Device, ...]:
     """The devices that models run on."""
     visible = tuple(jax.devices())
     return visible if CHOICE.index is None else (visible[CHOICE.index],)
@@ -30,7 +30,7 @@ def use_device(index: int) -> None:
     """See `jaxsloth.backend.Backend`. Arrays that no device is named for are made on it, too."""
     count = jax.device_count()
     CHOICE.take(index, platform(), count, default=0 if count == 1 else None)
-    jax.config.update("jax_default_device", devices()[0])
+    jax.config.update("jax_default_device", in_use()[0])
 
 
 def torch_device() -> str:
@@ -39,7 +39,7 @@ def torch_device() -> str:
 
 
 def mesh() -> Mesh:
-    return _mesh(devices())
+    return _mesh(in_use())
 
 
 @cache
@@ -59,11 +59,11 @@ def keep_compiled_programs() -> None:
 
 
 def device_info() -> DeviceInfo:
-    device = devices()[0]
+    device = in_use()[0]
     stats = device.memory_stats() or {}
     where = platform()
     name = "CPU" if where == "cpu" else device.device_kind
-    return DeviceInfo(where, name, len(devices()), jax.process_index(), jax.process_count(), stats.get("bytes_limit"))
+    return DeviceInfo(where, name, len(in_use()), jax.process_index(), jax.process_count(), stats.get("bytes_limit"))
 
 
 def put(array: np.ndarray) -> Any:
@@ -78,18 +78,18 @@ def put_batch(array: np.ndarray, axis: int) -> Any:
     Raises:
         ValueError: the rows do not divide among the devices; the data pipeline fills batches up so that they do.
     """
-    if len(devices()) == 1:
+    if len(in_use()) == 1:
         return array  # the program's call moves it, faster than a call of its own would
     rows = array.shape[axis]
-    if rows % len(devices()):
-        raise ValueError(f"a batch must have a multiple of {len(devices())} rows (one share a device), and it has {rows}")
+    if rows % len(in_use()):
+        raise ValueError(f"a batch must have a multiple of {len(in_use())} rows (one share a device), and it has {rows}")
     spec = PartitionSpec(*(DATA if place == axis else None for place in range(array.ndim)))
     return jax.device_put(array, NamedSharding(mesh(), spec))
 
 
 def replicate(tree: Any) -> Any:
     """Arrays whole on every device."""
-    if len(devices()) == 1:
+    if len(in_use()) == 1:
         return tree
     return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec()))
 
@@ -97,7 +97,7 @@ def replicate(tree: Any) -> Any:
 def over_devices(function: Any, replicated: int, sharded_axis: int) -> Any:
     """`function` run on every device's share. Its first `replicated` arguments are whole everywhere, the others are shared out
     along `sharded_axis`; what it returns must be equal on all devices (summed over `DATA`)."""
-    if len(devices()) == 1:
+    if len(in_use()) == 1:
         return function
 
     def shared(*arguments: Any) -> Any:
@@ -113,23 +113,23 @@ def over_devices(function: Any, replicated: int, sharded_axis: int) -> Any:
 
 def sum_over_devices(tree: Any) -> Any:
     """The sum over the mesh, inside `over_devices`."""
-    return tree if len(devices()) == 1 else jax.lax.psum(tree, DATA)
+    return tree if len(in_use()) == 1 else jax.lax.psum(tree, DATA)
 
 
 def gather_from_devices(tree: Any, axis: int) -> Any:
     """Every device's share along `axis`, put together, inside `over_devices`."""
-    return tree if len(devices()) == 1 else jax.lax.all_gather(tree, DATA, axis=axis, tiled=True)
+    return tree if len(in_use()) == 1 else jax.lax.all_gather(tree, DATA, axis=axis, tiled=True)
 
 
 def free_memory() -> float:
     """Bytes of one device that are not in use; inf where unknown."""
-    stats = devices()[0].memory_stats() or {}
+    stats = in_use()[0].memory_stats() or {}
     return float(stats["bytes_limit"] - stats["bytes_in_use"]) if "bytes_limit" in stats else float("inf")
 
 
 def peak_memory() -> int:
     """Peak bytes: in use on one device, or resident on the host."""
-    stats = devices()[0].memory_stats() or {}
+    stats = in_use()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

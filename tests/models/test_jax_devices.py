@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsloth.jax_backend import placement
+from jaxsloth.jax_backend import devices
 
 
 @pytest.fixture
@@ -22,10 +22,10 @@ def configured():
     ("where", "chosen", "expected"), [("cuda", None, "jaxsloth/xla"), ("cuda", "mine", "mine"), ("cpu", None, None)]
 )
 def test_programs_are_kept_for_a_gpu(monkeypatch, tmp_path, configured, where, chosen, expected):
-    monkeypatch.setattr(placement, "platform", lambda: where)
+    monkeypatch.setattr(devices, "platform", lambda: where)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", chosen)
-    placement.keep_compiled_programs()
+    devices.keep_compiled_programs()
     found = jax.config.jax_compilation_cache_dir
     assert found == (str(tmp_path / expected) if expected == "jaxsloth/xla" else expected)
 
@@ -36,6 +36,6 @@ def test_an_array_shares_no_memory_with_its_source(size):
     room = np.zeros(4 * size + 64, np.uint8)
     start = -room.ctypes.data % 64
     source = room[start : start + 4 * size].view(np.float32)
-    array = placement.put(source)
+    array = devices.put(source)
     source[:] = 7.0
     assert not np.asarray(array).any()
