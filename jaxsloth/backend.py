@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from jaxsloth.batch import Batch, StepBatch
-from jaxsloth.bridge import Bridge
 from jaxsloth.extras import MissingExtraError, require
+from jaxsloth.functional_model import FunctionalModel
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.objectives.objective import Objective
 from jaxsloth.options import BACKENDS, BackendName, CheckpointingName, ComputeName, DtypeName
@@ -221,7 +221,7 @@ class Model(Protocol):
         """
         ...
 
-    def bridge(self) -> Bridge:
+    def functional(self) -> FunctionalModel:
         """This model's passes for a torch module; of its own adapters they know nothing."""
         ...
 

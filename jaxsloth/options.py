@@ -1,4 +1,4 @@
-"""Names of options that the backend protocol, the bridge and the backends share."""
+"""Names of options that the backend protocol, the functional model and the backends share."""
 
 from __future__ import annotations
 

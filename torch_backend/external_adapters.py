@@ -16,7 +16,7 @@ from torch import nn
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
-from jaxsloth.bridge import Weights
+from jaxsloth.functional_model import Weights
 from jaxsloth.models.names import lora_names
 from jaxsloth.models.spec import Lora, ModelSpec
 from jaxsloth.objectives.causal_lm import CausalLoss
@@ -46,7 +46,7 @@ def external_spec(spec: ModelSpec, weights: Weights, dropout: float) -> ModelSpe
 
 
 class FunctionalPass:
-    """A `WrittenProgram` as a function of weights shaped like `weights`; see `jaxsloth.bridge.Bridge` for the stacks.
+    """A `WrittenProgram` as a function of weights shaped like `weights`; see `jaxsloth.functional_model` for the stacks.
 
     While it runs, the decoder's layers must hold `leaves`.
     """

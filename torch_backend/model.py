@@ -19,8 +19,8 @@ from jaxsloth.models.spec import ModelSpec
 from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.objectives.objective import Objective
 from jaxsloth.torch_backend import autograd_pass, devices, fp8
-from jaxsloth.torch_backend.bridge import Bridge
 from jaxsloth.torch_backend.decoder import Decoder
+from jaxsloth.torch_backend.functional_model import FunctionalModel
 from jaxsloth.torch_backend.generate import DecodeState
 from jaxsloth.torch_backend.linear import Linear, Nf4Weight
 from jaxsloth.torch_backend.ops import Ops
@@ -143,8 +143,8 @@ class TorchModel(ModelState):
     def row_log_probs(self, adapters: bool = True) -> Callable[[Batch], np.ndarray]:
         return make_row_log_probs(self, adapters)
 
-    def bridge(self) -> Bridge:
-        return Bridge(self)
+    def functional(self) -> FunctionalModel:
+        return FunctionalModel(self)
 
     def start_decode(self, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> DecodeState:
         return DecodeState(self, input_ids, lengths, capacity)

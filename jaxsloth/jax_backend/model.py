@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.batch import Batch
-from jaxsloth.jax_backend.bridge import Bridge
+from jaxsloth.jax_backend.functional_model import FunctionalModel
 from jaxsloth.jax_backend.generate import DecodeState
 from jaxsloth.jax_backend.plan import Plan, make_plan
 from jaxsloth.jax_backend.state import ModelState
@@ -24,8 +24,8 @@ from jaxsloth.objectives.objective import Objective
 class JaxModel(ModelState):
     """See `jaxsloth.backend.Model`."""
 
-    def bridge(self) -> Bridge:
-        return Bridge(self)
+    def functional(self) -> FunctionalModel:
+        return FunctionalModel(self)
 
     def logits(self, batch: Batch) -> np.ndarray:
         frequencies, ropes = self.frequencies(int(batch.positions.max(initial=0)) + 1)

@@ -224,7 +224,7 @@ def test_no_base_weight_of_jax_is_held_in_torch():
     own = [p.untyped_storage().nbytes() for name, p in model.named_parameters() if name != "lm_head.weight"]
     assert sum(own) == 4 * len(own)
     # The head's weight is JAX's own memory, seen through DLPack.
-    assert model.lm_head.weight.data_ptr() == model.engine.bridge.base_weight("lm_head").unsafe_buffer_pointer()
+    assert model.lm_head.weight.data_ptr() == model.engine.functional.base_weight("lm_head").unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from jaxsloth.backend import BuildOptions
-from jaxsloth.jax_backend import bridge as jax_bridge
+from jaxsloth.jax_backend import functional_model as jax_functional
 from jaxsloth.jax_backend import written_pass as jax_written
 from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.torch_backend import written_program
@@ -224,13 +224,13 @@ def test_auto_chooses_again_while_a_forward_waits_for_its_backward(monkeypatch, 
 @pytest.mark.parametrize(("mode", "loop"), [("none", "unrolled"), ("full", "scan")])
 def test_what_is_kept_between_jaxs_programs_holds_no_base_weight(mode, loop, monkeypatch):
     kept: list[Any] = []
-    pull = jax_bridge._pull
+    pull = jax_functional._pull
 
     def watched(residuals: Any, *others: Any) -> Any:
         kept.extend(residuals.kept)
         return pull(residuals, *others)
 
-    monkeypatch.setattr(jax_bridge, "_pull", watched)
+    monkeypatch.setattr(jax_functional, "_pull", watched)
     options = BuildOptions(gradient_checkpointing=mode, implementations={"train_pass": "fused", "layer_loop": loop})
     ours = adapted(our_base("jax", options=options), r=3).train()
     ours.get_base_model().model.gradient_checkpointing = mode != "none"

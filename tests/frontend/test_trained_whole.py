@@ -126,7 +126,7 @@ def test_torch_holds_nothing_beside_what_is_trained():
     loss.backward()
     held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     engine = base_of(model).engine
-    held.pop(engine.bridge.base_weight("lm_head").unsafe_buffer_pointer())  # JAX's own memory
+    held.pop(engine.functional.base_weight("lm_head").unsafe_buffer_pointer())  # JAX's own memory
     placeholders = [p for p in model.parameters() if p.numel() > 1 and not any(p.stride())]
     assert sum(held.values()) == 4 * (len(placeholders) + sum(p.numel() for p in model.parameters() if p.requires_grad))
     # The pass reads the weights where they lie.
@@ -141,9 +141,9 @@ def test_what_is_trained_whole_may_be_written_when_a_pass_has_returned(backend):
     model = adapted(our_base(backend), modules_to_save=BOTH_ENDS)
     rows, weight = batch((250,) * 6), model.get_output_embeddings().weight
     prepared = base_of(model).prepare(rows["input_ids"], rows["attention_mask"], None)
-    groups = prepared.bridge.groups(list(prepared.active.adapters))
+    groups = prepared.functional.groups(list(prepared.active.adapters))
     asked = Pass(
-        prepared.bridge,
+        prepared.functional,
         "logits",
         groups,
         prepared.active.adapters,
@@ -154,7 +154,7 @@ def test_what_is_trained_whole_may_be_written_when_a_pass_has_returned(backend):
     with torch.no_grad():
         expected, kept = asked().clone(), weight.clone()
         for _ in range(5):
-            result = prepared.bridge.run("logits", asked.weights(), prepared.tokens, prepared.options)
+            result = prepared.functional.run("logits", asked.weights(), prepared.tokens, prepared.options)
             weight.zero_()
             torch.testing.assert_close(to_torch(result), expected)
             weight.copy_(kept)

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from jaxsloth.backend import CheckpointingName, Model
 from jaxsloth.batch import IGNORE, check_length
-from jaxsloth.bridge import Bridge, Output, PassOptions
 from jaxsloth.frontend.arguments import warn_once
 from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
 from jaxsloth.frontend.module.inputs import asked_by, make_tokens, refuse_inputs, shift_labels, take_apart
@@ -23,6 +22,7 @@ from jaxsloth.frontend.module.passes import Prepared, to_torch
 from jaxsloth.frontend.module.peft_adoption import Active, active_parts
 from jaxsloth.frontend.module.placeholders import Placeholder, Placeholders
 from jaxsloth.frontend.module.skeleton import fill, head, tie
+from jaxsloth.functional_model import FunctionalModel, Output, PassOptions
 from jaxsloth.models.names import EMBEDDING, LM_HEAD
 from jaxsloth.transforms import SAVEABLE, saved_modules
 
@@ -32,7 +32,7 @@ class Engine:
     """What computes. Copies of a model share it, since its weights are never written."""
 
     model: Model
-    bridge: Bridge
+    functional: FunctionalModel
 
     def __deepcopy__(self, memo: Any) -> Engine:
         return self
@@ -103,7 +103,7 @@ def _whole(engine: Engine, name: str) -> nn.Module:
         ValueError: the two are one weight.
     """
     saved_modules(engine.model.spec, [name])
-    weight = to_torch(engine.bridge.base_weight(name)).to(torch.float32, copy=True)
+    weight = to_torch(engine.functional.base_weight(name)).to(torch.float32, copy=True)
     if name == EMBEDDING:
         return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -125,15 +125,15 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PretrainedConfig, model: Model) -> None:
         super().__init__(config)
-        engine = Engine(model, model.bridge())
-        dtype, device = getattr(torch, model.options.dtype), torch.device(engine.bridge.device)
+        engine = Engine(model, model.functional())
+        dtype, device = getattr(torch, model.options.dtype), torch.device(engine.functional.device)
         self.model = Backbone(config)
 
         def base(name: str) -> torch.Tensor:
             return torch.tensor(model.base_tensor(name), dtype=torch.float32, device=device)
 
         fill(self.model, model.spec, Placeholders(dtype, device, base))
-        self.lm_head = head(to_torch(engine.bridge.base_weight(LM_HEAD)))
+        self.lm_head = head(to_torch(engine.functional.base_weight(LM_HEAD)))
         if model.spec.head.tied:
             tie(self.model.embed_tokens, self.lm_head)  # type: ignore[arg-type]
         for name in SAVEABLE:
@@ -265,7 +265,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         packed: bool = True,
     ) -> Prepared:
         """The batch and what PEFT has active now, ready to be run. packed: positions that begin anew begin a document."""
-        bridge = self.engine.bridge
+        functional = self.engine.functional
         active = active_parts(self, self.engine.model.spec)
         rates = {adapter.dropout if adapter.training else 0.0 for adapter in active.adapters.values()} or {0.0}
         if len(rates) > 1:
@@ -274,9 +274,9 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         spec = self.engine.model.spec
         check_length(input_ids.shape[1], spec.max_positions)
         vocab = spec.embedding.vocab
-        tokens = make_tokens(bridge, input_ids, attention_mask, position_ids, targets, rate > 0, vocab, packed)
+        tokens = make_tokens(functional, input_ids, attention_mask, position_ids, targets, rate > 0, vocab, packed)
         options = PassOptions(rate, self._checkpointing())
-        return Prepared(bridge, active, tokens, options, input_ids.shape[1])
+        return Prepared(functional, active, tokens, options, input_ids.shape[1])
 
     def _checkpointing(self) -> CheckpointingName:
         """The model's own way of keeping activations where it is switched on, as transformers' flag is: in training. Where

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from jaxsloth.batch import IGNORE, check_ids
-from jaxsloth.bridge import Bridge, Tokens
 from jaxsloth.frontend.arguments import warn_once
+from jaxsloth.functional_model import FunctionalModel, Tokens
 
 # Arguments that say what the batch says already, or ask for what is given anyway.
 _HARMLESS = {"use_cache", "return_dict", "cache_position", "token_type_ids", "is_causal"}
@@ -77,7 +77,7 @@ def shift_labels(labels: torch.Tensor | None) -> torch.Tensor:
 
 
 def make_tokens(
-    bridge: Bridge,
+    functional: FunctionalModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
@@ -86,7 +86,7 @@ def make_tokens(
     vocab: int,
     packed: bool,
 ) -> Tokens:
-    """On the host, padded on the right to the bridge's length.
+    """On the host, padded on the right to the functional model's length.
 
     A mask says which keys are seen, by every query, as in transformers. Without one, and where `packed`, positions tell
     documents apart: each begins where they do not go on by one.
@@ -114,7 +114,7 @@ def make_tokens(
         segments = kv_segments = 1 + jumps.cumsum(axis=1, dtype=np.int32)
     else:
         segments, kv_segments = np.ones(shape, np.int32), np.ones(shape, np.int32) if mask is None else mask
-    length = bridge.padded_length(shape[1])
+    length = functional.padded_length(shape[1])
 
     def padded(array: np.ndarray, value: int = 0) -> np.ndarray:
         whole = np.full((shape[0], length), value, np.int32)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from jaxsloth.bridge import Bridge, Output, PassOptions, Tokens, Weights
 from jaxsloth.frontend.module.peft_adoption import Active, Adapter
+from jaxsloth.functional_model import FunctionalModel, Output, PassOptions, Tokens, Weights
 from jaxsloth.models.names import LM_HEAD
 
 
@@ -20,7 +20,7 @@ from jaxsloth.models.names import LM_HEAD
 class Prepared:
     """A batch of rows of `length` tokens (padded in `tokens`), and what is active to run it with."""
 
-    bridge: Bridge
+    functional: FunctionalModel
     active: Active
     tokens: Tokens
     options: PassOptions
@@ -40,16 +40,16 @@ class Prepared:
         adapters, whole = self.active.adapters, dict(self.active.whole)
         if output == "hidden":
             whole.pop(f"{LM_HEAD}.weight", None)
-        groups = self.bridge.groups(list(adapters))
-        run: Any = torch.compiler.disable(Pass(self.bridge, output, groups, adapters, whole, self.tokens, options))
+        groups = self.functional.groups(list(adapters))
+        run: Any = torch.compiler.disable(ModulePass(self.functional, output, groups, adapters, whole, self.tokens, options))
         return run()
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What is to be computed, and with which weights. groups: see `Bridge.groups`; adapters: by layer; whole: by tensor."""
+class ModulePass:
+    """What is to be computed, with which weights. groups: see `FunctionalModel.groups`; adapters: by layer; whole: by tensor."""
 
-    bridge: Bridge
+    functional: FunctionalModel
     output: Output
     groups: Mapping[str, Sequence[str | None]]
     adapters: Mapping[str, Adapter]
@@ -63,13 +63,13 @@ class Pass:
             return _Differentiable.apply(self, *parameters)  # type: ignore[return-value]
         with torch.no_grad():
             weights = self.weights()  # alive until the result is torch's: what reuses their memory must come after
-            return to_torch(self.bridge.run(self.output, weights, self.tokens, self.options))
+            return to_torch(self.functional.run(self.output, weights, self.tokens, self.options))
 
     def weights(self) -> Weights:
         """Every group's A and scaled B, float32: copies, since an optimizer may write its parameters while JAX still reads.
         What is trained whole is too large for that and comes as it is."""
         stacks = {key: (self._stack(members, "a"), self._stack(members, "b")) for key, members in self.groups.items()}
-        return stacks | {name: (own.detach().float().to(self.bridge.device),) for name, own in self.whole.items()}
+        return stacks | {name: (own.detach().float().to(self.functional.device),) for name, own in self.whole.items()}
 
     def _stack(self, members: Sequence[str | None], part: str) -> torch.Tensor:
         present = {name: getattr(self.adapters[name], part) for name in members if name is not None}
@@ -82,7 +82,7 @@ class Pass:
         whole = torch.stack([nothing if name is None else present[name] for name in members]).float()  # type: ignore[misc]
         if part == "b":
             whole *= self._scaling(members, whole)
-        return whole.to(self.bridge.device)
+        return whole.to(self.functional.device)
 
     def _scaling(self, members: Sequence[str | None], like: torch.Tensor) -> float | torch.Tensor:
         """One number, or ``[n, 1, 1]`` where they differ, which takes a copy to the device."""
@@ -110,11 +110,11 @@ class Pass:
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, what: Pass, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, what: ModulePass, *parameters: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*parameters)
         ctx.what = what
         weights = what.weights()
-        value, ctx.pullback = what.bridge.differentiate(what.output, weights, what.tokens, what.options)
+        value, ctx.pullback = what.functional.differentiate(what.output, weights, what.tokens, what.options)
         return to_torch(value)
 
     @staticmethod
@@ -122,7 +122,7 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
         # Nothing is read of them, but torch raises here when an optimizer has written them since the forward pass.
         _ = ctx.saved_tensors
-        gradients = ctx.pullback(cotangent.contiguous().to(ctx.what.bridge.device))
+        gradients = ctx.pullback(cotangent.contiguous().to(ctx.what.functional.device))
         return None, *ctx.what.by_parameter(gradients)
 
 

@@ -1,4 +1,4 @@
-"""What a torch module of a model is made of: the Bridge protocol and what crosses it."""
+"""What a torch module of a model is made of: the FunctionalModel protocol and what crosses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pullback = Callable[[Any], Weights]
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch as a torch module hands it to a `Bridge`: int32 ``[batch, length]`` each, on the host, where a pass is planned.
+    """A batch as a torch module hands it over: int32 ``[batch, length]`` each, on the host, where a pass is planned.
 
     A query sees the keys that do not come after it, whose kv_segments equal its own segments and are not 0. targets are as in
     `Batch`, None where no loss is asked for. dropout_words: the key of this pass' masks, or None to drop nothing.
@@ -64,7 +64,7 @@ class PassOptions:
     count: int | None = None
 
 
-class Bridge(Protocol):
+class FunctionalModel(Protocol):
     """A model's passes as pure functions of weights that someone else owns: what a torch module of it is made of.
 
     Adapters come in groups: name of the group -> (A ``[n, r, in]``, B ``[n, out, r]``) float32, scaling folded into B. What
@@ -82,7 +82,7 @@ class Bridge(Protocol):
 
     def groups(self, modules: Sequence[str]) -> Mapping[str, Sequence[str | None]]:
         """How adapters of these layers are to be stacked: name of the group -> its layers, None where one has no adapter
-        (zeros are to stand there)."""
+        (must be zero)."""
         ...
 
     def padded_length(self, length: int) -> int:

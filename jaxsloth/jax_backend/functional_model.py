@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxsloth.backend import CheckpointingName
 from jaxsloth.batch import Batch
-from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
+from jaxsloth.functional_model import Output, PassOptions, Pullback, Tokens, Weights
 from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.linear import Trained
 from jaxsloth.jax_backend.plan import Checkpointing, Plan, documents_from, make_plan
@@ -31,8 +31,8 @@ from jaxsloth.models.spec import Lora, ModelSpec
 SHORTEST = 64  # rows are padded to at least this many tokens
 
 
-class Bridge:
-    """See `jaxsloth.bridge.Bridge`. One group of adapters is one stack: a kind of layer over all blocks that share it."""
+class FunctionalModel:
+    """See the protocol. One group of adapters is one stack: a kind of layer over all blocks that share it."""
 
     def __init__(self, model: ModelState) -> None:
         self._model = model

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from jaxsloth.batch import IGNORE, Batch
-from jaxsloth.bridge import Output, PassOptions, Pullback, Tokens, Weights
+from jaxsloth.functional_model import Output, PassOptions, Pullback, Tokens, Weights
 from jaxsloth.models.names import EMBEDDING, LM_HEAD, stacked_name
 from jaxsloth.torch_backend import autograd_pass
 from jaxsloth.torch_backend.devices import to_device
@@ -30,8 +30,8 @@ from jaxsloth.torch_backend.written_program import runs_written
 Leaves = Mapping[str, tuple[nn.Parameter, ...]]  # a layer's A and B, or what stands in place of a base tensor, by name
 
 
-class Bridge:
-    """See `jaxsloth.bridge.Bridge`. A group is a kind of layer over all blocks that have it adapted; its name is theirs."""
+class FunctionalModel:
+    """See the protocol. A group is a kind of layer over all blocks that have it adapted; its name is theirs."""
 
     def __init__(self, model: ModelState) -> None:
         self._model, self._decoder = model, model.decoder
