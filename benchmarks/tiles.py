@@ -58,18 +58,18 @@ def _torch_flash(head_dim: int, batch: int, length: int, window: int | None, pac
     from jaxsloth.kernels.attention import flash_triton
 
     segments = (torch.arange(length, device="cuda", dtype=torch.int32) // 180 + 1).repeat(batch, 1) if packed else None
-    sight = flash_triton.Sight(head_dim**-0.5, True, window, 50.0, segments)
+    mask = flash_triton.MaskSpec(head_dim**-0.5, True, window, 50.0, segments)
     q, k, v = (
         torch.randn(batch, length, n, head_dim, device="cuda", dtype=torch.bfloat16) for n in (HEADS, KV_HEADS, KV_HEADS)
     )
 
     def run(tiles: tuple[Any, ...], both: bool) -> float:
-        out, lse = flash_triton.forward(q, k, v, sight, tiles[0])
+        out, lse = flash_triton.forward(q, k, v, mask, tiles[0])
 
         def work() -> Any:
             if both:
-                return flash_triton.backward(q, q, k, v, out, lse, sight, tiles[1:])
-            return flash_triton.forward(q, k, v, sight, tiles[0])
+                return flash_triton.backward(q, q, k, v, out, lse, mask, tiles[1:])
+            return flash_triton.forward(q, k, v, mask, tiles[0])
 
         return best_ms(work, lambda _: torch.cuda.synchronize())
 

@@ -40,7 +40,7 @@ class FunctionalModel:
         self._owners = {n: (model.decoder.get_submodule(own)._parameters, part) for n, (own, _, part) in places.items()}
         self._groups: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
         self._written: dict[Any, bool] = {}
-        self._guest: tuple[Any, FunctionalPass] | None = None  # the last one, and what it was made for
+        self._functional_pass: tuple[Any, FunctionalPass] | None = None  # the last one, and what it was made for
         self.device = str(model.decoder.device)
 
     def groups(self, modules: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
@@ -72,34 +72,34 @@ class FunctionalModel:
     @torch.no_grad()
     def run(self, output: Output, weights: Weights, batch: Tokens, options: PassOptions) -> torch.Tensor:
         rows = batch.as_batch()
-        guest = None if rows is None else self._guest_of(weights, options, learns=False)
-        if guest is None or rows is None:
+        functional_pass = None if rows is None else self._pass_of(weights, options, learns=False)
+        if functional_pass is None or rows is None:
             with self._holding(_leaves(weights), options):
                 return self._evaluate(output, batch, options)
-        with self._holding(guest.leaves, options):
+        with self._holding(functional_pass.leaves, options):
             if output == "loss":
-                return guest.loss(weights, rows, batch.dropout_words)
-            hidden, _ = guest.hidden(weights, rows, batch.dropout_words, learns=False)
+                return functional_pass.loss(weights, rows, batch.dropout_words)
+            hidden, _ = functional_pass.hidden(weights, rows, batch.dropout_words, learns=False)
             return self._shown(output, hidden.unflatten(0, rows.input_ids.shape), options)
 
     def differentiate(
         self, output: Output, weights: Weights, batch: Tokens, options: PassOptions
     ) -> tuple[torch.Tensor, Pullback]:
         rows = batch.as_batch()
-        guest = None if rows is None else self._guest_of(weights, options, learns=True)
-        if guest is None or rows is None:
+        functional_pass = None if rows is None else self._pass_of(weights, options, learns=True)
+        if functional_pass is None or rows is None:
             return self._differentiate_by_autograd(output, weights, batch, options)
         if output != "loss":
-            return self._differentiate_hidden(output, guest, weights, rows, batch.dropout_words, options)
-        with self._holding(guest.leaves, options):
-            loss, gradients = guest.loss_and_gradients(weights, rows, batch.dropout_words)
+            return self._differentiate_hidden(output, functional_pass, weights, rows, batch.dropout_words, options)
+        with self._holding(functional_pass.leaves, options):
+            loss, gradients = functional_pass.loss_and_gradients(weights, rows, batch.dropout_words)
 
         def scaled(cotangent: torch.Tensor) -> Gradients:
             return {group: tuple(gradient * cotangent for gradient in own) for group, own in gradients.items()}
 
         return loss, scaled
 
-    def _guest_of(self, weights: Weights, options: PassOptions, learns: bool) -> FunctionalPass | None:
+    def _pass_of(self, weights: Weights, options: PassOptions, learns: bool) -> FunctionalPass | None:
         """The written-out pass for these adapters, or None where a train step would not take it either.
 
         One is held, since each may hold weights. Without any it is the last one, so that a reference rounds as its policy.
@@ -108,7 +108,7 @@ class FunctionalModel:
             RefusedError: it was asked for by name and can't train this model.
         """
         if not weights:
-            return None if self._guest is None else self._guest[1]
+            return None if self._functional_pass is None else self._functional_pass[1]
         shapes = tuple((name, *(tensor.shape for tensor in own)) for name, own in weights.items())
         asked = (shapes, options.dropout)
         if asked not in self._written:
@@ -118,32 +118,32 @@ class FunctionalModel:
             return None
         key = (shapes, options.checkpointing, options.dropout)
         # One made for training serves evaluations too: without a key nothing is dropped.
-        differs = (learns or options.dropout > 0) and self._guest is not None and self._guest[0] != key
-        if self._guest is None or self._guest[0][0] != shapes or differs:
-            self._guest = None  # its memory goes before the next one's comes
+        differs = (learns or options.dropout > 0) and self._functional_pass is not None and self._functional_pass[0] != key
+        if self._functional_pass is None or self._functional_pass[0][0] != shapes or differs:
+            self._functional_pass = None  # its memory goes before the next one's comes
             own = replace(self._model.options, gradient_checkpointing=options.checkpointing)
-            self._guest = key, FunctionalPass(self._decoder, self._model.spec, weights, own, options.dropout)
-        return self._guest[1]
+            self._functional_pass = key, FunctionalPass(self._decoder, self._model.spec, weights, own, options.dropout)
+        return self._functional_pass[1]
 
     def _differentiate_hidden(
         self,
         output: Output,
-        guest: FunctionalPass,
+        functional_pass: FunctionalPass,
         weights: Weights,
         rows: Batch,
         words: tuple[int, int] | None,
         options: PassOptions,
     ) -> tuple[torch.Tensor, Pullback]:
         head = f"{LM_HEAD}.weight"
-        trained = guest.leaves.get(head, ()) if output == "logits" else ()
-        with self._holding(guest.leaves, options):
-            hidden, backward = guest.hidden(weights, rows, words, learns=True)
+        trained = functional_pass.leaves.get(head, ()) if output == "logits" else ()
+        with self._holding(functional_pass.leaves, options):
+            hidden, backward = functional_pass.hidden(weights, rows, words, learns=True)
             leaf = hidden.unflatten(0, rows.input_ids.shape).requires_grad_()
             with torch.enable_grad():
                 value = self._shown(output, leaf, options)
 
         def pull(cotangent: torch.Tensor) -> Gradients:
-            with self._holding(guest.leaves, options):
+            with self._holding(functional_pass.leaves, options):
                 dhidden, *of_head = torch.autograd.grad(value, [leaf, *trained], cotangent)
                 gradients = backward(dhidden.flatten(0, 1).contiguous())
             for gradient in of_head:

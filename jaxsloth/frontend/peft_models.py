@@ -13,7 +13,7 @@ from jaxsloth.backend import CheckpointingName
 from jaxsloth.convert.peft_adapter import fitted_adapter
 from jaxsloth.frontend.adapters import base_of, take_back
 from jaxsloth.frontend.module.peft_adoption import active_parts
-from jaxsloth.frontend.module.placeholders import HollowWriteError
+from jaxsloth.frontend.module.placeholders import PlaceholderWriteError
 from jaxsloth.frontend.saving import save_as
 from jaxsloth.models.spec import Lora
 from jaxsloth.training.initialize import initial_adapters
@@ -74,7 +74,7 @@ def adopted(model: Any) -> Any:
 
 
 def _refuse_merge(*arguments: Any, **settings: Any) -> NoReturn:
-    raise HollowWriteError(
+    raise PlaceholderWriteError(
         "merge_and_unload can't write the base, whose weights are not in torch; save_pretrained_merged writes the merged "
         "model, from which it can be loaded again"
     )

@@ -121,9 +121,9 @@ class FunctionalModel:
             bias = "all" if biases else "none"
             lora = Lora(rank, 1.0, 1.0, options.dropout, tuple(adapters), modules_to_save=saved, bias=bias)
             spec = replace(self._model.spec, lora=lora)
-            hollow: dict[str, Any] = {f"{m}.{part}": jnp.zeros(()) for m in adapters for part in ("lora_A", "lora_B")}
-            hollow |= {name: Trained(jnp.zeros(())) for name in (*whole, *biases)}
-            self._programs[key] = _Program(spec, *self._model.split(spec, hollow))
+            empty: dict[str, Any] = {f"{m}.{part}": jnp.zeros(()) for m in adapters for part in ("lora_A", "lora_B")}
+            empty |= {name: Trained(jnp.zeros(())) for name in (*whole, *biases)}
+            self._programs[key] = _Program(spec, *self._model.split(spec, empty))
         return self._programs[key]
 
     def _prepare(
@@ -132,7 +132,7 @@ class FunctionalModel:
         """(what is traced, what is compiled in)."""
         program, biases = self._program(weights, options), self._biases(weights)
         flat = []
-        for path, leaf in nnx.to_flat_state(program.hollow):
+        for path, leaf in nnx.to_flat_state(program.empty):
             name = ".".join(map(str, path))
             module, _, part = name.rpartition(".")
             if name in biases:
@@ -164,7 +164,7 @@ class FunctionalModel:
         """(the plan, the arrays of a packed batch's documents, the batch as the fused blocks see it, None for the others)."""
         rows, tokens = batch.as_batch(), batch.input_ids.size
         if (checkpointing, tokens) not in program.modes:
-            blocks = nnx.merge(program.structure, program.hollow, program.frozen).model.layers
+            blocks = nnx.merge(program.structure, program.empty, program.frozen).model.layers
             program.modes[checkpointing, tokens] = self._model.resolve(program.spec, blocks, checkpointing, tokens)
         kept = program.modes[checkpointing, tokens]
         if kept.mode == "offload" and output != "loss":
@@ -182,7 +182,7 @@ class _Program:
 
     spec: ModelSpec
     structure: Any
-    hollow: Any
+    empty: Any
     frozen: Any
     modes: dict[tuple[CheckpointingName, int], Checkpointing] = field(default_factory=dict)
 

@@ -50,7 +50,7 @@ def tiles_for(head_dim: int, dtype: torch.dtype) -> tuple[Tiles, Tiles, Tiles]:
 
 
 @dataclass(frozen=True)
-class Sight:
+class MaskSpec:
     """Which keys a query sees, and how scores are formed: the contract's arguments of these names."""
 
     scale: float
@@ -81,16 +81,16 @@ def _stride(x: torch.Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
-def _arguments(q: torch.Tensor, k: torch.Tensor, sight: Sight) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(q: torch.Tensor, k: torch.Tensor, mask: MaskSpec) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(heads, kv_heads, q_length, kv_length, nearest, farthest, scale, cap; what kernels are specialised on)."""
-    farthest = UNBOUNDED if sight.window is None else sight.window - 1
-    nearest = 0 if sight.causal else -farthest
-    numbers = (q.shape[2], k.shape[2], q.shape[1], k.shape[1], nearest, farthest, sight.scale, sight.soft_cap or 1.0)
+    farthest = UNBOUNDED if mask.window is None else mask.window - 1
+    nearest = 0 if mask.causal else -farthest
+    numbers = (q.shape[2], k.shape[2], q.shape[1], k.shape[1], nearest, farthest, mask.scale, mask.soft_cap or 1.0)
     head_dim = q.shape[3]
     return numbers, {
-        "CAPPED": sight.soft_cap is not None,
-        "PACKED": sight.q_segments is not None,
-        "TRACED": isinstance(sight.q_offset, torch.Tensor),
+        "CAPPED": mask.soft_cap is not None,
+        "PACKED": mask.q_segments is not None,
+        "TRACED": isinstance(mask.q_offset, torch.Tensor),
         "HEAD_DIM": head_dim,
         "DIM": max(triton.next_power_of_2(head_dim), 16),
     }
@@ -105,18 +105,18 @@ def _extents(own: torch.Tensor, others: torch.Tensor, size: int) -> torch.Tensor
     return extents
 
 
-def _sides(q: torch.Tensor, sight: Sight, queries: int | None, keys: int | None) -> tuple[torch.Tensor, ...]:
+def _sides(q: torch.Tensor, mask: MaskSpec, queries: int | None, keys: int | None) -> tuple[torch.Tensor, ...]:
     """(the segments of queries and keys, the extents for tiles of one of both); where there are none, q, which is not read."""
-    if sight.segments is None:
+    if mask.segments is None:
         return q, q, q
-    mine, theirs = sight.segments
+    mine, theirs = mask.segments
     extents = _extents(mine, theirs, queries) if queries is not None else _extents(theirs, mine, keys or 1)
     return mine, theirs, extents
 
 
 @torch.no_grad()
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sight: Sight, tiles: Tiles | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskSpec, tiles: Tiles | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(the output like q, contiguous; the base-2 log-sum-exp of its scores, float32 ``[batch, heads, q_length]``)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -126,11 +126,11 @@ def forward(
     if out.numel() == 0:
         return out, lse
     chosen = tiles or tiles_for(head_dim, q.dtype)[0]
-    numbers, settings = _arguments(q, k, sight)
+    numbers, settings = _arguments(q, k, mask)
     with torch.cuda.device_of(q):
-        sides = _sides(q, sight, chosen.queries, None)
+        sides = _sides(q, mask, chosen.queries, None)
         forward_kernel[(batch * heads, triton.cdiv(q_length, chosen.queries))](
-            *(q, k, v, out, lse, *sides, sight.q_offset, _stride(q), _stride(k), _stride(v), _stride(out), *numbers),
+            *(q, k, v, out, lse, *sides, mask.q_offset, _stride(q), _stride(k), _stride(v), _stride(out), *numbers),
             **settings,
             QUERIES=chosen.queries,
             KEYS=chosen.keys,
@@ -147,7 +147,7 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    sight: Sight,
+    mask: MaskSpec,
     tiles: tuple[Tiles, Tiles] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv, contiguous; out and lse are what `forward` gave for the same arguments."""
@@ -158,11 +158,11 @@ def backward(
         return dq, dk.zero_(), dv.zero_()
     for_dq, for_dkv = tiles or tiles_for(head_dim, q.dtype)[1:]
     delta = torch.empty_like(lse)
-    numbers, settings = _arguments(q, k, sight)
+    numbers, settings = _arguments(q, k, mask)
     strides = _stride(q), _stride(k), _stride(v)
     with torch.cuda.device_of(q):
         dq_kernel[(batch * heads, triton.cdiv(q_length, for_dq.queries))](
-            *[q, k, v, out, dout, lse, delta, dq, *_sides(q, sight, for_dq.queries, None), sight.q_offset],
+            *[q, k, v, out, dout, lse, delta, dq, *_sides(q, mask, for_dq.queries, None), mask.q_offset],
             *[*strides, _stride(out), _stride(dout), _stride(dq), *numbers],
             **settings,
             QUERIES=for_dq.queries,
@@ -170,7 +170,7 @@ def backward(
             **for_dq.launch,
         )
         dkv_kernel[(batch * k.shape[2], triton.cdiv(k.shape[1], for_dkv.keys))](
-            *[q, k, v, dout, lse, delta, dk, dv, *_sides(q, sight, None, for_dkv.keys), sight.q_offset],
+            *[q, k, v, dout, lse, delta, dk, dv, *_sides(q, mask, None, for_dkv.keys), mask.q_offset],
             *[*strides, _stride(dout), _stride(dk), _stride(dv), *numbers],
             **settings,
             QUERIES=for_dkv.queries,
@@ -182,17 +182,17 @@ def backward(
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sight: Sight) -> torch.Tensor:
-        out, lse = forward(q, k, v, sight)
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskSpec) -> torch.Tensor:
+        out, lse = forward(q, k, v, mask)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.sight = sight
+        ctx.mask = mask
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *backward(grads[0], q, k, v, out, lse, ctx.sight), None
+        return *backward(grads[0], q, k, v, out, lse, ctx.mask), None
 
 
 def attention(
@@ -214,4 +214,4 @@ def attention(
         ValueError: as torch_ops' function.
     """
     check_arguments(q, k, q_segments, kv_segments)
-    return _Flash.apply(q, k, v, Sight(scale, causal, window, soft_cap, q_segments, kv_segments, q_offset))
+    return _Flash.apply(q, k, v, MaskSpec(scale, causal, window, soft_cap, q_segments, kv_segments, q_offset))

@@ -114,7 +114,7 @@ def forward(
     if kind == "kernel":
         assert settings.kernel is not None
         heads = (_heads(t, settings, layout) for t in (q, k, v))
-        out, log_sums = settings.kernel.forward(*heads, settings.kernel.Sight(**_options(settings, layout)))
+        out, log_sums = settings.kernel.forward(*heads, settings.kernel.MaskSpec(**_options(settings, layout)))
         return out.reshape(q.shape[0], -1), (log_sums,)
     return _general(q, k, v, settings, layout), ()
 
@@ -162,7 +162,7 @@ def backward(
     if kind == "kernel":
         assert settings.kernel is not None
         heads = [_heads(t, settings, layout) for t in (dout, q, k, v, out)]
-        found = settings.kernel.backward(*heads, *stats, settings.kernel.Sight(**_options(settings, layout)))
+        found = settings.kernel.backward(*heads, *stats, settings.kernel.MaskSpec(**_options(settings, layout)))
         dq, dk, dv = (t.reshape(q.shape[0], -1) for t in found)
         return dq, dk, dv
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]

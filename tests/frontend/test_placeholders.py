@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from jaxsloth.backend import BuildOptions
-from jaxsloth.frontend.module.placeholders import HollowWriteError, Placeholder, tell_of_casts
+from jaxsloth.frontend.module.placeholders import Placeholder, PlaceholderWriteError, tell_of_casts
 from jaxsloth.frontend.peft_models import wrap
 from tests.support.modules import BACKENDS, adapted, batch, logits, our_base, pair, their_base
 
@@ -82,7 +82,7 @@ def test_reading_computes_with_the_values():
         lambda w: torch.mul(expected, 2, out=w),
         lambda w: setattr(w, "data", torch.zeros_like(expected)),
     ):
-        with pytest.raises(HollowWriteError, match=rf"{NAME} can't be written.*save_pretrained_merged"):
+        with pytest.raises(PlaceholderWriteError, match=rf"{NAME} can't be written.*save_pretrained_merged"):
             write(weight)
 
 
@@ -104,7 +104,7 @@ def test_merges_are_refused_in_words_and_leave_the_model_as_it_was(backend, save
         model.merge_adapter,
         lambda: model.merge_adapter(safe_merge=True),
     ):
-        with pytest.raises((HollowWriteError, ValueError), match="save_pretrained_merged"):
+        with pytest.raises((PlaceholderWriteError, ValueError), match="save_pretrained_merged"):
             call()
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()

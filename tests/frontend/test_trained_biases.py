@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.frontend.adapters import base_of
-from jaxsloth.frontend.module.placeholders import HollowBias
+from jaxsloth.frontend.module.placeholders import PlaceholderBias
 from tests.support.modules import (
     BACKENDS,
     TRAINING,
@@ -201,14 +201,16 @@ def test_biases_that_are_not_trained_hold_nothing_and_change_nothing(backend):
     base = our_base(backend, **BIASED)
     twin = copy.deepcopy(base)
     model = adapted(base, bias="none")
-    hollow = [p for name, p in model.named_parameters() if name.endswith(".bias")]
-    assert len(hollow) == 28 and all(type(p) is HollowBias and p.untyped_storage().nbytes() == 4 for p in hollow)
+    placeholders = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    assert len(placeholders) == 28 and all(
+        type(p) is PlaceholderBias and p.untyped_storage().nbytes() == 4 for p in placeholders
+    )
     assert not base_of(model).prepare(batch()["input_ids"], None, None).active.whole
     with pytest.raises(RuntimeError, match="can't be written"), torch.no_grad():
-        hollow[0].add_(1.0)
+        placeholders[0].add_(1.0)
     expected = logits(twin)
     moved(adapted(twin, bias="lora_only"), ".bias", 0.2)
-    assert type(hollow[0]) is HollowBias
+    assert type(placeholders[0]) is PlaceholderBias
     copied = copy.deepcopy(twin)
     with torch.no_grad():
         before = logits(copied)

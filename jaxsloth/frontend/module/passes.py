@@ -47,7 +47,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class ModulePass:
-    """What is to be computed, with which weights. groups: see `FunctionalModel.groups`; adapters: by layer; whole: by tensor."""
+    """What is computed, with which weights. groups: see `FunctionalModel.groups`; adapters: by layer; whole: by tensor."""
 
     functional: FunctionalModel
     output: Output

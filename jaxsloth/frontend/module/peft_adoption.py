@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from jaxsloth.frontend.module.placeholders import HollowBias, Placeholder
-from jaxsloth.frontend.module.skeleton import Hollow, HollowLinear
+from jaxsloth.frontend.module.placeholders import Placeholder, PlaceholderBias
+from jaxsloth.frontend.module.skeleton import PlaceholderLinear, PlaceholderModule
 from jaxsloth.models.names import FINAL_NORM, linears, norms
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.transforms import SAVEABLE
@@ -95,7 +95,7 @@ def _found(root: nn.Module, spec: ModelSpec) -> Active:
     found: dict[str, Adapter] = {}
     for linear in linears(spec):
         layer = find(linear.name)
-        lora = None if isinstance(layer, HollowLinear) else _plain_lora(linear.name, layer)
+        lora = None if isinstance(layer, PlaceholderLinear) else _plain_lora(linear.name, layer)
         leaf = layer if lora is None else lora._modules["base_layer"]
         _check_leaf(linear.name, leaf)
         bias: Any = leaf._parameters.get("bias")
@@ -109,7 +109,7 @@ def _found(root: nn.Module, spec: ModelSpec) -> Active:
 
 def _is_own(bias: nn.Parameter | None) -> bool:
     """Whether a layer's bias is, or was, trained: no placeholder any more."""
-    return bias is not None and type(bias) is not HollowBias
+    return bias is not None and type(bias) is not PlaceholderBias
 
 
 class _Finder:
@@ -143,7 +143,7 @@ class _Finder:
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    if not isinstance(leaf, Hollow):
+    if not isinstance(leaf, PlaceholderModule):
         raise PeftFeatureError(
             f"{name} was replaced by a {type(leaf).__name__} (modules_to_save, trainable_token_indices, or a target that is no "
             f"linear layer of a block); {_ONLY}"
@@ -294,7 +294,7 @@ def _scaling(name: str, value: Any) -> float:
 def _plain_lora(name: str, layer: nn.Module) -> Any:
     from peft.tuners.lora import Linear
 
-    plain = type(layer) is Linear and isinstance(layer._modules["base_layer"], HollowLinear)
+    plain = type(layer) is Linear and isinstance(layer._modules["base_layer"], PlaceholderLinear)
     if not plain or layer.fan_in_fan_out:
         raise PeftFeatureError(
             f"{name} was replaced by a {type(layer).__module__}.{type(layer).__name__}; {_ONLY} (peft.LoraConfig)"

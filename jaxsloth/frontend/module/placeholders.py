@@ -26,12 +26,12 @@ _READING_GETTERS = {"T", "mT", "H", "mH", "real", "imag"}
 _CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class HollowWriteError(RuntimeError):
+class PlaceholderWriteError(RuntimeError):
     """Something would write into the base, whose weights are not in torch."""
 
 
-def _refusal(name: str) -> HollowWriteError:
-    return HollowWriteError(
+def _refusal(name: str) -> PlaceholderWriteError:
+    return PlaceholderWriteError(
         f"{name} can't be written (a merge, an init that changes the base such as PiSSA): the base weights of this model are "
         "not in torch; save_pretrained_merged writes the merged model, from which it can be loaded again"
     )
@@ -170,7 +170,7 @@ def _read(value: Any) -> Any:
     return type(value)(_read(part) for part in value) if type(value) in (tuple, list) else value
 
 
-class HollowBias(Placeholder):
+class PlaceholderBias(Placeholder):
     """A placeholder that becomes a plain parameter with the base's values, float32, once it is to be trained.
 
     PEFT marks the biases that it trains (bias="all", "lora_only") by requires_grad and by nothing else, and who makes an
@@ -217,4 +217,4 @@ class Placeholders:
         return Placeholder.over(shape, self._dtype, self._device, name, partial(self._base, name))
 
     def bias(self, name: str, width: int) -> Placeholder:
-        return HollowBias.over((width,), self._dtype, self._device, name, partial(self._base, name))
+        return PlaceholderBias.over((width,), self._dtype, self._device, name, partial(self._base, name))

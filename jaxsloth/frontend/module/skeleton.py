@@ -14,7 +14,7 @@ from jaxsloth.models.names import EMBEDDING, FINAL_NORM, LM_HEAD, linears, norms
 from jaxsloth.models.spec import ModelSpec
 
 
-class Hollow(nn.Module):
+class PlaceholderModule(nn.Module):
     """A module that can't be run, moved or cast: its weights are elsewhere. shared: its weight is the backend's own memory.
     whole: makes the module that is trained in its place, where one can be. called: the layer that it stands for."""
 
@@ -22,7 +22,7 @@ class Hollow(nn.Module):
     called = ""
     whole: Callable[[], nn.Module] | None = None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Hollow:
+    def _apply(self, fn: Any, recurse: bool = True) -> PlaceholderModule:
         return self
 
     def __deepcopy__(self, memo: Any) -> nn.Module:
@@ -42,7 +42,7 @@ class Hollow(nn.Module):
         )
 
 
-class HollowLinear(Hollow, nn.Linear):
+class PlaceholderLinear(PlaceholderModule, nn.Linear):
     """`nn.Linear` to those who ask (PEFT's "all-linear" does)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
@@ -52,12 +52,12 @@ class HollowLinear(Hollow, nn.Linear):
 
     def __deepcopy__(self, memo: Any) -> nn.Module:
         twin = super().__deepcopy__(memo)
-        if isinstance(twin, HollowLinear):  # one's bias is trained without the other's
+        if isinstance(twin, PlaceholderLinear):  # one's bias is trained without the other's
             twin.bias = copy.deepcopy(self.bias, memo)
         return twin
 
 
-class HollowEmbedding(Hollow, nn.Embedding):
+class PlaceholderEmbedding(PlaceholderModule, nn.Embedding):
     def __init__(self, weight: nn.Parameter) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = weight.shape
@@ -66,39 +66,39 @@ class HollowEmbedding(Hollow, nn.Embedding):
         self.weight = weight
 
 
-class HollowNorm(Hollow):
+class PlaceholderNorm(PlaceholderModule):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
 
 
-def fill(backbone: nn.Module, spec: ModelSpec, hollow: Placeholders) -> None:
-    """Adds to `backbone` what Hugging Face calls ``model``: embedding, blocks and norm, all hollow."""
+def fill(backbone: nn.Module, spec: ModelSpec, placeholders: Placeholders) -> None:
+    """Adds to `backbone` what Hugging Face calls ``model``: embedding, blocks and norm, all placeholders."""
     prefix = EMBEDDING.partition(".")[0]
 
-    def put(name: str, leaf: Hollow) -> None:
+    def put(name: str, leaf: PlaceholderModule) -> None:
         leaf.called = name
         _put(backbone, name.removeprefix(f"{prefix}."), leaf)
 
-    put(EMBEDDING, HollowEmbedding(hollow.parameter(f"{EMBEDDING}.weight", spec.embedding.vocab, spec.hidden)))
+    put(EMBEDDING, PlaceholderEmbedding(placeholders.parameter(f"{EMBEDDING}.weight", spec.embedding.vocab, spec.hidden)))
     backbone.add_module("layers", nn.ModuleList(nn.Module() for _ in spec.layers))
     for linear in linears(spec):
-        weight = hollow.parameter(f"{linear.name}.weight", linear.out_features, linear.in_features)
-        bias = hollow.bias(f"{linear.name}.bias", linear.out_features) if linear.bias else None
-        put(linear.name, HollowLinear(weight, bias))
+        weight = placeholders.parameter(f"{linear.name}.weight", linear.out_features, linear.in_features)
+        bias = placeholders.bias(f"{linear.name}.bias", linear.out_features) if linear.bias else None
+        put(linear.name, PlaceholderLinear(weight, bias))
     widths = {name: width for index in range(len(spec.layers)) for name, (_, width) in norms(spec, index).items()}
     for name, width in {**widths, FINAL_NORM: spec.hidden}.items():
-        put(name, HollowNorm(hollow.parameter(f"{name}.weight", width)))
+        put(name, PlaceholderNorm(placeholders.parameter(f"{name}.weight", width)))
 
 
-def head(weight: torch.Tensor) -> HollowLinear:
+def head(weight: torch.Tensor) -> PlaceholderLinear:
     """The output layer over the backend's own memory: trainers that fuse the loss with the head read its weight."""
-    layer = HollowLinear(SharedWeight(weight, requires_grad=False))
+    layer = PlaceholderLinear(SharedWeight(weight, requires_grad=False))
     layer.shared, layer.called = True, LM_HEAD
     return layer
 
 
-def tie(embedding: HollowEmbedding, output: HollowLinear) -> None:
+def tie(embedding: PlaceholderEmbedding, output: PlaceholderLinear) -> None:
     embedding.weight, embedding.shared = output.weight, True
 
 
