@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.shapes import shape_spec
 from jaxsloth.backend import BackendName, DtypeName
 from jaxsloth.kernels.nf4.contract import QUANTIZE
-from jaxsloth.kernels.registry import Facts, Op, resolve
+from jaxsloth.kernels.registry import Op, Target, resolve
 from jaxsloth.models.names import layer_linears
 from jaxsloth.parity.op_runners import ARGUMENTS, masks_of, options_of, part, prepare
 
@@ -73,22 +73,22 @@ def real_cases(op: str, shape: str, batch: int, length: int) -> Iterator[Any]:
 
 
 def bind(
-    op: Op, backend: BackendName, facts: Facts, implementation: str, case: Any, to_device: Callable[[np.ndarray], Any]
+    op: Op, backend: BackendName, target: Target, implementation: str, case: Any, to_device: Callable[[np.ndarray], Any]
 ) -> Bound:
     """The implementation, by name, on the case's arrays, put on the device by `to_device`.
 
     Raises:
         RefusedError: it can't run here; the reason.
     """
-    function = resolve(op, backend, facts, implementation)
-    dtype: DtypeName = facts.dtype  # type: ignore[assignment]
-    quantize = resolve(QUANTIZE, backend, Facts(facts.platform))
+    function = resolve(op, backend, target, implementation)
+    dtype: DtypeName = target.dtype  # type: ignore[assignment]
+    quantize = resolve(QUANTIZE, backend, Target(target.platform))
     if op.name in ("nf4_quantize", "nf4_dequantize"):
         weight = to_device(part("nf4", "cases").make_inputs(case, 0)["weight"])
         if op.name == "nf4_quantize":
             return Bound(lambda arrays: function(arrays["weight"], nested=True), {"weight": weight}, jit=False)
-        target = _dtype(backend, dtype)
-        return Bound(lambda arrays: function(arrays["base"], target), {"base": quantize(weight, nested=True)})
+        out_dtype = _dtype(backend, dtype)
+        return Bound(lambda arrays: function(arrays["base"], out_dtype), {"base": quantize(weight, nested=True)})
     inputs = prepare(op.name, case, dtype)
     names, differentiable = ARGUMENTS[op.name]
     arrays = {name: to_device(inputs[name]) for name in names if inputs[name] is not None}

@@ -23,7 +23,7 @@ from benchmarks import report
 from benchmarks.launch import ROOT, default_dtype
 from benchmarks.op_cases import Bound, bind, real_cases
 from jaxsloth.backend import BackendName
-from jaxsloth.kernels.registry import Facts, RefusedError, all_ops
+from jaxsloth.kernels.registry import RefusedError, Target, all_ops
 
 
 def measure(backend: BackendName, shape: str, batch: int, length: int, dtype: str, wanted: list[str]) -> list[dict[str, Any]]:
@@ -37,11 +37,11 @@ def measure(backend: BackendName, shape: str, batch: int, length: int, dtype: st
         if not cases:
             found.append({"op": op.name, "case": "", "implementation": "", "error": "not measured: it has no case"})
         for case in cases:
-            facts = Facts(platform, dtype, {"hidden": getattr(case, "hidden", 0)})  # type: ignore[arg-type]
+            target = Target(platform, dtype, {"hidden": getattr(case, "hidden", 0)})  # type: ignore[arg-type]
             for implementation in op.of(backend):
                 line: dict[str, Any] = {"op": op.name, "case": case.name, "implementation": implementation.name}
                 try:
-                    line |= timers(bind(op, backend, facts, implementation.name, case, to_device))
+                    line |= timers(bind(op, backend, target, implementation.name, case, to_device))
                 except RefusedError as error:
                     line["error"] = str(error).rpartition("can't run here: ")[2]
                 except Exception as error:

@@ -15,7 +15,7 @@ from jaxsloth import __version__
 from jaxsloth.backend import BACKENDS, BuildOptions, DtypeName, load_backend
 from jaxsloth.convert.checkpoint import described_model
 from jaxsloth.extras import missing_packages
-from jaxsloth.kernels.registry import WAYS, Facts, RefusedError, all_ops, select, today_of, written_by_itself
+from jaxsloth.kernels.registry import WAYS, RefusedError, Target, all_ops, select, today_of, written_by_itself
 from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.registry import families
 from jaxsloth.models.spec import ModelSpec
@@ -54,7 +54,7 @@ def collect() -> dict[str, Any]:
             passes.setdefault(title, {})[name] = {"uses": written if reason is None else other, "how": how}
         dtype: DtypeName = "float32" if devices.platform == "cpu" else "bfloat16"
         for op in (one for one in all_ops() if one.of(name)):
-            choice = select(op, name, Facts(devices.platform, dtype))
+            choice = select(op, name, Target(devices.platform, dtype))
             refused = [{"name": other, "reason": reason} for other, reason in choice.refused]
             ops.setdefault(op.name, {})[name] = {"uses": choice.implementation.name, "refused": refused}
     return {

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxsloth.kernels.registry import Facts, Platform
+from jaxsloth.kernels.registry import Platform, Target
 
 _NAMES: dict[str, Platform] = {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
 
@@ -16,8 +16,8 @@ def platform() -> Platform:
     return _NAMES.get(jax.default_backend(), "cpu")
 
 
-def facts_of(dtype: Any) -> Facts:
-    return Facts(platform=platform(), dtype=jnp.dtype(dtype).name)
+def target_of(dtype: Any) -> Target:
+    return Target(platform=platform(), dtype=jnp.dtype(dtype).name)
 
 
 def precision_of(dtype: Any) -> Literal["highest"] | None:

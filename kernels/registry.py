@@ -25,7 +25,7 @@ Platform = Literal["cpu", "cuda", "tpu"]
 
 
 @dataclass(frozen=True)
-class Facts:
+class Target:
     """What an implementation may decide on: where it would run, on what dtype, and sizes named by the op's contract."""
 
     platform: Platform
@@ -36,14 +36,14 @@ class Facts:
         return hash((self.platform, self.dtype, tuple(sorted(self.sizes.items()))))
 
 
-def always(facts: Facts) -> str | None:
+def always(target: Target) -> str | None:
     """Refuses nothing."""
-    del facts
+    del target
     return None
 
 
-def needs_cuda(facts: Facts) -> str | None:
-    return None if facts.platform == "cuda" else f"needs an NVIDIA GPU, and the arrays are on {facts.platform}"
+def needs_cuda(target: Target) -> str | None:
+    return None if target.platform == "cuda" else f"needs an NVIDIA GPU, and the arrays are on {target.platform}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Implementation:
     name: str
     backend: BackendName
     path: str
-    refuses: Callable[[Facts], str | None] = always
+    refuses: Callable[[Target], str | None] = always
 
     def module(self) -> ModuleType:
         """Where it is defined, beside functions that do the same on buffers of a caller's."""
@@ -87,15 +87,15 @@ class RefusedError(RuntimeError):
 
 
 @cache
-def select(op: Op, backend: BackendName, facts: Facts, requested: str | None = None) -> Choice:
-    """The implementation of `op` to use for `facts`.
+def select(op: Op, backend: BackendName, target: Target, requested: str | None = None) -> Choice:
+    """The implementation of `op` to use for `target`.
 
     Args:
         requested: an implementation's name; then it runs or `RefusedError` says why not. None chooses the first
             that does not refuse; which preferred ones refused is logged for who debugs.
     """
     candidates = {implementation.name: implementation for implementation in op.of(backend)}
-    reasons = {name: implementation.refuses(facts) for name, implementation in candidates.items()}
+    reasons = {name: implementation.refuses(target) for name, implementation in candidates.items()}
     chosen = choose_named(op.name, backend, requested, reasons)
     return Choice(candidates[chosen], () if requested is not None else _preferred(reasons))
 
@@ -177,9 +177,9 @@ def _preferred(reasons: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]
     return tuple((name, reason or "") for name, reason in takewhile(lambda item: item[1] is not None, reasons.items()))
 
 
-def resolve(op: Op, backend: BackendName, facts: Facts, requested: str | None = None) -> Callable[..., Any]:
+def resolve(op: Op, backend: BackendName, target: Target, requested: str | None = None) -> Callable[..., Any]:
     """`select`, loaded: the callable to use."""
-    return select(op, backend, facts, requested).implementation.load()
+    return select(op, backend, target, requested).implementation.load()
 
 
 def all_ops() -> tuple[Op, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.kernels.registry import Target, select
 from jaxsloth.torch_backend.linear import LinearGroup
 
 WEIGHTS = 3  # that one nf4_matvec takes
@@ -34,7 +34,7 @@ class FewRows:
         values = max(weight.shape[0] * weight.shape[1] for weight in self._weights)
         sizes = {"rows": rows, "in": self._group.in_features, "values": values}
         platform, dtype = self._group.linears[0].weight.device.type, str(self._dtype).removeprefix("torch.")
-        chosen = select(op, "torch", Facts(platform, dtype, sizes), requested).implementation  # type: ignore[arg-type]
+        chosen = select(op, "torch", Target(platform, dtype, sizes), requested).implementation  # type: ignore[arg-type]
         # Where the kernel refuses on a GPU, dequantizing there and a product are the faster way.
         return None if chosen.name == "torch" and platform == "cuda" and requested is None else chosen.load()
 

@@ -13,7 +13,7 @@ from jaxsloth.backend import BuildOptions, CheckpointingName, OptimizerOptions, 
 from jaxsloth.batch import Batch
 from jaxsloth.convert.peft_adapter import check_values
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4
-from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, resolve
+from jaxsloth.kernels.registry import RefusedError, Target, check_requested, resolve
 from jaxsloth.models.names import lora_names, own_name, tensor_shapes, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.objectives.causal_lm import CausalLoss
@@ -38,7 +38,7 @@ def make_ops(spec: ModelSpec, options: BuildOptions) -> Ops:
     check_requested(options.implementations or {})
     device = devices.device()
     fp8.check_options(options, device)
-    return Ops(Facts(device.type, options.dtype, {"hidden": spec.hidden}), options.implementations or {})  # type: ignore[arg-type]
+    return Ops(Target(device.type, options.dtype, {"hidden": spec.hidden}), options.implementations or {})  # type: ignore[arg-type]
 
 
 class TorchModel(ModelState):
@@ -95,8 +95,8 @@ class TorchModel(ModelState):
         if isinstance(module, Linear) and attribute == "weight":
             base = module.base
             if isinstance(base, Nf4Weight):
-                facts = Facts(module.weight.device.type)  # type: ignore[arg-type]
-                return resolve(DEQUANTIZE, "torch", facts)(base.value, torch.float32).cpu().numpy()
+                target = Target(module.weight.device.type)  # type: ignore[arg-type]
+                return resolve(DEQUANTIZE, "torch", target)(base.value, torch.float32).cpu().numpy()
         return getattr(module, attribute).detach().float().cpu().numpy()
 
     def quantized_tensor(self, name: str) -> NF4:

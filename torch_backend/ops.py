@@ -15,7 +15,7 @@ from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_dropout.contract import LORA_DROPOUT
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
-from jaxsloth.kernels.registry import Facts, Implementation, Op, select
+from jaxsloth.kernels.registry import Implementation, Op, Target, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
@@ -26,9 +26,9 @@ OPS = (ATTENTION, GATED_ACTIVATION, LINEAR_CROSS_ENTROPY, LORA_DROPOUT, LORA_MAT
 class Ops:
     """The implementation of every op for one device and dtype, chosen once."""
 
-    def __init__(self, facts: Facts, requested: Mapping[str, str]) -> None:
+    def __init__(self, target: Target, requested: Mapping[str, str]) -> None:
         def choose(op: Op) -> Callable[..., Any]:
-            self.chosen[op.name] = select(op, "torch", facts, requested.get(op.name)).implementation
+            self.chosen[op.name] = select(op, "torch", target, requested.get(op.name)).implementation
             return self.chosen[op.name].load()
 
         self.chosen: dict[str, Implementation] = {}  # by the op's name
@@ -39,12 +39,12 @@ class Ops:
         self.nf4_dequantize = choose(DEQUANTIZE)
         self.rms_norm = choose(RMS_NORM)
         self.rope = choose(ROPE)
-        self._facts, self._attention = facts, requested.get(ATTENTION.name)
+        self._target, self._attention = target, requested.get(ATTENTION.name)
 
     def attention(self, spec: specs.Attention) -> Implementation:
         """The implementation for one layer's attention."""
-        facts = replace(self._facts, sizes=attention_sizes(spec.head_dim, spec.soft_cap))
-        return select(ATTENTION, "torch", facts, self._attention).implementation
+        target = replace(self._target, sizes=attention_sizes(spec.head_dim, spec.soft_cap))
+        return select(ATTENTION, "torch", target, self._attention).implementation
 
     @cached_property
     def kernels(self) -> Kernels:

@@ -11,7 +11,7 @@ import torch
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, SMALLEST, Moments, blocks_of, check_stored, step_factors
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 from jaxsloth.torch_backend.optimizer import AdamW, Flat
 
 
@@ -60,7 +60,7 @@ class AdamW8bit(AdamW):
 
     def __init__(self, flat: Flat, options: OptimizerOptions, implementation: str | None = None) -> None:
         super().__init__(flat, options)
-        self._step = resolve(ADAMW_8BIT, "torch", Facts(flat.buffer.device.type), implementation)  # type: ignore[arg-type]
+        self._step = resolve(ADAMW_8BIT, "torch", Target(flat.buffer.device.type), implementation)  # type: ignore[arg-type]
         # Row 0 is for what decays, row 1 for what is not: read from the device, so that a graph can hold the update.
         self._factors = torch.zeros(2, 3, dtype=torch.float32, device=flat.buffer.device)
 

@@ -12,7 +12,7 @@ import torch
 from jaxsloth.backend import TensorSource
 from jaxsloth.convert.fitting import cast_error
 from jaxsloth.kernels.nf4.contract import NF4, QUANTIZE, Nested
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 from jaxsloth.models.names import tensor_shapes
 from jaxsloth.models.spec import ModelSpec
 
@@ -24,7 +24,7 @@ def loader(spec: ModelSpec, source: TensorSource, device: torch.device, dtype: t
     shapes, present = tensor_shapes(spec), set(source.names())
     nested = spec.quantization.nested if spec.quantization is not None else False
     quantized = {f"{module}.weight" for module in spec.quantization.modules} if spec.quantization is not None else set()
-    quantize = resolve(QUANTIZE, "torch", Facts(device.type))  # type: ignore[arg-type]
+    quantize = resolve(QUANTIZE, "torch", Target(device.type))  # type: ignore[arg-type]
 
     def get_weight(name: str) -> torch.Tensor | NF4:
         if name not in present:

@@ -20,7 +20,7 @@ from jaxsloth.kernels.lora_matmul import pallas_kernel as augmented
 from jaxsloth.kernels.lora_matmul.contract import Dropout, room_for
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer  # from here, since this module makes it a pytree
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 from jaxsloth.models import spec as specs
 from jaxsloth.models.names import layer_linears
 
@@ -139,7 +139,7 @@ class Nf4Weight:
         return Nf4Weight(select_layer(self.array, jnp.int32(layer)))
 
     def dense(self, dtype: Any) -> Any:
-        return resolve(DEQUANTIZE, "jax", Facts(platform()))(self.array, dtype)
+        return resolve(DEQUANTIZE, "jax", Target(platform()))(self.array, dtype)
 
     def matvec(self, ops: Ops, rows: int, shape: tuple[int, int]) -> Callable[..., Any] | None:
         return ops.matvec(rows, shape)

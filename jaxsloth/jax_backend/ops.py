@@ -12,7 +12,7 @@ from jaxsloth.kernels.gated_activation.contract import GATED_ACTIVATION
 from jaxsloth.kernels.linear_cross_entropy.contract import LINEAR_CROSS_ENTROPY
 from jaxsloth.kernels.lora_matmul.contract import LORA_MATMUL
 from jaxsloth.kernels.nf4.contract import MATVEC, MATVEC_ROWS
-from jaxsloth.kernels.registry import Facts, Implementation, Op, RefusedError, all_ops, resolve, select
+from jaxsloth.kernels.registry import Implementation, Op, RefusedError, Target, all_ops, resolve, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.kernels.rope.contract import ROPE
 from jaxsloth.models import spec as specs
@@ -23,7 +23,7 @@ FOLLOWED = frozenset(
 )
 
 
-def _check_others(facts: Facts, requested: Mapping[str, str]) -> None:
+def _check_others(target: Target, requested: Mapping[str, str]) -> None:
     """Refuses a request that nothing here would follow: for an implementation other than the one that runs anyway.
 
     Raises:
@@ -33,8 +33,8 @@ def _check_others(facts: Facts, requested: Mapping[str, str]) -> None:
         asked = requested.get(op.name)
         if asked is None or op.name in FOLLOWED:
             continue
-        select(op, "jax", facts, asked)
-        runs = select(op, "jax", facts).implementation.name
+        select(op, "jax", target, asked)
+        runs = select(op, "jax", target).implementation.name
         if asked != runs:
             raise RefusedError(
                 f"op {op.name} runs as {runs!r} on JAX here, whatever is asked for, and got a request for {asked!r}"
@@ -44,20 +44,20 @@ def _check_others(facts: Facts, requested: Mapping[str, str]) -> None:
 class Ops:
     """The implementation of every op for one device and dtype, chosen once. requested: those asked for by name."""
 
-    def __init__(self, facts: Facts, requested: Mapping[str, str]) -> None:
+    def __init__(self, target: Target, requested: Mapping[str, str]) -> None:
         def choose(op: Op) -> Callable[..., Any]:
-            return resolve(op, "jax", facts, requested.get(op.name))
+            return resolve(op, "jax", target, requested.get(op.name))
 
-        _check_others(facts, requested)
-        self.dtype = facts.dtype
+        _check_others(target, requested)
+        self.dtype = target.dtype
         self.gated_activation = choose(GATED_ACTIVATION)
         self.linear_cross_entropy = choose(LINEAR_CROSS_ENTROPY)
         self.lora_matmul = choose(LORA_MATMUL)
         self.rope = choose(ROPE)
         self._rms_norm = choose(RMS_NORM)
         # For as many rows as a matvec takes: XLA joins their norm, residual sum and weight's slice (docs/performance.md).
-        self._rms_norm_of_few = resolve(RMS_NORM, "jax", facts, requested.get(RMS_NORM.name, "xla"))
-        self._facts, self._requested = facts, dict(requested)
+        self._rms_norm_of_few = resolve(RMS_NORM, "jax", target, requested.get(RMS_NORM.name, "xla"))
+        self._target, self._requested = target, dict(requested)
 
     def rms_norm(self, x: Any, weight: Any, **options: Any) -> Any:
         few = x.size <= MATVEC_ROWS * x.shape[-1]
@@ -65,14 +65,14 @@ class Ops:
 
     def attention(self, spec: specs.Attention) -> Implementation:
         """Which one depends on the layer."""
-        facts = replace(self._facts, sizes=attention_sizes(spec.head_dim, spec.soft_cap))
-        return select(ATTENTION, "jax", facts, self._requested.get(ATTENTION.name)).implementation
+        target = replace(self._target, sizes=attention_sizes(spec.head_dim, spec.soft_cap))
+        return select(ATTENTION, "jax", target, self._requested.get(ATTENTION.name)).implementation
 
     def matvec(self, rows: int, shape: tuple[int, int]) -> Callable[..., Any] | None:
         """nf4_matvec for x of so many rows and a weight of this shape; None where `lora_matmul` does no worse."""
         sizes = {"rows": rows, "in": shape[1], "values": shape[0] * shape[1]}
         requested = self._requested.get(MATVEC.name)
-        chosen = select(MATVEC, "jax", replace(self._facts, sizes=sizes), requested).implementation
+        chosen = select(MATVEC, "jax", replace(self._target, sizes=sizes), requested).implementation
         return None if chosen.name == "xla" and requested is None else chosen.load()
 
     def asked_otherwise(self, *names: str) -> str | None:

@@ -14,7 +14,7 @@ from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.optimizer import AdamW, is_spared, names_of
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, SMALLEST, Moments, blocks_of, check_stored
 from jaxsloth.kernels.jax_platform import platform
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 
 
 class Adam8bitState(NamedTuple):
@@ -86,8 +86,8 @@ class AdamW8bit(AdamW):
 
     def _step_8_bits(self, path: Any, parameter: Any, gradient: Any, moments: Moments, factors: Any) -> tuple[Any, Moments]:
         _, size = _tensors(path, parameter)
-        facts = Facts(platform(), sizes={"values": parameter.size})
-        function = resolve(ADAMW_8BIT, "jax", facts, self._implementation)
+        target = Target(platform(), sizes={"values": parameter.size})
+        function = resolve(ADAMW_8BIT, "jax", target, self._implementation)
         sizes = (size,) * (parameter.size // size)
         flat = jax.tree.map(lambda array: array.reshape(-1), (parameter, gradient, moments))
         new, after = function(*flat, factors, sizes=sizes, betas=self.options.betas, eps=self.options.eps)

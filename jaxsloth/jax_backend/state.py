@@ -26,7 +26,7 @@ from jaxsloth.jax_backend.weights import load_weights
 from jaxsloth.jax_backend.written_pass import describe
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.xla_ops import NF4
-from jaxsloth.kernels.registry import Facts, RefusedError, check_requested, choose_named, choose_written
+from jaxsloth.kernels.registry import RefusedError, Target, check_requested, choose_named, choose_written
 from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.memory import FILLED, first_fitting
 from jaxsloth.models.names import own_name, stacked_name, tensor_shapes, trainable_shapes
@@ -65,7 +65,7 @@ def make_ops(spec: ModelSpec, options: BuildOptions) -> Ops:
     if options.compute != "exact":
         raise RefusedError(f"compute {options.compute} runs on the torch backend so far; take it, or compute exact")
     check_requested(options.implementations or {})
-    return Ops(Facts(platform(), options.dtype, {"hidden": spec.hidden}), options.implementations or {})
+    return Ops(Target(platform(), options.dtype, {"hidden": spec.hidden}), options.implementations or {})
 
 
 class ModelState:

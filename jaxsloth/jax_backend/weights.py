@@ -18,7 +18,7 @@ from jaxsloth.jax_backend import devices
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.nf4.contract import QUANTIZE, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 from jaxsloth.models.names import stacked_name, tensor_shapes
 from jaxsloth.models.spec import ModelSpec
 
@@ -46,7 +46,7 @@ def load_weights(spec: ModelSpec, source: TensorSource, dtype: Any) -> dict[str,
     """
     period = spec.layer_period()
     count = len(spec.layers) // period
-    quantize = resolve(QUANTIZE, "jax", Facts(platform()))
+    quantize = resolve(QUANTIZE, "jax", Target(platform()))
     nested = spec.quantization.nested if spec.quantization is not None else False
     quantized = {f"{module}.weight" for module in spec.quantization.modules} if spec.quantization is not None else set()
     found: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxsloth.backend import BACKENDS, BackendName
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, QUANTIZE
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 from jaxsloth.models.names import layer_linears
 from jaxsloth.parity import bars
 from jaxsloth.parity.measure import Measurement
@@ -64,7 +64,7 @@ def _bitsandbytes(weight: np.ndarray, nested: bool) -> dict[str, Any]:
 
 def _quantize(backend: BackendName, weight: np.ndarray, nested: bool, offset: np.ndarray | None) -> dict[str, Any]:
     """The backend's own quantize and dequantize, its arrays brought to numpy."""
-    facts = Facts(platform="cpu")
+    target = Target(platform="cpu")
     if backend == "torch":
         import torch
 
@@ -74,10 +74,10 @@ def _quantize(backend: BackendName, weight: np.ndarray, nested: bool, offset: np
 
         array, to_numpy, dtype = jnp.asarray, np.asarray, jnp.float32
     given = None if offset is None else array(np.asarray(offset, np.float32))
-    quantized = resolve(QUANTIZE, backend, facts)(array(weight), nested=nested, offset=given)
+    quantized = resolve(QUANTIZE, backend, target)(array(weight), nested=nested, offset=given)
     return {
         "codes": to_numpy(quantized.codes).reshape(-1),
         "absmax": to_numpy(quantized.absmax),
         "offset": to_numpy(quantized.nested.offset) if nested else None,
-        "dequantized": to_numpy(resolve(DEQUANTIZE, backend, facts)(quantized, dtype)),
+        "dequantized": to_numpy(resolve(DEQUANTIZE, backend, target)(quantized, dtype)),
     }

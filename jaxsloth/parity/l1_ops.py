@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxsloth.backend import BACKENDS, BackendName, DtypeName, load_backend
-from jaxsloth.kernels.registry import Facts, Op, all_ops, select
+from jaxsloth.kernels.registry import Op, Target, all_ops, select
 from jaxsloth.parity import bars
 from jaxsloth.parity.measure import Measurement
 from jaxsloth.parity.op_runners import ARGUMENTS, RUNNERS, Result, part, prepare, run_reference
@@ -35,16 +35,16 @@ def measure() -> Iterator[Measurement]:
 
 
 def _worst(op: Op, backend: BackendName, dtype: DtypeName, cases: Any, references: dict[str, Result]) -> Measurement:
-    facts = Facts(platform=load_backend(backend).devices().platform, dtype=dtype)
+    target = Target(platform=load_backend(backend).devices().platform, dtype=dtype)
     tolerance = part(op.name, "contract").TOLERANCES[dtype]
     shares: dict[str, float] = {}
     for case in cases:
-        got = RUNNERS[backend](op, case, prepare(op.name, case, dtype), facts)
+        got = RUNNERS[backend](op, case, prepare(op.name, case, dtype), target)
         for name, expected in references[case.name].items():
             bar = tolerance.output if name == "output" else tolerance.gradient
             shares[f"{case.name}, {name}"] = error(got[name], expected) / bar
     worst = max(shares, key=lambda key: shares[key])
-    chosen = select(op, backend, facts).implementation.name
+    chosen = select(op, backend, target).implementation.name
     what = f"{op.name} {dtype}, {backend} ({chosen})"
     return Measurement(RUNG, what, shares[worst], bars.L1_SHARE_OF_TOLERANCE, note=f"{len(cases)} cases; worst: {worst}")
 

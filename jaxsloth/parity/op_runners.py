@@ -12,7 +12,7 @@ from jaxsloth.backend import BackendName, DtypeName
 from jaxsloth.kernels.lora_dropout.contract import Masks
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.nf4.contract import NF4, Nested
-from jaxsloth.kernels.registry import Facts, Op, resolve
+from jaxsloth.kernels.registry import Op, Target, resolve
 
 # Each op's array arguments, and those that it is differentiated by.
 ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -106,31 +106,31 @@ def run_reference(op: str, case: Any, inputs: Mapping[str, Any]) -> Result:
     return {"output": output.detach().numpy(), **named}
 
 
-def run_torch(op: Op, case: Any, inputs: Mapping[str, Any], facts: Facts, requested: str | None = None) -> Result:
-    """The torch backend's choice for `facts`, on its device."""
+def run_torch(op: Op, case: Any, inputs: Mapping[str, Any], target: Target, requested: str | None = None) -> Result:
+    """The torch backend's choice for `target`, on its device."""
     import torch
 
     def tensor(value: Any) -> Any:
         if value is None:
             return None
         if value.dtype.name == "bfloat16":
-            return torch.from_numpy(value.view(np.uint16)).view(torch.bfloat16).to(facts.platform)
+            return torch.from_numpy(value.view(np.uint16)).view(torch.bfloat16).to(target.platform)
         if value.dtype == np.uint32:
             value = value.astype(np.int64)
-        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape)).to(facts.platform)
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape)).to(target.platform)
 
     names, wrt = ARGUMENTS[op.name]
     arrays = {n: tensor(inputs[n]) for n in names}
     leaves = {n: arrays[n].requires_grad_() for n in wrt if arrays[n] is not None}
-    function = resolve(op, "torch", facts, requested)
+    function = resolve(op, "torch", target, requested)
     output = _call(function, op.name, case, inputs, arrays, tensor)
     gradients = torch.autograd.grad(output, list(leaves.values()), tensor(inputs["dy"]).to(output.dtype))
     named = {f"d{n}": g.double().cpu().numpy() for n, g in zip(leaves, gradients, strict=True)}
     return {"output": output.detach().double().cpu().numpy(), **named}
 
 
-def run_jax(op: Op, case: Any, inputs: Mapping[str, Any], facts: Facts, requested: str | None = None) -> Result:
-    """The JAX backend's choice for `facts`, jitted, on the default device."""
+def run_jax(op: Op, case: Any, inputs: Mapping[str, Any], target: Target, requested: str | None = None) -> Result:
+    """The JAX backend's choice for `target`, jitted, on the default device."""
     import jax
     import jax.numpy as jnp
 
@@ -140,7 +140,7 @@ def run_jax(op: Op, case: Any, inputs: Mapping[str, Any], facts: Facts, requeste
     names, wrt = ARGUMENTS[op.name]
     arrays = {n: array(inputs[n]) for n in names}
     leaves = {n: arrays[n] for n in wrt if arrays[n] is not None}
-    function = resolve(op, "jax", facts, requested)
+    function = resolve(op, "jax", target, requested)
 
     @jax.jit
     def both(leaves: dict[str, Any], dy: Any) -> Any:

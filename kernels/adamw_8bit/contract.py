@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
+from jaxsloth.kernels.registry import Implementation, Op, Target, needs_cuda
 
 BLOCK = 256
 SMALLEST = 4096  # tensors with fewer values keep float32 moments, as bitsandbytes' min_8bit_size has it
@@ -92,10 +92,10 @@ def check_stored(state: Mapping[str, np.ndarray], *, eight_bit: bool) -> None:
             )
 
 
-def _pallas_refuses(facts: Facts) -> str | None:
-    if facts.sizes.get("values", 0) >= 2**31:
-        return f"counts values in int32, and there are {facts.sizes['values']}"
-    return needs_cuda(facts)
+def _pallas_refuses(target: Target) -> str | None:
+    if target.sizes.get("values", 0) >= 2**31:
+        return f"counts values in int32, and there are {target.sizes['values']}"
+    return needs_cuda(target)
 
 
 ADAMW_8BIT = Op(

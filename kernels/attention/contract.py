@@ -33,7 +33,7 @@ Sizes that a choice may hang on (`sizes_of`): head_dim, and soft_cap, 1 or 0. Th
 is no soft cap: the libraries' attention is right there, and faster.
 """
 
-from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
+from jaxsloth.kernels.registry import Implementation, Op, Target, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
 
 MAX_HEAD_DIM = 256
@@ -43,12 +43,12 @@ def sizes_of(head_dim: int, soft_cap: float | None) -> dict[str, int]:
     return {"head_dim": head_dim, "soft_cap": int(soft_cap is not None)}
 
 
-def _flash_refuses(facts: Facts) -> str | None:
-    if facts.sizes.get("head_dim", 0) > MAX_HEAD_DIM:
-        return f"holds tiles of whole heads in registers, and head_dim={facts.sizes['head_dim']} is over {MAX_HEAD_DIM}"
-    if facts.sizes.get("soft_cap", 1) == 0:
+def _flash_refuses(target: Target) -> str | None:
+    if target.sizes.get("head_dim", 0) > MAX_HEAD_DIM:
+        return f"holds tiles of whole heads in registers, and head_dim={target.sizes['head_dim']} is over {MAX_HEAD_DIM}"
+    if target.sizes.get("soft_cap", 1) == 0:
         return "is for scores with a soft cap, and there is none: the library's is faster"
-    return needs_cuda(facts)
+    return needs_cuda(target)
 
 
 ATTENTION = Op(

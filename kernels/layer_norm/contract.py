@@ -11,16 +11,16 @@ with ``n = (x - mean)·rstd`` and ``g = dy·weight``: ``dx = rstd · (g - mean(g
 For the encoders (BERT, ModernBERT); no model uses it yet.
 """
 
-from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
+from jaxsloth.kernels.registry import Implementation, Op, Target, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
 
 MAX_HIDDEN = 65536
 
 
-def _kernel_refuses(facts: Facts) -> str | None:
-    if facts.sizes.get("hidden", 0) > MAX_HIDDEN:
-        return f"holds one row in registers, and hidden={facts.sizes['hidden']} is over {MAX_HIDDEN}"
-    return needs_cuda(facts)
+def _kernel_refuses(target: Target) -> str | None:
+    if target.sizes.get("hidden", 0) > MAX_HIDDEN:
+        return f"holds one row in registers, and hidden={target.sizes['hidden']} is over {MAX_HIDDEN}"
+    return needs_cuda(target)
 
 
 LAYER_NORM = Op(

@@ -12,15 +12,15 @@ from jaxsloth.kernels.dropout.contract import kept_scale
 from jaxsloth.kernels.dropout.torch_ops import keep_mask
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, NF4
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 from jaxsloth.kernels.torch_matmul import matmul_float32
 
 
 def _dense(base: torch.Tensor | NF4, dtype: torch.dtype) -> torch.Tensor:
     """The base ``[out, in]`` in the compute dtype, for one use."""
     if isinstance(base, NF4):
-        facts = Facts(platform=base.codes.device.type, dtype=str(dtype).removeprefix("torch."))
-        return resolve(DEQUANTIZE, "torch", facts)(base, dtype)
+        target = Target(platform=base.codes.device.type, dtype=str(dtype).removeprefix("torch."))
+        return resolve(DEQUANTIZE, "torch", target)(base, dtype)
     return base.to(dtype)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jaxsloth.kernels.dropout.contract import kept_scale
 from jaxsloth.kernels.dropout.xla_ops import keep_mask
-from jaxsloth.kernels.jax_platform import facts_of, precision_of
+from jaxsloth.kernels.jax_platform import precision_of, target_of
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE
 from jaxsloth.kernels.nf4.xla_ops import NF4  # from here, since this module makes it a pytree
@@ -23,7 +23,7 @@ jax.tree_util.register_dataclass(Dropout, data_fields=["key", "rows"], meta_fiel
 def _dense(base: Any, layer: Any, dtype: Any) -> Array:
     """The base ``[out, in]`` in the compute dtype, for one use."""
     if isinstance(base, NF4):
-        return resolve(DEQUANTIZE, "jax", facts_of(dtype))(base, dtype, layer=layer)
+        return resolve(DEQUANTIZE, "jax", target_of(dtype))(base, dtype, layer=layer)
     if layer is not None:
         base = jax.lax.dynamic_index_in_dim(base, layer, keepdims=False)
     return base.astype(dtype)

@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
+from jaxsloth.kernels.registry import Implementation, Op, Target, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
 
 BLOCK = 64
@@ -145,16 +145,16 @@ DEQUANTIZE = Op(
 MATVEC_ROWS = 16
 
 
-def _matvec_refuses(facts: Facts) -> str | None:
+def _matvec_refuses(target: Target) -> str | None:
     """sizes: rows, in, values (of the largest weight); what is not told is taken to fit."""
-    rows, in_, values = (facts.sizes.get(name, 0) for name in ("rows", "in", "values"))
+    rows, in_, values = (target.sizes.get(name, 0) for name in ("rows", "in", "values"))
     if rows > MATVEC_ROWS:
         return f"takes at most {MATVEC_ROWS} rows, and there are {rows}"
     if in_ % BLOCK:
         return f"needs rows of whole blocks of {BLOCK} values, and in={in_}"
     if values >= 2**31:
         return f"counts values in 32 bits, and a weight has {values}"
-    return needs_cuda(facts)
+    return needs_cuda(target)
 
 
 MATVEC = Op(

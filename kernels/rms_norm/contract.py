@@ -9,16 +9,16 @@ Backward keeps x, the weight and one float32 reciprocal a row. dx and, where the
 with ``n = x·rstd`` and ``g = dy·(offset + weight)``: ``dx = rstd · (g - n · mean(g·n))``, ``dweight = Σ_rows dy·n``.
 """
 
-from jaxsloth.kernels.registry import Facts, Implementation, Op, needs_cuda
+from jaxsloth.kernels.registry import Implementation, Op, Target, needs_cuda
 from jaxsloth.kernels.tolerance import Tolerance
 
 MAX_HIDDEN = 65536
 
 
-def _kernel_refuses(facts: Facts) -> str | None:
-    if facts.sizes.get("hidden", 0) > MAX_HIDDEN:
-        return f"holds one row in registers, and hidden={facts.sizes['hidden']} is over {MAX_HIDDEN}"
-    return needs_cuda(facts)
+def _kernel_refuses(target: Target) -> str | None:
+    if target.sizes.get("hidden", 0) > MAX_HIDDEN:
+        return f"holds one row in registers, and hidden={target.sizes['hidden']} is over {MAX_HIDDEN}"
+    return needs_cuda(target)
 
 
 RMS_NORM = Op(

@@ -14,7 +14,7 @@ import pytest
 from jaxsloth.kernels.adamw_8bit import pallas_kernel, xla_ops
 from jaxsloth.kernels.adamw_8bit.cases import CASES, make_inputs
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments
-from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.kernels.registry import Target, select
 from tests.kernels.adamw_8bit_checks import (
     STATE,
     Step,
@@ -69,9 +69,9 @@ def test_wrong_sizes(name):
 
 
 def test_the_kernel_is_chosen_on_a_gpu_only():
-    assert select(ADAMW_8BIT, "jax", Facts("cpu")).implementation.name == "xla"
-    assert select(ADAMW_8BIT, "jax", Facts("cuda")).implementation.name == "pallas"
-    assert select(ADAMW_8BIT, "jax", Facts("cuda", sizes={"values": 2**31})).implementation.name == "xla"
+    assert select(ADAMW_8BIT, "jax", Target("cpu")).implementation.name == "xla"
+    assert select(ADAMW_8BIT, "jax", Target("cuda")).implementation.name == "pallas"
+    assert select(ADAMW_8BIT, "jax", Target("cuda", sizes={"values": 2**31})).implementation.name == "xla"
 
 
 def test_the_kernel_lowers_for_cuda():

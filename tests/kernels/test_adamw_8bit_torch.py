@@ -13,7 +13,7 @@ from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, Moments
 from jaxsloth.kernels.adamw_8bit.torch_ops import adamw_8bit
 from jaxsloth.kernels.nf4.contract import dynamic_code
 from jaxsloth.kernels.nf4.torch_ops import quantize_dynamic
-from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.kernels.registry import Target, select
 from tests.kernels.adamw_8bit_checks import STATE, check_case, check_free_run_against_bitsandbytes, torch_step
 
 STEP = torch_step(adamw_8bit, "cpu")
@@ -75,5 +75,5 @@ def test_wrong_sizes(sizes):
 
 
 def test_the_kernel_is_chosen_on_a_gpu_only():
-    assert select(ADAMW_8BIT, "torch", Facts("cpu")).implementation.name == "torch"
-    assert select(ADAMW_8BIT, "torch", Facts("cuda")).implementation.name == "triton"
+    assert select(ADAMW_8BIT, "torch", Target("cpu")).implementation.name == "torch"
+    assert select(ADAMW_8BIT, "torch", Target("cuda")).implementation.name == "triton"

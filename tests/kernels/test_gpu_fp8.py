@@ -12,7 +12,7 @@ from jaxsloth.kernels.fp8 import triton_kernel as fp8_triton
 from jaxsloth.kernels.fp8.cases import CASES
 from jaxsloth.kernels.fp8.contract import NF4_INTO, QUANTIZE_ROWS, SCALED_PRODUCT, Rows
 from jaxsloth.kernels.nf4.cases import Case as Nf4Case
-from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.kernels.registry import Target, select
 from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import fp8
@@ -104,7 +104,7 @@ def test_a_hundred_thousand_rows():
 
 def test_the_kernels_are_chosen_here():
     names = [
-        select(op, "torch", Facts("cuda", "bfloat16")).implementation.name for op in (QUANTIZE_ROWS, NF4_INTO, SCALED_PRODUCT)
+        select(op, "torch", Target("cuda", "bfloat16")).implementation.name for op in (QUANTIZE_ROWS, NF4_INTO, SCALED_PRODUCT)
     ]
     assert names == ["triton", "triton", "library"]
 

@@ -24,7 +24,7 @@ from jaxsloth.kernels.nf4.cases import CASES as NF4_CASES
 from jaxsloth.kernels.nf4.cases import MATVEC_CASES, MatvecCase
 from jaxsloth.kernels.nf4.cases import make_inputs as make_nf4_inputs
 from jaxsloth.kernels.nf4.contract import BLOCK, DEQUANTIZE, MATVEC, NESTED_BLOCK, NF4, Nested, dynamic_code
-from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.kernels.registry import Target, select
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.parity.op_runners import masks_of
 from tests.kernels.adamw_8bit_checks import STATE, check_case, check_each_step_against_bitsandbytes, torch_step
@@ -179,7 +179,7 @@ def test_flash_attention_of_long_rows(head_dim, window, packed):
 
 def test_the_kernels_are_chosen_here():
     for op in (DEQUANTIZE, RMS_NORM, ADAMW_8BIT):
-        assert select(op, "torch", Facts(platform="cuda", dtype="bfloat16")).implementation.name == "triton"
+        assert select(op, "torch", Target(platform="cuda", dtype="bfloat16")).implementation.name == "triton"
 
 
 @pytest.mark.parametrize("implementation", RMS_NORM.of("torch"), ids=lambda implementation: implementation.name)

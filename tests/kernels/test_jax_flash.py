@@ -10,7 +10,7 @@ import pytest
 
 from jaxsloth.kernels.attention import pallas_flash
 from jaxsloth.kernels.attention.cases import CASES
-from jaxsloth.kernels.registry import Facts, Implementation, Op
+from jaxsloth.kernels.registry import Implementation, Op, Target
 from jaxsloth.parity.l1_ops import error
 from jaxsloth.parity.op_runners import part, prepare, run_jax, run_reference
 from tests.support.lowering import lowered_for_cuda
@@ -34,7 +34,7 @@ def test_against_the_reference(case, monkeypatch):
         tiles = tuple(pallas_flash.Tiles(*sizes, 1, 1) for sizes in ((16, 16), (8, 16), (16, 8)))
         monkeypatch.setattr(pallas_flash, "tiles_for", lambda *_: tiles)
     inputs, tolerance = prepare("attention", case, dtype), part("attention", "contract").TOLERANCES[dtype]
-    got = run_jax(Op("attention", (Interpreted("interpreted", "jax", ""),)), case, inputs, Facts("cpu", dtype))
+    got = run_jax(Op("attention", (Interpreted("interpreted", "jax", ""),)), case, inputs, Target("cpu", dtype))
     for name, expected in run_reference("attention", case, inputs).items():
         bar = tolerance.output if name == "output" else tolerance.gradient
         assert error(got[name], expected) <= bar, f"{name}: {error(got[name], expected):.2e}"

@@ -19,7 +19,7 @@ from jaxsloth.kernels.layer_norm import pallas_kernel as layer_norm_pallas
 from jaxsloth.kernels.linear_cross_entropy.xla_ops import linear_cross_entropy
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.lora_matmul.xla_ops import lora_matmul
-from jaxsloth.kernels.registry import Facts, Implementation, Op, all_ops
+from jaxsloth.kernels.registry import Implementation, Op, Target, all_ops
 from jaxsloth.parity.l1_ops import error
 from jaxsloth.parity.op_runners import ARGUMENTS, part, prepare, run_jax, run_reference
 from tests.support.lowering import lowered_for_cuda
@@ -39,7 +39,7 @@ class Interpreted(Implementation):
 def check(op: Op, case, dtype: str, requested: str, platform: str = "cpu") -> None:
     inputs = prepare(op.name, case, dtype)
     tolerance = part(op.name, "contract").TOLERANCES[dtype]
-    got = run_jax(op, case, inputs, Facts(platform, dtype), requested)
+    got = run_jax(op, case, inputs, Target(platform, dtype), requested)
     for name, expected in run_reference(op.name, case, inputs).items():
         bar = tolerance.output if name == "output" else tolerance.gradient
         assert error(got[name], expected) <= bar, f"{name}: {error(got[name], expected):.2e} over {bar}"

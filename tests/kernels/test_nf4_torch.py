@@ -10,7 +10,7 @@ import torch
 from jaxsloth.kernels.nf4 import torch_ops
 from jaxsloth.kernels.nf4.cases import CASES, MATVEC_CASES, make_inputs
 from jaxsloth.kernels.nf4.contract import BLOCK, CODE, MATVEC, NESTED_BLOCK, dynamic_code
-from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.kernels.registry import Target, select
 from tests.kernels.torch_checks import DTYPES, bits, check_matvec
 
 
@@ -110,10 +110,10 @@ def test_matvec(case, dtype, nested):
     ],
 )
 def test_what_the_matvec_kernel_refuses(platform, sizes, reason):
-    choice = select(MATVEC, "torch", Facts(platform, "bfloat16", sizes))
+    choice = select(MATVEC, "torch", Target(platform, "bfloat16", sizes))
     assert choice.implementation.name == "torch"
     assert reason in dict(choice.refused)["triton"]
 
 
 def test_the_matvec_kernel_is_chosen_on_a_gpu():
-    assert select(MATVEC, "torch", Facts("cuda", "bfloat16", {"rows": 16, "in": 4096})).implementation.name == "triton"
+    assert select(MATVEC, "torch", Target("cuda", "bfloat16", {"rows": 16, "in": 4096})).implementation.name == "triton"

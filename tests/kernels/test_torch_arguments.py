@@ -12,7 +12,7 @@ from jaxsloth.kernels.gated_activation.torch_ops import gated_activation
 from jaxsloth.kernels.linear_cross_entropy.torch_ops import default_chunk, linear_cross_entropy
 from jaxsloth.kernels.lora_matmul.contract import Dropout
 from jaxsloth.kernels.lora_matmul.torch_ops import lora_matmul
-from jaxsloth.kernels.registry import Facts, select
+from jaxsloth.kernels.registry import Target, select
 from jaxsloth.kernels.rope.cases import CASES as ROPE_CASES
 from jaxsloth.kernels.rope.cases import make_inputs as make_rope_inputs
 from jaxsloth.kernels.rope.torch_ops import rope, tables
@@ -40,18 +40,18 @@ def test_a_dense_base_of_another_dtype_is_read_in_that_of_x():
 
 
 @pytest.mark.parametrize(
-    ("backend", "facts", "chosen"),
+    ("backend", "target", "chosen"),
     [
-        ("torch", Facts("cuda", "bfloat16", sizes_of(256, 50.0)), "triton"),
-        ("torch", Facts("cuda", "bfloat16", sizes_of(128, None)), "torch"),
-        ("torch", Facts("cuda", "bfloat16", sizes_of(512, 50.0)), "torch"),
-        ("torch", Facts("cpu", "float32", sizes_of(256, 50.0)), "torch"),
-        ("jax", Facts("cuda", "bfloat16", sizes_of(256, 50.0)), "pallas"),
-        ("jax", Facts("cuda", "bfloat16", sizes_of(128, None)), "xla"),
+        ("torch", Target("cuda", "bfloat16", sizes_of(256, 50.0)), "triton"),
+        ("torch", Target("cuda", "bfloat16", sizes_of(128, None)), "torch"),
+        ("torch", Target("cuda", "bfloat16", sizes_of(512, 50.0)), "torch"),
+        ("torch", Target("cpu", "float32", sizes_of(256, 50.0)), "torch"),
+        ("jax", Target("cuda", "bfloat16", sizes_of(256, 50.0)), "pallas"),
+        ("jax", Target("cuda", "bfloat16", sizes_of(128, None)), "xla"),
     ],
 )
-def test_our_attention_is_chosen_for_a_soft_cap_on_a_gpu(backend, facts, chosen):
-    assert select(ATTENTION, backend, facts).implementation.name == chosen
+def test_our_attention_is_chosen_for_a_soft_cap_on_a_gpu(backend, target, chosen):
+    assert select(ATTENTION, backend, target).implementation.name == chosen
 
 
 def test_attention_refuses():

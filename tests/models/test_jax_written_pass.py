@@ -23,7 +23,7 @@ from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.plan import Checkpointing, Plan, make_plan
 from jaxsloth.jax_backend.step import summed_loss
 from jaxsloth.kernels.dropout.contract import step_words
-from jaxsloth.kernels.registry import Facts, RefusedError
+from jaxsloth.kernels.registry import RefusedError, Target
 from jaxsloth.models.memory import FILLED
 from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
@@ -338,7 +338,7 @@ def test_the_pass_lowers_for_cuda(monkeypatch, variant, lora, kernels):
     """The interpreter accepts what a GPU refuses. In float32 attention is the op's: cuDNN can't be asked without a GPU."""
     options = BuildOptions(implementations=FUSED)
     model, spec, _, values = build("jax", WIDTHS, revise=VARIANTS[variant], lora=lora, options=options)
-    model._ops = Ops(Facts("cuda", "float32", {"hidden": spec.hidden}), {})
+    model._ops = Ops(Target("cuda", "float32", {"hidden": spec.hidden}), {})
     for module in (attention, linear, mlp, norm, written_pass):
         monkeypatch.setattr(module, "platform", lambda: "cuda")
     model.add_adapters(spec, values)

@@ -12,7 +12,7 @@ import torch
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.batch import Batch
-from jaxsloth.kernels.registry import Facts, Implementation, Op, RefusedError
+from jaxsloth.kernels.registry import Implementation, Op, RefusedError, Target
 from jaxsloth.kernels.rms_norm import torch_ops as norm_ops
 from jaxsloth.kernels.rms_norm.contract import RMS_NORM
 from jaxsloth.models.memory import FILLED, activation_bytes, offloaded_bytes
@@ -99,7 +99,7 @@ def test_the_mlp_in_tiles(monkeypatch):
 )
 def test_an_op_asked_for_by_name_decides_the_passs_own_module(op, part, asked, otherwise):
     """As on a GPU, where Triton is the first choice: what is not asked for keeps it."""
-    chosen, automatic = (Kernels.of(Ops(Facts("cuda"), requested)) for requested in ({op: "torch"}, {}))
+    chosen, automatic = (Kernels.of(Ops(Target("cuda"), requested)) for requested in ({op: "torch"}, {}))
     assert getattr(chosen, part).__name__ == f"jaxsloth.kernels.{asked}"
     assert getattr(automatic, part).__name__ == f"jaxsloth.kernels.{otherwise}"
     assert {**vars(chosen), part: None} == {**vars(automatic), part: None}
