@@ -19,7 +19,7 @@ from benchmarks.ops import best_ms
 from benchmarks.shapes import shape_spec
 from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.lora_dropout.contract import Masks
-from jaxsloth.kernels.lora_matmul.contract import room_for
+from jaxsloth.kernels.lora_matmul.contract import pad_for
 from jaxsloth.models.names import layer_linears
 
 PRODUCTS = {"project": "PROJECT", "input_gradient": "INPUT", "gradient_a": "GRADIENT"}
@@ -76,7 +76,7 @@ def _torch(channels: int, members: int, batch: int, length: int, rank: int) -> t
     words = torch.tensor([module_word(str(member)) for member in range(members)], device="cuda")
     rows, key = torch.arange(batch, dtype=torch.int32, device="cuda"), torch.tensor([1, 2], device="cuda")
     masks = Masks(0.05, key, words, (rank,) * members, rows, length)
-    pad, tokens = room_for(masks.rank), batch * length
+    pad, tokens = pad_for(masks.rank), batch * length
     half = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
     x, a, g, dx = half(tokens, channels + pad), half(pad, channels), half(tokens, pad), half(tokens, channels)
     totals = torch.zeros(masks.rank, channels, device="cuda").split(rank)
@@ -103,7 +103,7 @@ def _jax(channels: int, members: int, batch: int, length: int, rank: int) -> tup
     words = jnp.array([module_word(str(member)) for member in range(members)], jnp.uint32)
     key, rows = jnp.array([1, 2], jnp.uint32), jnp.arange(batch, dtype=jnp.int32)
     masks = Masks(0.05, key, words, (rank,) * members, rows, length)
-    pad, tokens = room_for(masks.rank), batch * length
+    pad, tokens = pad_for(masks.rank), batch * length
     shapes = (tokens, channels + pad), (pad, channels), (tokens, pad), (tokens, channels)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     x, a, g, dx = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))

@@ -37,7 +37,7 @@ class ExactWeight:
 class ExactWeights:
     """Augmented matrices, kept for every group or rebuilt for each use in one shared buffer.
 
-    kernels: the module with `Placement` and `dequantize_into`.
+    kernels: the module with `AdapterCopy` and `dequantize_into`.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class ExactWeights:
         if sizes and not keeps:
             self._shared = torch.empty(max(sizes), dtype=dtype, device=device)
         pieces = []
-        self._placements = {}
+        self._copies = {}
         like = torch.empty(0, dtype=dtype, device=device)
         for group, layout in self._layouts.items():
             if group.quantized and not keeps:
                 matrix = self._view(group)
-                self._placements[group] = kernels.Placement(group.pieces(matrix, layout), like)
+                self._copies[group] = kernels.AdapterCopy(group.pieces(matrix, layout), like)
             else:
                 matrix = self._extend(group, layout, like)
                 pieces.extend(group.pieces(matrix, layout))
             self._matrices[group] = ExactWeight(group, layout, matrix)
-        self._kept = kernels.Placement(pieces, like)
+        self._kept = kernels.AdapterCopy(pieces, like)
         self._biased = [layout for layout in self._layouts.values() if layout.trains_biases]
         self._last: LinearGroup | None = None
 
@@ -96,9 +96,9 @@ class ExactWeights:
         return self._layouts[group]
 
     def of(self, group: LinearGroup) -> ExactWeight:
-        if group in self._placements and self._last is not group:
+        if group in self._copies and self._last is not group:
             self._fill(group, self._view(group))
-            self._placements[group].run()
+            self._copies[group].run()
             self._last = group
         return self._matrices[group]
 

@@ -5,9 +5,9 @@ the tensor cores want both operands contiguous along the summed axis, so the sec
 get a scale a token, weights one an output feature, and in the backward one an input feature.
 
 The scales of weights come from W alone and stay: so W is quantized once where its copies are kept, and adapters never cost
-its precision. Where an adapter's values go beyond what a row's scale reaches, the whole margin is divided by a power of two,
-exactly, and the activations' margin multiplied by it (`Piece.factor`). ``x·Aᵀ``, ``dy·sB`` and the adapters' gradients are
-formed in the compute dtype, from activations that are not quantized.
+its precision. Where an adapter's values go beyond what a row's scale reaches, its blocks are divided by a power of two,
+exactly, and the activations' pad is multiplied by it (`AdapterBlock.factor`). ``x·Aᵀ``, ``dy·sB`` and the adapters' gradients
+are formed in the compute dtype, from activations that are not quantized.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from jaxsloth.backend import BuildOptions
 from jaxsloth.kernels.fp8 import library_ops, torch_ops
-from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, WIDTH, Piece, Rows
+from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, WIDTH, AdapterBlock, Rows
 from jaxsloth.kernels.lora_matmul import extended
 from jaxsloth.kernels.nf4.contract import BLOCK
 from jaxsloth.kernels.registry import RefusedError, way_asked_for
@@ -37,7 +37,7 @@ class Side:
     def __init__(
         self, group: LinearGroup, layout: GroupLayout, transposed: bool, peaks: torch.Tensor, factor: torch.Tensor
     ) -> None:
-        """peaks float32 ``[height]``: the weights' maxima a row; factor: see `Piece`."""
+        """peaks float32 ``[height]``: the weights' maxima a row; factor: see `AdapterBlock`."""
         self.group, self.layout, self.transposed, self.factor = group, layout, transposed, factor
         features = group.in_features, group.out_features
         self.height, self.extent = features if transposed else features[::-1]
@@ -52,7 +52,7 @@ class Side:
             return matrix[:, rows], self.inverse
         return matrix[rows, : self.extent], self.inverse[rows]
 
-    def pieces(self, matrix: torch.Tensor) -> list[Piece]:
+    def pieces(self, matrix: torch.Tensor) -> list[AdapterBlock]:
         """The adapters' columns behind the weights: the scaled B, or Aᵀ."""
         group, layout, margin, found = self.group, self.layout, matrix[:, self.extent :], []
         if layout.pad == 0:
@@ -61,12 +61,12 @@ class Side:
             first, rows = layout.places[place], slice(group.starts[place], group.starts[place] + group.outs[place])
             if self.transposed and linear.lora_A is not None:
                 target = margin[:, first : first + layout.ranks[place]]
-                found.append(Piece(linear.lora_A.data.T, target, self.inverse, self.factor))
+                found.append(AdapterBlock(linear.lora_A.data.T, target, self.inverse, self.factor))
             elif not self.transposed:
                 b = None if linear.lora_B is None else linear.lora_B.data
-                found.append(Piece(b, margin[rows], self.inverse[rows], self.factor, first, linear.scale))
+                found.append(AdapterBlock(b, margin[rows], self.inverse[rows], self.factor, first, linear.scale))
         if self.transposed and layout.rank < layout.pad:
-            found.append(Piece(None, margin[:, layout.rank :], self.inverse, self.factor))
+            found.append(AdapterBlock(None, margin[:, layout.rank :], self.inverse, self.factor))
         return found
 
 
@@ -93,7 +93,7 @@ class Fp8Weights:
     """Augmented weights in 8 bits. A dense group's two matrices are kept beside its weights (2 bytes a value more); those of a
     quantized one are kept too, or written anew for each use in a shared buffer.
 
-    dense_kernels: the module with `Placement` and `dequantize_into`.
+    dense_kernels: the module with `AdapterCopy` and `dequantize_into`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Fp8Weights:
         shared = [side for group in groups if group.quantized and not keeps for side in sides[group]]
         self._shared = like.new_empty(max((side.height * side.width for side in shared), default=0))
         self._values: dict[Side, torch.Tensor] = {}
-        self._margins = {}
+        self._adapter_copies = {}
         every, kept, exact = [], [], []
         self._matrices: dict[LinearGroup, Fp8Weight] = {}
         for group in groups:
@@ -121,14 +121,14 @@ class Fp8Weights:
                     self._fill(side)
                     kept.extend(pieces)
                 else:
-                    self._margins[side] = self._kernels.Margins(pieces, like)
+                    self._adapter_copies[side] = self._kernels.AdapterCopy(pieces, like)
             layout = self._layouts[group]
             a = torch.zeros(layout.pad, group.in_features, dtype=dtype, device=device)
             b = torch.zeros(group.out_features, layout.pad, dtype=dtype, device=device)
             exact.extend(_exact_pieces(group, layout, a, b))
             self._matrices[group] = Fp8Weight(self, a, b, sides[group])
-        self._every, self._kept = self._kernels.Margins(every, like), self._kernels.Margins(kept, like)
-        self._exact = dense_kernels.Placement(exact, torch.empty(0, dtype=dtype, device=device))
+        self._every, self._kept = self._kernels.AdapterCopy(every, like), self._kernels.AdapterCopy(kept, like)
+        self._exact = dense_kernels.AdapterCopy(exact, torch.empty(0, dtype=dtype, device=device))
         self._biased = [layout for layout in self._layouts.values() if layout.trains_biases]
         self._last: Side | None = None
 
@@ -173,16 +173,16 @@ class Fp8Weights:
         self, side: Side, x: torch.Tensor, behind: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """``out [tokens, height] = [x, behind] · matrixᵀ + bias``; x ``[tokens, extent]``, behind ``[tokens, pad]``."""
-        if side in self._margins and self._last is not side:
+        if side in self._adapter_copies and self._last is not side:
             self._fill(side)
-            self._margins[side].run()
+            self._adapter_copies[side].run()
             self._last = side
         rows = self._kernels.quantize_rows(x, behind, side.factor)
         self._product.scaled_product(rows, Rows(self._values[side], side.scales), bias, out)
 
 
 def kernels_of(device: torch.device) -> ModuleType:
-    """The module with `quantize_rows`, `nf4_into`, `dense_into` and `Margins` for this device."""
+    """The module with `quantize_rows`, `nf4_into`, `dense_into` and `AdapterCopy` for this device."""
     if device.type != "cuda":
         return torch_ops
     from jaxsloth.kernels.fp8 import triton_kernel
@@ -223,14 +223,14 @@ def layer_refusal(linears: Sequence[Linear]) -> str | None:
     return None
 
 
-def _exact_pieces(group: LinearGroup, layout: GroupLayout, a: torch.Tensor, b: torch.Tensor) -> list[extended.Piece]:
+def _exact_pieces(group: LinearGroup, layout: GroupLayout, a: torch.Tensor, b: torch.Tensor) -> list[extended.AdapterBlock]:
     """The adapters in the compute dtype; what stays zero is no piece."""
     found = []
     for place, linear in group.adapted():
         assert linear.lora_A is not None and linear.lora_B is not None
         first, start = layout.places[place], group.starts[place]
-        found.append(extended.Piece(linear.lora_A.data, a[first : first + layout.ranks[place]]))
-        found.append(extended.Piece(linear.lora_B.data, b[start : start + group.outs[place]], first, linear.scale))
+        found.append(extended.AdapterBlock(linear.lora_A.data, a[first : first + layout.ranks[place]]))
+        found.append(extended.AdapterBlock(linear.lora_B.data, b[start : start + group.outs[place]], first, linear.scale))
     return found
 
 

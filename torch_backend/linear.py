@@ -16,8 +16,8 @@ from torch import nn
 
 from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.lora_dropout.contract import Masks
-from jaxsloth.kernels.lora_matmul.contract import Dropout, room_for
-from jaxsloth.kernels.lora_matmul.extended import Piece
+from jaxsloth.kernels.lora_matmul.contract import Dropout, pad_for
+from jaxsloth.kernels.lora_matmul.extended import AdapterBlock
 from jaxsloth.kernels.nf4.contract import MATVEC, NF4
 from jaxsloth.kernels.registry import Op
 from jaxsloth.kernels.torch_matmul import add_matmul_float32
@@ -213,7 +213,7 @@ class GroupLayout:
         self._linears = group.linears
         ranks = [0 if linear.lora_A is None else linear.lora_A.shape[0] for linear in group.linears]
         self.ranks, self.places = tuple(ranks), tuple(sum(ranks[:place]) for place in range(len(ranks)))
-        self.rank, self.pad = sum(ranks), room_for(sum(ranks))
+        self.rank, self.pad = sum(ranks), pad_for(sum(ranks))
         # Of the dropout masks of the layers that have an adapter.
         words = [linear.word for linear in group.linears if linear.lora_A is not None]
         self.words = torch.tensor(words, dtype=torch.int64, device=group.linears[0].weight.device)
@@ -335,7 +335,7 @@ class LinearGroup:
         self.backward_input(dy, dx, run, first)
         self.backward_adapters(dy, x, xa, run, first)
 
-    def pieces(self, matrix: torch.Tensor, layout: GroupLayout) -> list[Piece]:
+    def pieces(self, matrix: torch.Tensor, layout: GroupLayout) -> list[AdapterBlock]:
         """The adapters' blocks of the augmented `matrix`: A below the weights, the scaled B beside them."""
         found, in_, out = [], self.in_features, self.out_features
         if layout.pad == 0:
@@ -343,13 +343,13 @@ class LinearGroup:
         for place, linear in enumerate(self.linears):
             beside = matrix[self.starts[place] : self.starts[place] + self.outs[place], in_:]
             if linear.lora_A is None or linear.lora_B is None:
-                found.append(Piece(None, beside))
+                found.append(AdapterBlock(None, beside))
                 continue
             first = layout.places[place]
-            found.append(Piece(linear.lora_A.data, matrix[out + first : out + first + layout.ranks[place], :in_]))
-            found.append(Piece(linear.lora_B.data, beside, first, linear.scale))
+            found.append(AdapterBlock(linear.lora_A.data, matrix[out + first : out + first + layout.ranks[place], :in_]))
+            found.append(AdapterBlock(linear.lora_B.data, beside, first, linear.scale))
         if layout.rank < layout.pad:
-            found.append(Piece(None, matrix[out + layout.rank :, :in_]))
+            found.append(AdapterBlock(None, matrix[out + layout.rank :, :in_]))
         return found
 
     def adapted(self) -> list[tuple[int, Linear]]:

@@ -58,7 +58,7 @@ class Kernels:
     norm: ModuleType
     rope: ModuleType
     activation: ModuleType
-    weights: ModuleType  # `Placement` and `dequantize_into`
+    weights: ModuleType  # `AdapterCopy` and `dequantize_into`
     loss: ModuleType  # `softmax`
     dropout: ModuleType  # `project`, `input_gradient`, `gradient_a`
 

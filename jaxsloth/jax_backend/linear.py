@@ -17,7 +17,7 @@ from jaxsloth.kernels.dropout.contract import module_word
 from jaxsloth.kernels.jax_platform import platform, precision_of
 from jaxsloth.kernels.lora_dropout.contract import Masks
 from jaxsloth.kernels.lora_matmul import pallas_kernel as augmented
-from jaxsloth.kernels.lora_matmul.contract import Dropout, room_for
+from jaxsloth.kernels.lora_matmul.contract import Dropout, pad_for
 from jaxsloth.kernels.nf4.contract import DEQUANTIZE, Nested
 from jaxsloth.kernels.nf4.xla_ops import NF4, select_layer  # from here, since this module makes it a pytree
 from jaxsloth.kernels.registry import Target, resolve
@@ -279,8 +279,8 @@ class LinearGroup:
         one, *_ = linears = tuple(self.linears.values())
         self.in_features, self._ops = one.shape[1], one._ops
         self.rank = sum(linear.rank for linear in linears)
-        self.pad = max(room_for(self.rank), least_pad)
-        self._layout = augmented.Group(
+        self.pad = max(pad_for(self.rank), least_pad)
+        self._layout = augmented.GroupLayout(
             self.in_features,
             tuple(linear.shape[0] for linear in linears),
             tuple(linear.rank for linear in linears),
@@ -288,7 +288,7 @@ class LinearGroup:
             self.pad,
             platform() != "cuda",
         )
-        self._margins: Any = None
+        self._packed: Any = None
 
     @property
     def out_features(self) -> int:
@@ -299,11 +299,11 @@ class LinearGroup:
         asked = self._ops.asked_otherwise("lora_matmul", "nf4_dequantize")
         return asked or augmented.refuses(self.in_features, self.rank)
 
-    def _around(self, dtype: Any) -> Any:
-        if self._margins is None:
+    def _adapters(self, dtype: Any) -> Any:
+        if self._packed is None:
             pairs = [(one.lora_A[...], one.lora_B[...]) if one.adapted else None for one in self.linears.values()]
-            self._margins = augmented.margins(self._layout, pairs, dtype)
-        return self._margins
+            self._packed = augmented.pack_adapters(self._layout, pairs, dtype)
+        return self._packed
 
     def _bases(self) -> tuple[Any, ...]:
         return tuple(linear.base().gather() for linear in self.linears.values())
@@ -330,12 +330,12 @@ class LinearGroup:
         xa: ``x·Aᵀ`` where it is known. first: the token of the batch that x begins with, here and below.
         """
         bias, masks = self._bias(run, x.dtype), self._masks(run, first)
-        return augmented.forward(self._layout, x, self._bases(), self._around(x.dtype), bias, run.layer, xa, masks)
+        return augmented.forward(self._layout, x, self._bases(), self._adapters(x.dtype), bias, run.layer, xa, masks)
 
     def backward_input(self, dy: Any, run: Run, first: int = 0) -> tuple[Any, Any]:
         """(dx ``[tokens, in]``, dy with ``dy·sB`` behind its rows) from dy, padded."""
         masks = self._masks(run, first)
-        return augmented.backward(self._layout, dy, self._bases(), self._around(dy.dtype), run.layer, masks)
+        return augmented.backward(self._layout, dy, self._bases(), self._adapters(dy.dtype), run.layer, masks)
 
     def backward_adapters(self, x: Any, xa: Any, dy: Any, run: Run, first: int = 0) -> dict[str, Any]:
         """The gradients of what is trained, float32, by name; xa and dy as `forward` and `backward_input` returned them."""

@@ -256,17 +256,17 @@ class ModelState:
         requested = (self.options.implementations or {}).get("layer_loop", "unrolled" if keeps_much else "scan")
         return choose_named("layer_loop", "jax", requested, {"scan": None, "unrolled": None}) == "unrolled"
 
-    def decodes_fused(self, room: bool) -> bool:
+    def decodes_fused(self, fits_twice: bool) -> bool:
         """Whether greedy bursts run jax_backend/decode_pass.py; implementations={"decode_step": …} decides.
 
-        room: whether the caches can lie there twice.
+        fits_twice: whether the caches can lie there twice.
 
         Raises:
             RefusedError: "fused" was asked for and can't run this model, or another name came.
         """
         requested = (self.options.implementations or {}).get("decode_step")
         reason = decode_refusal(self.spec)
-        if not room:
+        if not fits_twice:
             reason = "has its caches twice for a moment, and there is no room for that"
         return choose_written("decode_step", "jax", requested, reason, platform())
 

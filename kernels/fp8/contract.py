@@ -16,8 +16,8 @@ Functions, the same in ``torch_ops`` and on the device (arrays are the framework
 ``nf4_into(quantized, inverse, target, *, transposed=False)``
     target float8_e4m3fn, rows of any stride, ``= dequantized weight * inverse`` saturated; inverse float32 a row of target.
     target is ``[out, in]``, or with transposed ``[in, out]``. in is a multiple of 64.
-``Margins(pieces, like)``
-    The adapters' part of such matrices, see `Piece`: ``reach(factors)`` and ``run()``.
+``AdapterCopy(pieces, like)``
+    The adapters' part of such matrices, see `AdapterBlock`: ``reach(factors)`` and ``run()``.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AdapterBlock:
     """``target[:, first : first + n] = scale / factor · source * inverse`` a row, saturated; the target's other columns zero.
 
     source float32 ``[rows, n]`` of any strides, or None (all zero); target float8_e4m3fn ``[rows, columns]`` of any row
     stride; inverse float32 ``[rows]``, the reciprocals of the target's row scales; factor float32 ``[1]``, a power of two of
-    at least 1, which `Margins.reach` raises until no value saturates.
+    at least 1, which `AdapterCopy.reach` raises until no value saturates.
     """
 
     source: Any

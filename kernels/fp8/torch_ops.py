@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Float32
 
-from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, Piece, Rows
+from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, AdapterBlock, Rows
 from jaxsloth.kernels.nf4 import torch_ops as nf4_torch
 from jaxsloth.kernels.nf4.contract import NF4
 
@@ -58,10 +58,10 @@ def dense_into(
     target.copy_(saturate((weight.T if transposed else weight).float() * inverse[:, None]))
 
 
-class Margins:
+class AdapterCopy:
     """See the contract."""
 
-    def __init__(self, pieces: Sequence[Piece], like: torch.Tensor) -> None:
+    def __init__(self, pieces: Sequence[AdapterBlock], like: torch.Tensor) -> None:
         del like
         self._pieces = tuple(pieces)
 

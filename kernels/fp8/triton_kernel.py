@@ -1,8 +1,8 @@
-"""Matrices in 8 bits by Triton: rows of activations, NF4 weights in either orientation, the adapters' margins.
+"""Matrices in 8 bits by Triton: rows of activations, NF4 weights in either orientation, the adapters' blocks.
 
 quantize_rows: a program a row, read once where it fits into registers and else twice (the second time from the caches).
 nf4_into: a tile of codes and maxima in, a tile of e4m3 out, turned over on the way where the transposed weight is asked for;
-nothing lies between. Margins: one launch over a table of pieces for all factors, and one to write them all.
+nothing lies between. AdapterCopy: one launch over a table of pieces for all factors, and one to write them all.
 
 Casts to e4m3 saturate and keep NaN, as the hardware's instruction does.
 """
@@ -16,17 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
-from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, Piece, Rows
+from jaxsloth.kernels.fp8.contract import LARGEST, SMALLEST, AdapterBlock, Rows
 from jaxsloth.kernels.fp8.torch_ops import E4M3, dense_into, round_up
 from jaxsloth.kernels.nf4.contract import BLOCK, NESTED_BLOCK, NF4
 from jaxsloth.kernels.nf4.triton_kernel import _table
 
-__all__ = ["Margins", "dense_into", "nf4_into", "quantize_rows"]
+__all__ = ["AdapterCopy", "dense_into", "nf4_into", "quantize_rows"]
 
 WHOLE = 8192  # the longest row that is read once
 PART = 4096  # of a longer one
 TILES = {False: (16, 8), True: (128, 1)}  # rows and blocks of 64 columns of the weight, by whether it is turned over
-ROWS, COLUMNS = 32, 64  # of the tile that a program of the margins handles
+ROWS, COLUMNS = 32, 64  # of the tile that a program of `AdapterCopy` handles
 FIELDS = 11
 LAUNCH = {"num_warps": 4}
 ROW_LAUNCH = {"num_warps": 8}
@@ -244,10 +244,10 @@ def margins_kernel(
         tl.atomic_max(factor, highest * (tl.abs(scale) / PEAK))
 
 
-class Margins:
+class AdapterCopy:
     """Pieces whose addresses stay; like: any tensor of the targets' dtype and device."""
 
-    def __init__(self, pieces: Sequence[Piece], like: torch.Tensor) -> None:
+    def __init__(self, pieces: Sequence[AdapterBlock], like: torch.Tensor) -> None:
         rows = []
         for piece in pieces:
             height, width = piece.target.shape

@@ -40,11 +40,11 @@ def _backward_kernel(merged: Any, dh: Any, dmerged: Any, h: Any, *, width: int, 
     plgpu.store(h.at[row, column], (act.astype(h.dtype).astype(jnp.float32) * up).astype(h.dtype), mask=inside)
 
 
-def activate_merged(merged: Any, width: int, kind: str, room: int, *, interpret: bool = False) -> Any:
-    """h ``[rows, width + room]``, wide, from ``[gate, up]`` ``[rows, 2·width]``; kind is one of the contract's."""
+def activate_merged(merged: Any, width: int, kind: str, pad: int, *, interpret: bool = False) -> Any:
+    """h ``[rows, width + pad]``, padded, from ``[gate, up]`` ``[rows, 2·width]``; kind is one of the contract's."""
     call = pl.pallas_call(
         partial(_forward_kernel, width=width, kind=kind),
-        out_shape=jax.ShapeDtypeStruct((merged.shape[0], width + room), merged.dtype),
+        out_shape=jax.ShapeDtypeStruct((merged.shape[0], width + pad), merged.dtype),
         grid=(merged.shape[0], pl.cdiv(width, SIZE)),
         compiler_params=PARAMETERS,
         interpret=interpret,
@@ -53,12 +53,12 @@ def activate_merged(merged: Any, width: int, kind: str, room: int, *, interpret:
     return call(merged)
 
 
-def activate_merged_backward(merged: Any, dh: Any, kind: str, room: int, *, interpret: bool = False) -> tuple[Any, Any]:
-    """(the gradient of merged ``[rows, 2·width + room]``, wide; h ``[rows, width]`` in dh's memory)."""
+def activate_merged_backward(merged: Any, dh: Any, kind: str, pad: int, *, interpret: bool = False) -> tuple[Any, Any]:
+    """(the gradient of merged ``[rows, 2·width + pad]``, padded; h ``[rows, width]`` in dh's memory)."""
     rows, width = dh.shape
     call = pl.pallas_call(
         partial(_backward_kernel, width=width, kind=kind),
-        out_shape=(jax.ShapeDtypeStruct((rows, 2 * width + room), dh.dtype), jax.ShapeDtypeStruct(dh.shape, dh.dtype)),
+        out_shape=(jax.ShapeDtypeStruct((rows, 2 * width + pad), dh.dtype), jax.ShapeDtypeStruct(dh.shape, dh.dtype)),
         grid=(rows, pl.cdiv(width, SIZE)),
         input_output_aliases={1: 1},
         compiler_params=PARAMETERS,

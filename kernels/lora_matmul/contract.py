@@ -23,12 +23,12 @@ from jaxsloth.kernels.registry import Implementation, Op
 from jaxsloth.kernels.tolerance import Tolerance
 
 # Columns that written-out passes put behind rows are a multiple of this many (why: docs/decisions.md).
-ROOM = 64
+PAD = 64
 
 
-def room_for(rank: int) -> int:
+def pad_for(rank: int) -> int:
     """Columns that hold `rank` of them."""
-    return -(-rank // ROOM) * ROOM
+    return -(-rank // PAD) * PAD
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Stack the layers' weights to ``W [out, in]``, their A to ``[rank, in]`` and lay 
     y  = [x, x·Aᵀ] · [W, sB]ᵀ          dx = [dy, dy·sB] · [W; A]
 
 The adapter rides along as a few more columns of the product, accumulated in float32 with it, instead of reading and writing y
-once more. rank is filled up with zeros to a multiple of `ROOM`, which keeps the products on their fast paths (measured,
+once more. rank is filled up with zeros to a multiple of `PAD`, which keeps the products on their fast paths (measured,
 docs/performance.md).
 """
 
@@ -22,7 +22,7 @@ from jaxsloth.kernels.nf4 import torch_ops as nf4_torch
 
 
 @dataclass(frozen=True)
-class Piece:
+class AdapterBlock:
     """``target[:, first : first + source.shape[1]] = scale·source``, the target's other columns zero.
 
     source float32 ``[rows, n]`` or None (all zero); target ``[rows, columns]`` of any row stride.
@@ -34,10 +34,10 @@ class Piece:
     scale: float = 1.0
 
 
-class Placement:
+class AdapterCopy:
     """Pieces whose memory stays; `run` writes them all."""
 
-    def __init__(self, pieces: Sequence[Piece], like: torch.Tensor) -> None:
+    def __init__(self, pieces: Sequence[AdapterBlock], like: torch.Tensor) -> None:
         del like
         self._pieces = tuple(pieces)
 

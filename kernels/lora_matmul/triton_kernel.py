@@ -1,4 +1,4 @@
-"""Adapters into the margins of extended weights: one launch casts and places any number of float32 matrices."""
+"""Adapters into their blocks of augmented weights: one launch casts and places any number of float32 matrices."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from jaxsloth.kernels.lora_matmul.extended import Piece
+from jaxsloth.kernels.lora_matmul.extended import AdapterBlock
 from jaxsloth.kernels.nf4.triton_kernel import dequantize_into
 
-__all__ = ["Placement", "dequantize_into"]
+__all__ = ["AdapterCopy", "dequantize_into"]
 
 ROWS, COLUMNS = 32, 64  # of the tile that a program writes
 FIELDS = 7
@@ -38,14 +38,14 @@ def place_kernel(table, scales, like, TABLE_FIELDS: tl.constexpr, HEIGHT: tl.con
     tl.store(target + row.to(tl.int64) * stride + column, value.to(like.dtype.element_ty), mask=inside)
 
 
-class Placement:
+class AdapterCopy:
     """Pieces whose addresses stay: `run` writes them all.
 
     Raises:
         ValueError: a source is not contiguous.
     """
 
-    def __init__(self, pieces: Sequence[Piece], like: torch.Tensor) -> None:
+    def __init__(self, pieces: Sequence[AdapterBlock], like: torch.Tensor) -> None:
         rows, scales = [], []
         for piece in pieces:
             height, width = piece.target.shape

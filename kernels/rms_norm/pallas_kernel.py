@@ -137,14 +137,14 @@ def _add_kernel(
 
 
 def add_norm(
-    x: Array, delta: Array | None, weight: Array, *, eps: float, offset: float, room: int, interpret: bool = False
+    x: Array, delta: Array | None, weight: Array, *, eps: float, offset: float, pad: int, interpret: bool = False
 ) -> tuple[Array, Array, Array]:
-    """(``x + delta``; that normed, ``[rows, hidden + room]`` with nothing in the last columns; the reciprocals, float32
+    """(``x + delta``; that normed, ``[rows, hidden + pad]`` with nothing in the last columns; the reciprocals, float32
     ``[rows]``) of ``[rows, hidden]``; without delta the first is x itself."""
     rows, hidden = x.shape
     width = pl.next_power_of_2(hidden)
     settings = {"hidden": hidden, "width": width, "eps": eps, "offset": offset}
-    normed = (jax.ShapeDtypeStruct((rows, hidden + room), x.dtype), jax.ShapeDtypeStruct((rows,), jnp.float32))
+    normed = (jax.ShapeDtypeStruct((rows, hidden + pad), x.dtype), jax.ShapeDtypeStruct((rows,), jnp.float32))
     call = pl.pallas_call(
         partial(_forward_kernel if delta is None else _add_kernel, **settings),
         out_shape=normed if delta is None else (jax.ShapeDtypeStruct(x.shape, x.dtype), *normed),

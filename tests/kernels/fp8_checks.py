@@ -9,7 +9,7 @@ import torch
 
 from jaxsloth.kernels.fp8 import reference, torch_ops
 from jaxsloth.kernels.fp8.cases import Case, make_inputs
-from jaxsloth.kernels.fp8.contract import LARGEST, PRODUCT, ROUNDING, Piece, Rows
+from jaxsloth.kernels.fp8.contract import LARGEST, PRODUCT, ROUNDING, AdapterBlock, Rows
 from jaxsloth.kernels.nf4 import torch_ops as nf4_torch
 from jaxsloth.kernels.nf4.cases import Case as Nf4Case
 from jaxsloth.kernels.nf4.cases import make_inputs as make_nf4_inputs
@@ -125,11 +125,11 @@ def check_margins(module: ModuleType, dtype: torch.dtype, device: str) -> None:
     factors = torch.full((2,), 5.0, device=device)
     first, second = factors.split(1)
     pieces = [
-        Piece(b, out, inverse_out, first, 16, 2.0),
-        Piece(a.T, in_[:, 96:104], inverse_in, second),
-        Piece(None, in_[:, 104:], inverse_in, second),
+        AdapterBlock(b, out, inverse_out, first, 16, 2.0),
+        AdapterBlock(a.T, in_[:, 96:104], inverse_in, second),
+        AdapterBlock(None, in_[:, 104:], inverse_in, second),
     ]
-    margins = module.Margins(pieces, torch.empty(0, dtype=dtype, device=device))
+    margins = module.AdapterCopy(pieces, torch.empty(0, dtype=dtype, device=device))
     margins.reach(factors)
     needed = (b * 2.0 * inverse_out[:, None]).abs().max() / LARGEST
     assert factors[1] == 1.0 and needed <= factors[0] < 2 * needed and torch.frexp(factors)[0].tolist() == [0.5, 0.5]

@@ -8,7 +8,7 @@ import torch
 
 from jaxsloth.kernels.lora_dropout import reference
 from jaxsloth.kernels.lora_dropout.contract import TOLERANCES
-from jaxsloth.kernels.lora_matmul.contract import room_for
+from jaxsloth.kernels.lora_matmul.contract import pad_for
 from jaxsloth.parity.op_runners import masks_of, reference_masks
 from tests.kernels.torch_checks import poisoned, prepare, relative_error
 
@@ -26,7 +26,7 @@ def check_products(module: Any, case: Any, dtype: str, device: str) -> None:
     inputs, to = prepare("lora_dropout", case, dtype, device), getattr(torch, dtype)
     inputs["a"] = inputs["a"].to(to)
     masks, rank = masks_of(case, inputs, lambda value: value), sum(case.ranks)
-    pad, tokens = room_for(rank), case.tokens
+    pad, tokens = pad_for(rank), case.tokens
     wide = torch.full((tokens, case.in_ + pad), float("nan"), dtype=to, device=device)
     wide[:, : case.in_] = inputs["x"]
     a = torch.full((pad, case.in_ + 3), float("nan"), dtype=to, device=device)

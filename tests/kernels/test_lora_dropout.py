@@ -12,7 +12,7 @@ from jaxsloth.kernels.dropout.torch_ops import keep_mask
 from jaxsloth.kernels.lora_dropout import pallas_kernel, torch_ops, xla_ops
 from jaxsloth.kernels.lora_dropout.cases import CASES
 from jaxsloth.kernels.lora_dropout.contract import TOLERANCES, Masks
-from jaxsloth.kernels.lora_matmul.contract import room_for
+from jaxsloth.kernels.lora_matmul.contract import pad_for
 from jaxsloth.parity.op_runners import masks_of, prepare
 from tests.kernels.lora_dropout_checks import check_products, expected_products
 from tests.kernels.torch_checks import relative_error, to_torch
@@ -43,7 +43,7 @@ def test_tokens_of_a_batch_have_the_masks_of_keep_mask():
 def check_jax(module, case, interpret: bool) -> None:
     inputs = prepare("lora_dropout", case, "float32")
     masks, rank = masks_of(case, inputs, jnp.asarray), sum(case.ranks)
-    pad, tokens = room_for(rank), case.tokens
+    pad, tokens = pad_for(rank), case.tokens
     wide = jnp.pad(jnp.asarray(inputs["x"]), ((0, 0), (0, pad)), constant_values=jnp.nan)
     a = jnp.pad(jnp.asarray(inputs["a"]), ((0, pad - rank), (0, 0)), constant_values=jnp.nan)
     g = jnp.pad(jnp.asarray(inputs["dy"]), ((0, 0), (0, pad - rank)), constant_values=jnp.nan)
@@ -85,7 +85,7 @@ def test_pallas_products_lower_for_cuda(dtype, ranks):
     def arrays(*shapes, dtype=dtype):
         return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
-    pad, tokens, channels = room_for(sum(ranks)), 512, 1056
+    pad, tokens, channels = pad_for(sum(ranks)), 512, 1056
     x, a, g, dx = arrays((tokens, channels + pad), (pad, channels), (tokens, pad), (tokens, channels))
     words = arrays((2,), (len(ranks),), dtype=jnp.uint32)
 

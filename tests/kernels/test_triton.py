@@ -204,7 +204,7 @@ def test_loss_compiles(dtype, capped, writes, smoothed):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_placement_compiles(dtype):
+def test_the_adapter_copy_compiles(dtype):
     arguments = {"table": "*i64", "scales": "*fp32", "like": TYPES[dtype]}
     constants = {"TABLE_FIELDS": margins_triton.FIELDS, "HEIGHT": margins_triton.ROWS, "WIDTH": margins_triton.COLUMNS}
     compile_ptx(margins_triton.place_kernel, arguments, constants, margins_triton.LAUNCH)

@@ -83,7 +83,7 @@ def test_caches_too_large_to_lie_there_twice_stay_stacked(monkeypatch):
     with pytest.raises(RefusedError, match="no room for that"):
         generate(build("jax", spec, "fused"), PROMPTS, SETTINGS)
     monkeypatch.setattr("jaxsloth.jax_backend.state.platform", lambda: "cuda")
-    assert model.decodes_fused(room=True) and not model.decodes_fused(room=False)
+    assert model.decodes_fused(fits_twice=True) and not model.decodes_fused(fits_twice=False)
 
 
 def test_what_it_refuses():
