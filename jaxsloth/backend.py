@@ -79,7 +79,7 @@ class TensorSource(Protocol):
 class StepResult:
     """What a step returns: scalars on the device (or floats), read only when logged.
 
-    loss is the objective's, over all devices. skipped is nonzero where fp16 overflowed and nothing was updated. together: the
+    loss is the objective's, over all devices. skipped is nonzero where fp16 overflowed and nothing was updated. scalars: the
     three in one array ``[3]``, where a backend has it: one transfer to the host, not three, whose `tolist` and
     `block_until_ready` wait for this step and for none that was dispatched since. log_probs: of a `RowObjective`,
     ``[accumulation, batch]`` float32 on the device: the log-probs summed over each row's targets, before the update; 0 for rows
@@ -89,19 +89,19 @@ class StepResult:
     loss: Any
     grad_norm: Any
     skipped: Any
-    together: Any = None
+    scalars: Any = None
     log_probs: Any = None
 
     def wait(self) -> None:
         """Waits for the device; in a thread too."""
-        if self.together is None:
+        if self.scalars is None:
             self.floats()
         else:
-            self.together.block_until_ready()
+            self.scalars.block_until_ready()
 
     def floats(self) -> tuple[float, float, bool]:
         """Waits for the device: (loss, grad_norm, skipped)."""
-        values = (self.loss, self.grad_norm, self.skipped) if self.together is None else self.together.tolist()
+        values = (self.loss, self.grad_norm, self.skipped) if self.scalars is None else self.scalars.tolist()
         loss, grad_norm, skipped = (float(value) for value in values)
         return loss, grad_norm, bool(skipped)
 

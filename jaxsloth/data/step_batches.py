@@ -40,12 +40,12 @@ class StepBatches:
         accumulation: micro-batches of a step.
         devices: the batch axis is padded with filler rows to a multiple of it.
         order: (number of rows, epoch) -> the order in which the epoch visits them, in place of the seed's.
-        together: this many examples in a row (a pair of answers: 2) are visited as one, and stand in consecutive rows of one
+        group_size: this many examples in a row (a pair of answers: 2) are visited as one, and stand in consecutive rows of one
             micro-batch; order then counts them. Rows stay rows: batch_size and len(examples) are multiples of it.
 
     Raises:
         DataError: no examples, or one is longer than max_length.
-        ValueError: batch_size, or the number of examples, is no multiple of together; or they would be packed.
+        ValueError: batch_size, or the number of examples, is no multiple of group_size; or they would be packed.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class StepBatches:
         pad_to_multiple_of: int,
         devices: int = 1,
         order: Order | None = None,
-        together: int = 1,
+        group_size: int = 1,
     ) -> None:
         _check_examples(examples, max_length)
-        if together > 1 and (packing or batch_size % together or len(examples) % together):
+        if group_size > 1 and (packing or batch_size % group_size or len(examples) % group_size):
             raise ValueError(
-                f"batch_size and the number of examples must be multiples of together={together}, without packing; batch_size="
-                f"{batch_size}, {len(examples)} examples and packing={packing} came"
+                f"batch_size and the number of examples must be multiples of group_size={group_size}, without packing, got "
+                f"batch_size={batch_size}, {len(examples)} examples and packing={packing}"
             )
         self.batch_size = batch_size
         self.accumulation = accumulation
@@ -75,7 +75,7 @@ class StepBatches:
         self._examples = examples
         self._visit = order or partial(epoch_order, seed=seed, shuffle=shuffle)
         self._multiple = pad_to_multiple_of
-        self.together = together
+        self.group_size = group_size
         self._batch_axis = round_up(batch_size, devices)
         self._fixed_length = round_up(max_length, pad_to_multiple_of) if packing else None
         self._rows = (
@@ -108,8 +108,8 @@ class StepBatches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._cached_epoch:
-            visited = self._visit(len(self._rows) // self.together, epoch=epoch)
-            self._cached_order = (visited[:, None] * self.together + np.arange(self.together)).ravel()
+            visited = self._visit(len(self._rows) // self.group_size, epoch=epoch)
+            self._cached_order = (visited[:, None] * self.group_size + np.arange(self.group_size)).ravel()
             self._cached_epoch = epoch
         return self._cached_order
 

@@ -25,7 +25,7 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def show_backend(base: Any) -> None:
+def push_for_inference(base: Any) -> None:
     """Gives the backend what is active in `base` now, for decoding. Disabled adapters are zeros there, and biases that nobody
     trained the base's. While a native trainer runs it gets back what it trains before it goes on."""
     if base.shared is not None and base.shared.show():
@@ -107,7 +107,7 @@ def scaled(values: Mapping[str, np.ndarray], factor: float) -> Values:
     return {name: own * np.float32(factor) if ".lora_B." in name else own for name, own in values.items()}
 
 
-def take_back(base: Any, values: Mapping[str, np.ndarray]) -> None:
+def pull(base: Any, values: Mapping[str, np.ndarray]) -> None:
     """Writes values into PEFT's parameters."""
     with torch.no_grad():
         for name, parameter in parts_by_name(active_parts(base, base.engine.model.spec), values).items():

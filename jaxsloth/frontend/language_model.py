@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from jaxsloth.frontend import decoding, saving
-from jaxsloth.frontend.adapters import show_backend
+from jaxsloth.frontend.adapters import push_for_inference
 from jaxsloth.frontend.arguments import refuse_unknown, warn_once
 from jaxsloth.frontend.loading import Loaded
 from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
@@ -90,7 +90,7 @@ class FastModelForCausalLM(JaxslothForCausalLM):
                 settings["use_cache"] = False  # it may ask of a cache what only transformers' have
             settings.setdefault("tokenizer", self.tokenizer)  # stop strings and token healing need one
             return super().generate(inputs, generation_config=generation_config, **settings)  # type: ignore[misc]
-        show_backend(self)
+        push_for_inference(self)
         return decoding.decode(self.engine.model, prepared)
 
     def _prepare_cache_for_generation(self, generation_config: Any, *others: Any) -> None:
@@ -103,7 +103,7 @@ class FastModelForCausalLM(JaxslothForCausalLM):
             return
         generation_config.use_cache = decoding.caches(generation_config, inputs, mode)
         if generation_config.use_cache:
-            show_backend(self)
+            push_for_inference(self)
             inputs["past_key_values"] = CachedRows(self.engine.model, capacity)
 
     def _answer(self, prompts: Any, settings: dict[str, Any]) -> Any:
@@ -113,7 +113,7 @@ class FastModelForCausalLM(JaxslothForCausalLM):
             config, own = self.generation_config, decoding.with_ends(self, None, {}).get("eos_token_id")
             settings["eos_ids"] = decoding.end_ids(config) if own is None else tuple(own)
         chosen = GenerationSettings(**answering(self.generation_config.to_dict(), settings))
-        show_backend(self)
+        push_for_inference(self)
         model, tokenizer = self.engine.model, self.tokenizer
         if isinstance(prompts, str):
             return answer_texts(model, tokenizer, [prompts], chosen, on_text)[0]

@@ -49,11 +49,11 @@ class BackendOptimizer(torch.optim.Optimizer):
 
     def __init__(self, options: OptimizerOptions, learning_rate: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self._made = False
-        spared = [own for name, own in parameters.items() if name.endswith("bias")]
+        no_decay = [own for name, own in parameters.items() if name.endswith("bias")]
         decayed = [own for name, own in parameters.items() if not name.endswith("bias")]
         groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": spared, "weight_decay": 0.0},
+            {"params": no_decay, "weight_decay": 0.0},
         ]
         super().__init__(groups, {"lr": learning_rate, "betas": options.betas, "eps": options.eps})
         self._made, self._opt_called = True, True  # the second: schedulers warn where no step came before theirs

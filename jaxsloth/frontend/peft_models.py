@@ -11,7 +11,7 @@ import peft
 
 from jaxsloth.backend import CheckpointingName
 from jaxsloth.convert.peft_adapter import fitted_adapter
-from jaxsloth.frontend.adapters import base_of, take_back
+from jaxsloth.frontend.adapters import base_of, pull
 from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.frontend.module.placeholders import PlaceholderWriteError
 from jaxsloth.frontend.saving import save_as
@@ -41,7 +41,7 @@ def wrap(
     engine = model.engine.model
     drawn = Lora(settings["r"], 1.0, 1.0, 0.0, tuple(modules), modules_to_save=tuple(saved), bias=settings["bias"])
     shapes = replace(engine.spec, lora=drawn)
-    take_back(model, initial_adapters(shapes, init, seed, engine.base_tensor))
+    pull(model, initial_adapters(shapes, init, seed, engine.base_tensor))
     return _ours(wrapped)
 
 

@@ -43,7 +43,7 @@ class SFTTrainer(BaseTrainer):
         "eval_packing": (None, "held-out rows are never packed; the loss is the same"),
         "model_init_kwargs": (None, "the model is loaded already"),
     }
-    taken_over = ("dataset_text_field", "packing", "dataset_num_proc", "neftune_noise_alpha")
+    deprecated_args = ("dataset_text_field", "packing", "dataset_num_proc", "neftune_noise_alpha")
 
     def __init__(
         self,

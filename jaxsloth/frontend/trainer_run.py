@@ -178,7 +178,7 @@ class TrainerRun:
             self._resume(resume)
         first, start = state.global_step, time.perf_counter()
         self._logged, self._begun = first, (start, state.num_input_tokens_seen)
-        self._tell("on_train_begin")
+        self._emit("on_train_begin")
         if args.eval_on_start and self.owner.held_out:
             self._evaluate()  # as in transformers, it is no candidate for the best
         loop = Loop(self, args.seed)
@@ -188,7 +188,8 @@ class TrainerRun:
         done, seconds = state.global_step - first, time.perf_counter() - start
         loss = self._all_losses / max(done, 1)
         samples = (
-            sum(len(self.step_batches.rows_of(step)) for step in range(first, state.global_step)) // self.step_batches.together
+            sum(len(self.step_batches.rows_of(step)) for step in range(first, state.global_step))
+            // self.step_batches.group_size
         )
         metrics = {
             "train_runtime": round(seconds, 4),
@@ -198,7 +199,7 @@ class TrainerRun:
             "train_loss": loss,
         }
         self._log(metrics)
-        self._tell("on_train_end")
+        self._emit("on_train_end")
         return state.global_step, loss, metrics | {"epoch": state.epoch or 0.0}
 
     def prepare(self, step: int) -> tuple[Step, StepBatch, float] | None:
@@ -206,13 +207,13 @@ class TrainerRun:
         if not self._in_epoch:
             if step >= self.state.max_steps or control.should_training_stop:
                 return None
-            self._tell("on_epoch_begin")
+            self._emit("on_epoch_begin")
             self._in_epoch = True
-        self._tell("on_step_begin")
+        self._emit("on_step_begin")
         step_batch = self.step_batches.batch(step)
         for _ in range(len(step_batch.input_ids) - 1):
-            self._tell("on_substep_end")
-        self._tell("on_pre_optimizer_step")
+            self._emit("on_substep_end")
+        self._emit("on_pre_optimizer_step")
         self.weights.to_backend()
         refuse_settings(self.owner)
         if self.args.max_grad_norm != self._max_norm:  # it counts at every step, as in transformers
@@ -223,16 +224,16 @@ class TrainerRun:
     def stepped(self, item: Dispatched) -> Iterator[None]:
         state, per_epoch = self.state, self.step_batches.steps_per_epoch
         self.weights.stepped()
-        self._tell("on_optimizer_step")
+        self._emit("on_optimizer_step")
         self.scheduler.step()
         state.global_step, state.epoch = item.step, self._epochs(item.step)
         state.num_input_tokens_seen += item.tokens
-        self._tell("on_step_end")
+        self._emit("on_step_end")
         yield
         control = self.owner.control
         if item.step % per_epoch == 0 or control.should_epoch_stop or control.should_training_stop:
             self._in_epoch = False
-            self._tell("on_epoch_end")
+            self._emit("on_epoch_end")
             yield
 
     @property
@@ -265,13 +266,13 @@ class TrainerRun:
         self._log(own | means(measured) | {"num_tokens": float(self.state.num_input_tokens_seen)})
 
     def evaluate(self) -> None:
-        improved = self._decide(self._evaluate())
+        improved = self._update_best(self._evaluate())
         if self.args.save_strategy == _SAVE_BEST:
             self.owner.control.should_save = improved
 
     def save(self) -> None:
         self._save()
-        self._tell("on_save")
+        self._emit("on_save")
 
     def _log(self, logs: dict[str, float]) -> None:
         self._show_to("log")
@@ -286,7 +287,7 @@ class TrainerRun:
         if overridden(self.owner, method):
             self.weights.to_module()
 
-    def _decide(self, metrics: Metrics) -> bool:
+    def _update_best(self, metrics: Metrics) -> bool:
         """Whether the metric that args names is the best so far; KeyError lists the metrics that there are."""
         name = self.args.metric_for_best_model
         if name is None:
@@ -369,7 +370,7 @@ class TrainerRun:
         speed = round((seen - before) / (time.perf_counter() - start), 3)
         return {"num_input_tokens_seen": seen, "train_tokens_per_second": speed}
 
-    def _tell(self, event: str) -> None:
+    def _emit(self, event: str) -> None:
         handler: Any = self.owner.callback_handler
         self.owner.control = getattr(handler, event)(self.args, self.state, self.owner.control)
 

@@ -140,8 +140,8 @@ class Step:
         run = devices.over_devices(share, replicated=5, sharded_axis=1)
         (loss, gradients), log_probs = run(trained, frozen, frequencies, scalars, state.loss_scale, *step_batch)
         trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"], kept)
-        together = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
-        return trained, state, (loss, norm, skipped, together, log_probs)
+        stacked = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
+        return trained, state, (loss, norm, skipped, stacked, log_probs)
 
     def __call__(self, step_batch: StepBatch, *, learning_rate: float, step: int, seed: int) -> StepResult:
         model = self._model

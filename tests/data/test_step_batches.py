@@ -166,8 +166,8 @@ def test_pairs_are_visited_together(batch_size, accumulation):
         assert count == 11
         return np.arange(count)[::-1] if epoch == 0 else np.arange(count)
 
-    made = stream(examples, batch_size=batch_size, accumulation=accumulation, order=backwards, together=2)
-    assert (made.steps_per_epoch, made.together) == (3, 2)
+    made = stream(examples, batch_size=batch_size, accumulation=accumulation, order=backwards, group_size=2)
+    assert (made.steps_per_epoch, made.group_size) == (3, 2)
     found = [document for step in range(3) for (document,) in read_rows(made.batch(step))]
     expected = [row for pair in range(10, -1, -1) for row in (2 * pair, 2 * pair + 1)]
     assert found == [expected_document(examples[row]) for row in expected]
@@ -177,7 +177,7 @@ def test_pairs_are_visited_together(batch_size, accumulation):
     assert np.all((last[:, 0::2] < 0) == (last[:, 1::2] < 0))
 
 
-@pytest.mark.parametrize("wrong", [{"packing": True}, {"batch_size": 3}, {"together": 3}])
+@pytest.mark.parametrize("wrong", [{"packing": True}, {"batch_size": 3}, {"group_size": 3}])
 def test_pairs_that_cant_stay_together(wrong):
-    with pytest.raises(ValueError, match="must be multiples of together="):
-        stream(documents(22), **{"together": 2, **wrong})
+    with pytest.raises(ValueError, match="must be multiples of group_size="):
+        stream(documents(22), **{"group_size": 2, **wrong})

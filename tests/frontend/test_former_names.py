@@ -86,7 +86,7 @@ def test_a_former_field_is_mapped_refused_or_named(config, rules, name, tmp_path
 
 @pytest.mark.parametrize(("trainer", "names"), [(SFTTrainer, SFT_TRAINER), (DPOTrainer, DPO_TRAINER)])
 def test_what_trainers_once_took(trainer, names):
-    known = {*trainer.taken_over, *trainer.refused, *trainer.unused, *trainer.__init__.__annotations__}
+    known = {*trainer.deprecated_args, *trainer.refused, *trainer.unused, *trainer.__init__.__annotations__}
     assert names <= known
     with pytest.raises(TypeError, match=rf"no argument 'learning_rate'; write args={trainer.rules.name}\(learning_rate=…\)"):
         trainer(None, learning_rate=1e-3)

@@ -158,7 +158,7 @@ class Virtual(Unwatched):
     """What the thread would note, in the device's time."""
 
     def watch(self, wait: Any) -> Any:
-        result = wait.__self__.together
+        result = wait.__self__.scalars
 
         class Seen:
             at = property(lambda self: result.ready if result.ready <= result.device.now else None)
