@@ -25,14 +25,14 @@ from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.subjects import GSM8K, SMOLLM2
 from jaxsloth.recipe import make_recipe
 from jaxsloth.training.initialize import initial_adapters
-from jaxsloth.training.records import Plan
+from jaxsloth.training.records import RunPlan
 from jaxsloth.training.run import build_model, make_plan
 from jaxsloth.training.schedule import learning_rate
 
 RUNS = {"exact": ("exact", False), "exact, one ulp away": ("exact", True), "fp8": ("fp8", False)}
 
 
-def plan_of(steps: int, batch: int, length: int, quantization: str, folder: str) -> Plan:
+def plan_of(steps: int, batch: int, length: int, quantization: str, folder: str) -> RunPlan:
     """The exact run's plan; nothing is written to `folder`."""
     values = {
         "model": SMOLLM2,
@@ -60,7 +60,7 @@ def plan_of(steps: int, batch: int, length: int, quantization: str, folder: str)
     return make_plan(make_recipe(values), open_checkpoint(resolve_path(SMOLLM2)))
 
 
-def held_out_loss(model: Model, plan: Plan, most: int | None) -> float:
+def held_out_loss(model: Model, plan: RunPlan, most: int | None) -> float:
     step, total, count = model.eval_step(), 0.0, 0
     for batch in plan.held_out[:most]:
         loss, tokens = step(batch)
@@ -68,7 +68,7 @@ def held_out_loss(model: Model, plan: Plan, most: int | None) -> float:
     return total / count
 
 
-def train(plan: Plan, moved: bool, most: int | None) -> dict[str, Any]:
+def train(plan: RunPlan, moved: bool, most: int | None) -> dict[str, Any]:
     """The loss of every step, and the held-out loss before and after as the run's own products give it."""
     opened = open_checkpoint(resolve_path(plan.recipe.model))
     model = build_model(plan, opened)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from jaxsloth.kernels.attention import library_ops as attention_ops
-from jaxsloth.kernels.attention.library_ops import Settings
+from jaxsloth.kernels.attention.library_ops import AttentionSettings
 from jaxsloth.models import spec as specs
 from jaxsloth.torch_backend.linear import Linear, LinearGroup, make_linears
 from jaxsloth.torch_backend.norm import RMSNorm
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.qkv, self.out = LinearGroup(projections), LinearGroup([self.o_proj])
         self._q_width, self._kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         kernel = import_module(self.attend.__module__) if self.implementation.name == "triton" else None
-        self._settings = Settings(
+        self._settings = AttentionSettings(
             spec.heads,
             spec.kv_heads,
             spec.head_dim,

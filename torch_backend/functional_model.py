@@ -22,7 +22,7 @@ from jaxsloth.models.names import EMBEDDING, LM_HEAD, stacked_name
 from jaxsloth.torch_backend import autograd_pass
 from jaxsloth.torch_backend.devices import to_device
 from jaxsloth.torch_backend.external_adapters import SEPARATOR, FunctionalPass, Gradients, external_spec, members
-from jaxsloth.torch_backend.linear import Adapter, Linear
+from jaxsloth.torch_backend.linear import AdapterState, Linear
 from jaxsloth.torch_backend.run import DropoutKey, Run
 from jaxsloth.torch_backend.state import ModelState
 from jaxsloth.torch_backend.written_program import runs_written
@@ -179,7 +179,7 @@ class FunctionalModel:
     def _holding(self, leaves: Leaves, options: PassOptions) -> Iterator[None]:
         """The decoder with these weights over its base and no others, in its own dtypes; afterwards it has what it had."""
         before, self._decoder.recompute = self._decoder.recompute, options.checkpointing not in ("none", "auto")
-        swapped: list[tuple[Linear, Adapter]] = []
+        swapped: list[tuple[Linear, AdapterState]] = []
         whole = {name: own[part] for name, (own, part) in self._owners.items()}
         try:
             for name, (own, part) in self._owners.items():

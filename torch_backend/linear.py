@@ -26,7 +26,7 @@ from jaxsloth.torch_backend.ops import Ops
 from jaxsloth.torch_backend.run import Run
 from jaxsloth.torch_backend.weights import GetWeight, dense
 
-Adapter = tuple[nn.Parameter | None, nn.Parameter | None, float, float]  # A, B, the scaling, the dropout rate
+AdapterState = tuple[nn.Parameter | None, nn.Parameter | None, float, float]  # A, B, the scaling, the dropout rate
 
 
 class Weight(Protocol):
@@ -179,7 +179,7 @@ class Linear(nn.Module):
         """The rate of LoRA dropout; 0 without an adapter."""
         return 0.0 if self.lora_A is None else self._rate
 
-    def swap_adapter(self, adapter: Adapter) -> Adapter:
+    def swap_adapter(self, adapter: AdapterState) -> AdapterState:
         """Takes another adapter, and hands back the one that it had."""
         # Every pass of a torch module does this to every layer: modules' attributes are set ten times slower.
         own, settings = self._parameters, self.__dict__

@@ -154,7 +154,7 @@ class Attention(nnx.Module):
         library = not self._ops.asked_for("attention")
         refused = jax_library_ops.refuses(platform(), dtype, spec.head_dim, spec.causal, spec.soft_cap)
         kernel = self._implementation.load()
-        settings = jax_library_ops.Settings(
+        settings = jax_library_ops.AttentionSettings(
             spec.scale, spec.causal, spec.window, spec.soft_cap, run.unpacked, library and refused is None, kernel
         )
         return _Between(self, run, settings)
@@ -186,7 +186,7 @@ class _Between:
 
     body: Attention
     run: Run
-    settings: jax_library_ops.Settings
+    settings: jax_library_ops.AttentionSettings
 
     @property
     def _heads(self) -> rope_kernel.Heads:

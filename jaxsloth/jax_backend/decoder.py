@@ -16,7 +16,7 @@ from jaxsloth.jax_backend.head import Head, HeadWeight
 from jaxsloth.jax_backend.linear import GetArray, Place, Trained
 from jaxsloth.jax_backend.norm import RMSNorm
 from jaxsloth.jax_backend.ops import Ops
-from jaxsloth.jax_backend.plan import Plan
+from jaxsloth.jax_backend.plan import ProgramPlan
 from jaxsloth.jax_backend.run import Run
 from jaxsloth.kernels.rope.xla_ops import tables
 from jaxsloth.models import spec as specs
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
         """Free columns behind the rows of the stream's gradient, as wide in every block."""
         return max(block.stream_pad() for block in self.model.layers)
 
-    def written_hidden(self, input_ids: Any, run: Run, plan: Plan, noise: Any = None) -> Any:
+    def written_hidden(self, input_ids: Any, run: Run, plan: ProgramPlan, noise: Any = None) -> Any:
         """Final hidden states ``[tokens, hidden]``, normed, through the written pass that `plan` describes."""
         x = self.model.embed_tokens.forward(input_ids.reshape(-1), noise)
         run = replace(run, unpacked=plan.plain, stream_pad=self.stream_pad())
@@ -89,7 +89,7 @@ class Decoder(nnx.Module):
         input_ids: Any,
         run: Run,
         targets: Any,
-        plan: Plan,
+        plan: ProgramPlan,
         noise: Any = None,
         per_token: bool = False,
         label_smoothing: float = 0.0,

@@ -22,7 +22,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.functional_model import Output, PassOptions, Pullback, Tokens, Weights
 from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.linear import Trained
-from jaxsloth.jax_backend.plan import Checkpointing, Plan, documents_from, make_plan
+from jaxsloth.jax_backend.plan import Checkpointing, ProgramPlan, documents_from, make_plan
 from jaxsloth.jax_backend.run import DropoutKey
 from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.models.names import EMBEDDING, stacked_name
@@ -160,7 +160,7 @@ class FunctionalModel:
 
     def _plan(
         self, output: Output, program: _Program, batch: Tokens, checkpointing: CheckpointingName
-    ) -> tuple[Plan, tuple[np.ndarray, ...], Batch | None]:
+    ) -> tuple[ProgramPlan, tuple[np.ndarray, ...], Batch | None]:
         """(the plan, the arrays of a packed batch's documents, the batch as the fused blocks see it, None for the others)."""
         rows, tokens = batch.as_batch(), batch.input_ids.size
         if (checkpointing, tokens) not in program.modes:
@@ -170,14 +170,14 @@ class FunctionalModel:
         if kept.mode == "offload" and output != "loss":
             kept = replace(kept, mode="full")  # what one program leaves to another lies on the device
         if rows is None or not kept.written:
-            return Plan(replace(kept, written=False), tokens, plain=False), (), None
+            return ProgramPlan(replace(kept, written=False), tokens, plain=False), (), None
         plan, documents = make_plan(lambda _: kept, self._model.unrolled, rows.targets[None], rows.segments[None], 1)
         return plan, tuple(array[0] for array in documents), rows
 
 
 @dataclass(frozen=True)
 class _Program:
-    """A decoder with adapters taken apart: structure, the adapters' state without values, the frozen state. modes: `Plan.kept`
+    """A decoder with adapters taken apart: structure, the adapters' state without values, the frozen state. modes: what is kept
     by the checkpointing asked for and the tokens of a batch."""
 
     spec: ModelSpec
@@ -200,7 +200,7 @@ def _evaluate(
     ropes: Any,
     output: Output,
     count: int | None,
-    plan: Plan,
+    plan: ProgramPlan,
 ) -> Any:
     decoder = nnx.merge(structure, trained, frozen)
     dropout = None if batch["words"] is None else DropoutKey(batch["words"], batch["rows"])

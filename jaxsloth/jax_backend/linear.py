@@ -35,7 +35,7 @@ class Quantized(nnx.Variable):
     """Part of a base weight in NF4."""
 
 
-class Adapter(nnx.Variable):
+class AdapterVariable(nnx.Variable):
     """A LoRA weight, float32, trained."""
 
 
@@ -43,7 +43,7 @@ class Trained(nnx.Variable):
     """A bias or a whole module that is trained, float32."""
 
 
-TRAINED = (Adapter, Trained)
+TRAINED = (AdapterVariable, Trained)
 PRODUCT = "product"  # what autograd's recomputation calls the output of a linear layer
 
 
@@ -195,8 +195,8 @@ class Linear(nnx.Module):
         self.adapted = lora is not None and any(name in lora.modules for name in names)
         self.scale, self.dropout = 1.0, 0.0
         if lora is not None and self.adapted:
-            self.lora_A = Adapter(get(f"{linear.name}.lora_A"))
-            self.lora_B = Adapter(get(f"{linear.name}.lora_B"))
+            self.lora_A = AdapterVariable(get(f"{linear.name}.lora_A"))
+            self.lora_B = AdapterVariable(get(f"{linear.name}.lora_B"))
             self.scale, self.dropout = lora.scale, lora.dropout
             self._words = tuple(module_word(name) for name in names)
 

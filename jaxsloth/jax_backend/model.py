@@ -14,7 +14,7 @@ from jaxsloth.backend import OptimizerOptions
 from jaxsloth.batch import Batch
 from jaxsloth.jax_backend.functional_model import FunctionalModel
 from jaxsloth.jax_backend.generate import DecodeState
-from jaxsloth.jax_backend.plan import Plan, make_plan
+from jaxsloth.jax_backend.plan import ProgramPlan, make_plan
 from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.jax_backend.step import EvalStep, Step, make_row_log_probs, summed_loss
 from jaxsloth.objectives.causal_lm import CausalLoss
@@ -72,7 +72,7 @@ def _logits(trained: Any, frozen: Any, frequencies: Any, arrays: Any, structure:
 
 @partial(jax.jit, static_argnames=("structure", "ropes", "plan"))
 def _gradients(
-    trained: Any, frozen: Any, frequencies: Any, arrays: Any, count: Any, structure: Any, ropes: Any, plan: Plan
+    trained: Any, frozen: Any, frequencies: Any, arrays: Any, count: Any, structure: Any, ropes: Any, plan: ProgramPlan
 ) -> Any:
     def mean_loss(trained: Any) -> Any:
         return summed_loss(structure, trained, frozen, (ropes, frequencies), arrays, None, plan, CausalLoss()) / count

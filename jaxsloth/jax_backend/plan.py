@@ -22,7 +22,7 @@ class Checkpointing:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProgramPlan:
     """A static argument of the programs.
 
     chosen: the most targets that a device's micro-batch may have. plain: every row is one document, perhaps with padding behind
@@ -41,7 +41,7 @@ def make_plan(
     targets: np.ndarray,
     segments: np.ndarray,
     devices: int,
-) -> tuple[Plan, tuple[np.ndarray, ...]]:
+) -> tuple[ProgramPlan, tuple[np.ndarray, ...]]:
     """(the plan of a step batch, the arrays of its documents where it is packed).
 
     targets and segments ``[micro, batch, length]``. The arrays are a `Documents`' with a leading micro axis; their second axis
@@ -59,7 +59,7 @@ def make_plan(
     chosen = min(-(-max(most, 1) // unit) * unit, tokens) if kept.written else tokens
     found = [documents_of(share) for share in segments.reshape(shares)]
     if not kept.written or all(documents is None for documents in found):
-        return Plan(kept, chosen, kept.written, loop), ()
+        return ProgramPlan(kept, chosen, kept.written, loop), ()
     packed = [documents or whole_rows(share) for documents, share in zip(found, segments.reshape(shares), strict=True)]
     count, longest = (max(documents.tokens.shape[axis] for documents in packed) for axis in (0, 1))
     same = [pad_documents(documents, count, longest, tokens) for documents in packed]
@@ -68,7 +68,7 @@ def make_plan(
         parts = np.stack([getattr(documents, field) for documents in same])
         return parts.reshape(micros, devices * parts.shape[1], *parts.shape[2:])
 
-    return Plan(kept, chosen, False, loop), (together("tokens"), together("lengths"), together("rows"))
+    return ProgramPlan(kept, chosen, False, loop), (together("tokens"), together("lengths"), together("rows"))
 
 
 def whole_rows(segments: np.ndarray) -> Documents:

@@ -16,7 +16,7 @@ from jaxsloth.batch import FIELDS, Batch, StepBatch
 from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.optimizer import OptimizerState
 from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
-from jaxsloth.jax_backend.plan import Plan, documents_from, make_plan
+from jaxsloth.jax_backend.plan import ProgramPlan, documents_from, make_plan
 from jaxsloth.jax_backend.run import DropoutKey
 from jaxsloth.jax_backend.state import ModelState
 from jaxsloth.kernels.dropout.contract import module_word, step_words
@@ -33,7 +33,7 @@ def summed_loss(
     frequencies: Any,
     batch: Any,
     words: Any,
-    plan: Plan,
+    plan: ProgramPlan,
     objective: Objective,
 ) -> Any:
     """The cross-entropy summed over a batch's targets.
@@ -51,7 +51,7 @@ def row_losses(
     frequencies: Any,
     batch: Any,
     words: Any,
-    plan: Plan,
+    plan: ProgramPlan,
     objective: Objective,
 ) -> Any:
     """The same, summed by row: float32 ``[rows]``."""
@@ -65,7 +65,7 @@ def _loss(
     frequencies: Any,
     batch: Any,
     words: Any,
-    plan: Plan,
+    plan: ProgramPlan,
     per_token: bool,
     objective: Objective,
 ) -> Any:
@@ -95,7 +95,9 @@ class Step:
         masks = {name: np.full((1,) * len(shape), name in names, np.float32) for name, shape in shapes.items()}
         self._frozen = self._model.stack(masks) if names else None
 
-    def _total(self, trained: Any, frozen: Any, rates: Any, batch: Any, values: Any, words: Any, plan: Plan) -> tuple[Any, Any]:
+    def _total(
+        self, trained: Any, frozen: Any, rates: Any, batch: Any, values: Any, words: Any, plan: ProgramPlan
+    ) -> tuple[Any, Any]:
         """(the losses summed over a device's micro-batch, the rows' log-probs where the objective is of them)."""
         arguments = (self._model.structure, trained, frozen, rates, batch, words, plan, self._objective)
         if not isinstance(self._objective, RowObjective):
@@ -113,7 +115,7 @@ class Step:
         step_batch: Any,
         kept: Any,
         ropes: Any,
-        plan: Plan,
+        plan: ProgramPlan,
     ) -> tuple[Any, OptimizerState, tuple[Any, Any, Any, Any, Any]]:
         def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *step_batch: Any) -> Any:
             rates = (ropes, frequencies)
@@ -215,7 +217,7 @@ def _rows_of_devices(
     batch: Any,
     structure: Any,
     ropes: Any,
-    plan: Plan,
+    plan: ProgramPlan,
     objective: Objective,
 ) -> Any:
     def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:

@@ -35,7 +35,7 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run that has passed every check that needs no weights."""
 
     recipe: Recipe
@@ -101,7 +101,7 @@ class RunResult:
 class Bookkeeping:
     """The run's files: log, checkpoints, adapter, plot. On other processes than the first it only keeps entries."""
 
-    def __init__(self, plan: Plan, model: Model, main: bool, on_stage: Callable[[str], None] | None) -> None:
+    def __init__(self, plan: RunPlan, model: Model, main: bool, on_stage: Callable[[str], None] | None) -> None:
         self._plan, self._model, self._main = plan, model, main
         self._stages = {} if on_stage is None else {"on_stage": on_stage}
         self._entries: list[Entry] = []
@@ -183,7 +183,7 @@ def _held_out(entries: Sequence[Entry]) -> dict[str, tuple[list[int], list[float
     return {"held-out": curve} if curve[0] else {}
 
 
-def result_of(plan: Plan, progress: Progress, entries: list[Entry]) -> RunResult:
+def result_of(plan: RunPlan, progress: Progress, entries: list[Entry]) -> RunResult:
     losses = _curve(entries, "loss")[1]
     evaluations = _curve(entries, "eval_loss")[1]
     return RunResult(

@@ -42,7 +42,7 @@ from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.training.lock import LOCK, check_free, lock
 from jaxsloth.training.log import Entry
 from jaxsloth.training.progress import ProgressBar
-from jaxsloth.training.records import RECIPE, Bookkeeping, Plan, RunResult, output_folder, result_of
+from jaxsloth.training.records import RECIPE, Bookkeeping, RunPlan, RunResult, output_folder, result_of
 from jaxsloth.training.schedule import learning_rate
 
 logger = logging.getLogger("jaxsloth.training")
@@ -100,7 +100,7 @@ def train(
     return execute(plan, model, stop_after=stop_after, quiet=quiet, callbacks=callbacks, on_stage=on_stage)
 
 
-def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False, resume_anyway: Collection[str] = ()) -> Plan:
+def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False, resume_anyway: Collection[str] = ()) -> RunPlan:
     """Checks a recipe against its checkpoint, data and output folder; reads no weights and writes nothing."""
     anyway = check_kinds(resume_anyway, "--resume-anyway")
     if anyway and not resume:
@@ -125,7 +125,7 @@ def plan_from_examples(
     examples: Sequence[Example],
     held_out: Sequence[Example] | None,
     saved: SavedRun | None = None,
-) -> Plan:
+) -> RunPlan:
     """A plan over data that is already tokens."""
     check_length(max((len(example.tokens) for example in examples), default=0), spec.max_positions)
     backend = choose_backend(recipe.backend)
@@ -151,7 +151,7 @@ def plan_from_examples(
         if saved.state.step >= total:  # perhaps killed between its last checkpoint and its adapter: both are written again
             logger.warning("%s: all %d steps are done; only the adapter and the plot are written", saved.folder.parent, total)
     dtype = choose_dtype(recipe, devices)
-    return Plan(recipe, backend, devices, dtype, spec, base_model, step_batches, batches, total, saved)
+    return RunPlan(recipe, backend, devices, dtype, spec, base_model, step_batches, batches, total, saved)
 
 
 def check_output(recipe: Recipe, resume: bool, anyway: Collection[str] = ()) -> SavedRun | None:
@@ -195,7 +195,7 @@ def _check_recipe(before: Recipe, recipe: Recipe, anyway: Collection[str]) -> No
         )
 
 
-def build_model(plan: Plan, opened: Checkpoint) -> Model:
+def build_model(plan: RunPlan, opened: Checkpoint) -> Model:
     """Builds the base on the backend and adds the adapters: the saved ones, or fresh ones from the seed."""
     recipe = plan.recipe
     options = BuildOptions(plan.dtype, recipe.gradient_checkpointing, recipe.implementations or None, recipe.compute)
@@ -209,7 +209,7 @@ def build_model(plan: Plan, opened: Checkpoint) -> Model:
 
 
 def execute(
-    plan: Plan,
+    plan: RunPlan,
     model: Model,
     *,
     stop_after: int | None = None,
@@ -229,7 +229,7 @@ def execute(
 
 
 def _execute(
-    plan: Plan,
+    plan: RunPlan,
     model: Model,
     shown: Console,
     stop_after: int | None,
@@ -257,7 +257,7 @@ def _execute(
     return result
 
 
-def _fit_options(plan: Plan, stop_after: int | None) -> FitOptions:
+def _fit_options(plan: RunPlan, stop_after: int | None) -> FitOptions:
     recipe, optimizer = plan.recipe, plan.recipe.optimizer
     return FitOptions(
         total_steps=plan.total_steps,

@@ -83,7 +83,7 @@ def refuses(platform: str, dtype: Any, head_dim: int, causal: bool, soft_cap: fl
 
 
 @dataclass(frozen=True)
-class Settings:
+class AttentionSettings:
     """What is fixed about an attention. plain: every row is one document, perhaps with padding behind it. cudnn: `refuses` said
     None. kernel: the implementation of the op for what cuDNN can't do."""
 
@@ -96,7 +96,7 @@ class Settings:
     kernel: Callable[..., Any]
 
 
-def forward(q: Any, k: Any, v: Any, settings: Settings, segments: Any, documents: Documents | None) -> tuple[Any, ...]:
+def forward(q: Any, k: Any, v: Any, settings: AttentionSettings, segments: Any, documents: Documents | None) -> tuple[Any, ...]:
     """What `backward` needs beside q, k and v ``[batch, length, heads, head_dim]``; `attended` makes the output of it.
 
     segments int32 ``[batch, length]``; documents: those of a packed batch, None where the rows are plain.
@@ -108,14 +108,21 @@ def forward(q: Any, k: Any, v: Any, settings: Settings, segments: Any, documents
     return (out, *(leaf for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32))
 
 
-def attended(kept: tuple[Any, ...], shape: tuple[int, ...], settings: Settings, documents: Documents | None) -> Any:
+def attended(kept: tuple[Any, ...], shape: tuple[int, ...], settings: AttentionSettings, documents: Documents | None) -> Any:
     """``[batch, length, heads, head_dim]``, which is `shape`."""
     out = kept[0]
     return _scatter(out, documents, shape) if settings.cudnn and documents is not None else out
 
 
 def backward(
-    q: Any, k: Any, v: Any, kept: tuple[Any, ...], dout: Any, settings: Settings, segments: Any, documents: Documents | None
+    q: Any,
+    k: Any,
+    v: Any,
+    kept: tuple[Any, ...],
+    dout: Any,
+    settings: AttentionSettings,
+    segments: Any,
+    documents: Documents | None,
 ) -> tuple[Any, Any, Any]:
     """The gradients of q, k and v; kept is what `forward` returned."""
     if not settings.cudnn:
@@ -132,7 +139,7 @@ def backward(
     )
 
 
-def _general(q: Any, k: Any, v: Any, settings: Settings, segments: Any) -> Any:
+def _general(q: Any, k: Any, v: Any, settings: AttentionSettings, segments: Any) -> Any:
     return settings.kernel(
         q,
         k,
@@ -157,7 +164,7 @@ def _scatter(x: Any, documents: Documents, shape: tuple[int, ...]) -> Any:
     return flat.at[documents.rows].get(mode="fill", fill_value=0).reshape(shape)
 
 
-def _library(q: Any, k: Any, v: Any, documents: Documents | None, settings: Settings) -> tuple[Any, Any]:
+def _library(q: Any, k: Any, v: Any, documents: Documents | None, settings: AttentionSettings) -> tuple[Any, Any]:
     """(the output, its pullback), whose leaves are q, k, v, lengths, the output and float32 statistics."""
     lengths = None if documents is None else documents.lengths
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 CUDNN_HEAD_DIM, FLASH_HEAD_DIM = 128, 256
-Kind = Literal["cudnn", "flash", "kernel", "general"]
+KernelName = Literal["cudnn", "flash", "kernel", "general"]
 Stats = tuple[torch.Tensor, ...]
 
 
@@ -54,7 +54,7 @@ def boundaries_of(segments: np.ndarray) -> np.ndarray | None:
 
 
 @dataclass(frozen=True)
-class Settings:
+class AttentionSettings:
     """What one layer's attention is: see the contract.
 
     general: the op's implementation, for what no library does. kernel: the module that it is of, where that has a `forward`
@@ -71,8 +71,8 @@ class Settings:
     general: Callable[..., torch.Tensor]
     kernel: ModuleType | None = None
 
-    def kind(self, q: torch.Tensor, layout: Layout) -> Kind:
-        own: Kind = "general" if self.kernel is None else "kernel"
+    def kind(self, q: torch.Tensor, layout: Layout) -> KernelName:
+        own: KernelName = "general" if self.kernel is None else "kernel"
         if not q.is_cuda or q.dtype == torch.float32 or not self.causal or self.soft_cap is not None or self.head_dim % 8:
             return own
         whole = self.window is None or self.window >= layout.length
@@ -82,7 +82,7 @@ class Settings:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: Layout
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: AttentionSettings, layout: Layout
 ) -> tuple[torch.Tensor, Stats]:
     """(the output ``[tokens, heads·head_dim]``, what `backward` needs beside it).
 
@@ -126,7 +126,7 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     stats: Stats,
-    settings: Settings,
+    settings: AttentionSettings,
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv, shaped as q, k and v."""
@@ -172,7 +172,7 @@ def backward(
     return dq, dk, dv
 
 
-def _heads(x: torch.Tensor, settings: Settings, layout: Layout | None) -> torch.Tensor:
+def _heads(x: torch.Tensor, settings: AttentionSettings, layout: Layout | None) -> torch.Tensor:
     """``[batch, length, heads, head_dim]``, or ``[tokens, heads, head_dim]`` without a layout; no copy."""
     shape = (x.shape[0], -1, settings.head_dim) if layout is None else (layout.batch, layout.length, -1, settings.head_dim)
     return x.unflatten(0, shape[:2]).unflatten(2, shape[2:]) if layout is not None else x.unflatten(1, shape[1:])
@@ -185,13 +185,13 @@ def _bounds(layout: Layout, device: torch.device) -> tuple[torch.Tensor, int]:
     return ends, layout.length
 
 
-def _window(settings: Settings) -> dict[str, Any]:
+def _window(settings: AttentionSettings) -> dict[str, Any]:
     if settings.window is None:
         return {}
     return {"window_size_left": settings.window - 1, "window_size_right": 0}
 
 
-def _options(settings: Settings, layout: Layout) -> dict[str, Any]:
+def _options(settings: AttentionSettings, layout: Layout) -> dict[str, Any]:
     """Arguments of the op that are not q, k and v."""
     plain = layout.boundaries is None and settings.causal
     return {
@@ -203,6 +203,6 @@ def _options(settings: Settings, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _general(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: Settings, layout: Layout) -> torch.Tensor:
+def _general(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: AttentionSettings, layout: Layout) -> torch.Tensor:
     out = settings.general(*(_heads(t, settings, layout) for t in (q, k, v)), **_options(settings, layout))
     return out.reshape(q.shape[0], -1)

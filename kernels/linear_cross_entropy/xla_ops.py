@@ -16,7 +16,7 @@ from jaxsloth.kernels.linear_cross_entropy.pallas_kernel import softmax
 LOGITS_AT_ONCE = 2**25
 
 
-class Kind(NamedTuple):
+class LossOptions(NamedTuple):
     """What a token's loss is; see the contract."""
 
     soft_cap: float | None
@@ -34,7 +34,7 @@ def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _chunk_loss(hidden: Array, weight: Array, targets: Array, kind: Kind, wants_slope: bool = True) -> tuple[Array, Any]:
+def _chunk_loss(hidden: Array, weight: Array, targets: Array, kind: LossOptions, wants_slope: bool = True) -> tuple[Array, Any]:
     """(every token's loss, its gradient by the logits before the cap ``[chunk, vocab]``, None where a kernel was spared it)."""
     raw, smoothing = _dot(hidden, weight, (1, 1)), kind.label_smoothing
     if platform() == "cuda" and not smoothing:
@@ -59,7 +59,7 @@ def _chunk_loss(hidden: Array, weight: Array, targets: Array, kind: Kind, wants_
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _loss(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> Array:
+def _loss(hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool) -> Array:
     def add(total: Array, part: Any) -> tuple[Array, None]:
         return total + _chunk_loss(part[0], weight, part[1], kind, wants_slope=False)[0].sum(), None
 
@@ -67,7 +67,7 @@ def _loss(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
 
 
-def _forward(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> tuple[Array, Any]:
+def _forward(hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool) -> tuple[Array, Any]:
     def add(carry: Any, part: Any) -> tuple[Any, Array]:
         total, dweight = carry
         losses, slope = _chunk_loss(part[0], weight, part[1], kind)
@@ -82,7 +82,7 @@ def _forward(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, tra
     return total, (dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dweight)
 
 
-def _backward(kind: Kind, chunk: int, train_weight: bool, kept: Any, dy: Array) -> tuple[Any, Any, None]:
+def _backward(kind: LossOptions, chunk: int, train_weight: bool, kept: Any, dy: Array) -> tuple[Any, Any, None]:
     del kind, chunk, train_weight
     dhidden, dweight = kept
     return (dhidden.astype(jnp.float32) * dy).astype(dhidden.dtype), None if dweight is None else dweight * dy, None
@@ -92,14 +92,16 @@ _loss.defvjp(_forward, _backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _token_losses(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> Array:
+def _token_losses(hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool) -> Array:
     def losses(part: Any) -> Array:
         return _chunk_loss(part[0], weight, part[1], kind, wants_slope=False)[0]
 
     return jax.lax.map(losses, _chunks(hidden, targets, chunk, kind.ignore_index)).reshape(-1)[: hidden.shape[0]]
 
 
-def _tokens_forward(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: int, train_weight: bool) -> tuple[Array, Any]:
+def _tokens_forward(
+    hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool
+) -> tuple[Array, Any]:
     def both(part: Any) -> tuple[Array, Array]:
         losses, slope = _chunk_loss(part[0], weight, part[1], kind)
         return losses, _dot(slope.astype(hidden.dtype), weight, (1, 0)).astype(hidden.dtype)
@@ -110,7 +112,7 @@ def _tokens_forward(hidden: Any, weight: Any, targets: Any, kind: Kind, chunk: i
     return losses.reshape(-1)[:tokens], (dhidden.reshape(-1, hidden.shape[1])[:tokens], again)
 
 
-def _tokens_backward(kind: Kind, chunk: int, train_weight: bool, kept: Any, dy: Array) -> tuple[Any, Any, None]:
+def _tokens_backward(kind: LossOptions, chunk: int, train_weight: bool, kept: Any, dy: Array) -> tuple[Any, Any, None]:
     dhidden, again = kept
     dhidden = (dhidden.astype(jnp.float32) * dy[:, None]).astype(dhidden.dtype)
     if not train_weight:
@@ -166,4 +168,4 @@ def linear_cross_entropy(
     if not train_weight:
         weight = jax.lax.stop_gradient(weight)
     function = _token_losses if per_token else _loss
-    return function(hidden, weight, targets, Kind(soft_cap, ignore_index, label_smoothing), size, train_weight)
+    return function(hidden, weight, targets, LossOptions(soft_cap, ignore_index, label_smoothing), size, train_weight)

@@ -136,7 +136,7 @@ def test_the_fused_passs_way_to_flash(packed):
     shape = (case.heads, case.kv_heads, case.head_dim, case.head_dim**-0.5, True, case.window, case.soft_cap)
     plain = part("attention", "torch_ops").attention
     results = []
-    for settings in (library_ops.Settings(*shape, plain, flash_triton), library_ops.Settings(*shape, plain)):
+    for settings in (library_ops.AttentionSettings(*shape, plain, flash_triton), library_ops.AttentionSettings(*shape, plain)):
         out, stats = library_ops.forward(q, k, v, settings, layout)
         assert len(stats) == (1 if settings.kernel is not None else 0)
         dout = inputs["dy"].reshape(out.shape)

@@ -20,7 +20,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.jax_backend import attention, devices, linear, mlp, norm, written_pass
 from jaxsloth.jax_backend.linear import TRAINED
 from jaxsloth.jax_backend.ops import Ops
-from jaxsloth.jax_backend.plan import Checkpointing, Plan, make_plan
+from jaxsloth.jax_backend.plan import Checkpointing, ProgramPlan, make_plan
 from jaxsloth.jax_backend.step import summed_loss
 from jaxsloth.kernels.dropout.contract import step_words
 from jaxsloth.kernels.registry import RefusedError, Target
@@ -344,7 +344,7 @@ def test_the_pass_lowers_for_cuda(monkeypatch, variant, lora, kernels):
     model.add_adapters(spec, values)
     batch = first_batch(stream(examples(4, VOCAB)))
     frequencies, ropes = model.frequencies(64)
-    plan = Plan(Checkpointing(True, "selective"), 64, plain=True)
+    plan = ProgramPlan(Checkpointing(True, "selective"), 64, plain=True)
     arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
 
     def gradients(trained, frozen):

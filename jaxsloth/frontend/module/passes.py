@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from jaxsloth.frontend.module.peft_adoption import Active, Adapter
+from jaxsloth.frontend.module.peft_adoption import Active, PeftAdapter
 from jaxsloth.functional_model import FunctionalModel, Output, PassOptions, Tokens, Weights
 from jaxsloth.models.names import LM_HEAD
 
@@ -52,7 +52,7 @@ class ModulePass:
     functional: FunctionalModel
     output: Output
     groups: Mapping[str, Sequence[str | None]]
-    adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, PeftAdapter]
     whole: Mapping[str, nn.Parameter]
     tokens: Tokens
     options: PassOptions

@@ -33,7 +33,7 @@ class RowAdaptersError(PeftFeatureError):
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PeftAdapter:
     """The active adapter of one layer: A ``[r, in]`` and B ``[out, r]``, PEFT's own parameters. dropout: the rate in training,
     which the layer is in or not."""
 
@@ -53,7 +53,7 @@ class Active:
     """What PEFT has active: adapters by the layer's name, and what stands whole in place of a base tensor (an embedding or a
     head ``[vocab, hidden]``, a bias ``[out]``) by the tensor's name."""
 
-    adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, PeftAdapter]
     whole: Mapping[str, nn.Parameter]
 
     def versions(self) -> list[Any]:
@@ -92,7 +92,7 @@ def _found(root: nn.Module, spec: ModelSpec) -> Active:
         )
     saved = {f"{name}.weight": _saved(name, find(name)) for name in SAVEABLE}
     whole = {name: weight for name, weight in saved.items() if weight is not None}
-    found: dict[str, Adapter] = {}
+    found: dict[str, PeftAdapter] = {}
     for linear in linears(spec):
         layer = find(linear.name)
         lora = None if isinstance(layer, PlaceholderLinear) else _plain_lora(linear.name, layer)
@@ -245,7 +245,7 @@ def _saved(name: str, module: Any) -> nn.Parameter | None:
     return chosen._parameters["weight"]  # type: ignore[union-attr]
 
 
-def _active(name: str, lora: Any) -> Adapter | None:
+def _active(name: str, lora: Any) -> PeftAdapter | None:
     _check_hooks(name, lora)
     if lora.merged:
         raise PeftFeatureError(f"{name}: its adapter is merged, but the base weights are not in torch; call unmerge_adapter()")
@@ -275,7 +275,7 @@ def _active(name: str, lora: Any) -> Adapter | None:
         _check_hooks(f"{name}.{part}.{chosen}", module)
     rate = dropout.p if type(dropout) is nn.Dropout else 0.0
     a, b = of_a[chosen]._parameters["weight"], of_b[chosen]._parameters["weight"]
-    return Adapter(a, b, _scaling(name, lora.scaling[chosen]), rate, lora.training)
+    return PeftAdapter(a, b, _scaling(name, lora.scaling[chosen]), rate, lora.training)
 
 
 def _scaling(name: str, value: Any) -> float:
