@@ -63,9 +63,9 @@ def _kernel(
         scale = plgpu.load(absmax.at[tile], mask=within, other=0.0)
         return book[plgpu.load(codes.at[place], mask=inside, other=0).astype(jnp.int32)] * scale[:, None]
 
-    slope = plgpu.load(gradient.at[place], mask=inside, other=0.0)
-    m = moment(code, exp_avg, exp_avg_absmax) * betas[0] + slope * (1.0 - betas[0])
-    v = moment(code_sq, exp_avg_sq, exp_avg_sq_absmax) * betas[1] + slope * slope * (1.0 - betas[1])
+    grad = plgpu.load(gradient.at[place], mask=inside, other=0.0)
+    m = moment(code, exp_avg, exp_avg_absmax) * betas[0] + grad * (1.0 - betas[0])
+    v = moment(code_sq, exp_avg_sq, exp_avg_sq_absmax) * betas[1] + grad * grad * (1.0 - betas[1])
     # Code 0 of m is no zero: what lies beyond a block must not become its maximum.
     m, v = jnp.where(inside, m, 0.0), jnp.where(inside, v, 0.0)
     update = m * factors[1] / (jnp.sqrt(v) / factors[2] + eps)

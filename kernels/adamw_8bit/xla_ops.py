@@ -86,9 +86,9 @@ def _update(
         return flat(dynamic_codes(values, absmax, reciprocals, signed)), absmax
 
     decay, step_size, root = factors
-    slope = in_blocks(gradient)
-    exp_avg = moment(moments.exp_avg, moments.exp_avg_absmax, True) * betas[0] + slope * (1.0 - betas[0])
-    exp_avg_sq = moment(moments.exp_avg_sq, moments.exp_avg_sq_absmax, False) * betas[1] + slope * slope * (1.0 - betas[1])
+    grad = in_blocks(gradient)
+    exp_avg = moment(moments.exp_avg, moments.exp_avg_absmax, True) * betas[0] + grad * (1.0 - betas[0])
+    exp_avg_sq = moment(moments.exp_avg_sq, moments.exp_avg_sq_absmax, False) * betas[1] + grad * grad * (1.0 - betas[1])
     update = exp_avg * step_size / (jnp.sqrt(exp_avg_sq) / root + eps)
     after: Any = Moments(*store(exp_avg, True), *store(exp_avg_sq, False))
     return parameter * decay - flat(update), after

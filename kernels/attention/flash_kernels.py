@@ -43,8 +43,8 @@ def _write(base, place, stride, length, value, HEAD_DIM: tl.constexpr, DIM: tl.c
 
 @triton.jit
 @no_type_check
-def _bend(scores, scale, cap, CAPPED: tl.constexpr):
-    """(The scores in base 2, behind scale and cap; f, of which the cap's slope is ``4·f·(1 - f)``)."""
+def _soft_capped(scores, scale, cap, CAPPED: tl.constexpr):
+    """(The scores in base 2, behind scale and cap; f, of which the cap's derivative is ``4·f·(1 - f)``)."""
     scores *= scale
     fall = scores
     if CAPPED:
@@ -118,7 +118,7 @@ def _forward_tiles(
     for start in range(begin, end, KEYS):
         place = start + tl.arange(0, KEYS)
         key = _rows(k, place, k_stride, kv_length, MASKED, HEAD_DIM, DIM)
-        scores, _ = _bend(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
+        scores, _ = _soft_capped(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
         if MASKED:
             other = tl.load(kv_segments + place, mask=place < kv_length, other=0)[None, :] if PACKED else 0
             distance = slot[:, None] - place[None, :]
@@ -190,7 +190,7 @@ def _dq_tiles(
     for start in range(begin, end, KEYS):
         place = start + tl.arange(0, KEYS)
         key = _rows(k, place, k_stride, kv_length, MASKED, HEAD_DIM, DIM)
-        scores, fall = _bend(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
+        scores, fall = _soft_capped(tl.dot(query, tl.trans(key), input_precision="ieee"), scale, cap, CAPPED)
         weight = tl.exp2(scores - log_sum[:, None])
         if MASKED:
             other = tl.load(kv_segments + place, mask=place < kv_length, other=0)[None, :] if PACKED else 0
@@ -198,10 +198,10 @@ def _dq_tiles(
             seen = _seen(distance, (place < kv_length)[None, :], mine, other, nearest, farthest, PACKED)
             weight = tl.where(seen, weight, 0.0)
         value = _rows(v, place, v_stride, kv_length, MASKED, HEAD_DIM, DIM)
-        slope = weight * (tl.dot(dout, tl.trans(value), input_precision="ieee") - delta[:, None])
+        dscores = weight * (tl.dot(dout, tl.trans(value), input_precision="ieee") - delta[:, None])
         if CAPPED:
-            slope *= 4.0 * fall * (1.0 - fall)
-        dq = tl.dot(slope.to(key.dtype), key, dq, input_precision="ieee")
+            dscores *= 4.0 * fall * (1.0 - fall)
+        dq = tl.dot(dscores.to(key.dtype), key, dq, input_precision="ieee")
     return dq
 
 
@@ -219,9 +219,9 @@ def dq_kernel(
     v += first_key * v_stride + kv_head * HEAD_DIM
     place = tile * QUERIES + tl.arange(0, QUERIES)
     query = _rows(q + first_query * q_stride + head * HEAD_DIM, place, q_stride, q_length, True, HEAD_DIM, DIM)
-    slopes = _rows(dout + first_query * dout_stride + head * HEAD_DIM, place, dout_stride, q_length, True, HEAD_DIM, DIM)
+    grads = _rows(dout + first_query * dout_stride + head * HEAD_DIM, place, dout_stride, q_length, True, HEAD_DIM, DIM)
     result = _rows(out + first_query * out_stride + head * HEAD_DIM, place, out_stride, q_length, True, HEAD_DIM, DIM)
-    sums = tl.sum(slopes.to(tl.float32) * result.to(tl.float32), axis=1)
+    sums = tl.sum(grads.to(tl.float32) * result.to(tl.float32), axis=1)
     own = (row.to(tl.int64) * heads + head) * q_length + place
     tl.store(delta + own, sums, mask=place < q_length)
     log_sum = tl.load(lse + own, mask=place < q_length, other=0.0)
@@ -234,15 +234,15 @@ def dq_kernel(
     total = tl.zeros((QUERIES, DIM), tl.float32)
     slot = place + shift
     total = _dq_tiles(
-        total, query, slopes, log_sum, sums, slot, mine, k, v, kv_segments, begin, whole_begin, k_stride, v_stride, kv_length,
+        total, query, grads, log_sum, sums, slot, mine, k, v, kv_segments, begin, whole_begin, k_stride, v_stride, kv_length,
         nearest, farthest, scale, cap, CAPPED, PACKED, True, HEAD_DIM, DIM, KEYS,
     )  # fmt: skip
     total = _dq_tiles(
-        total, query, slopes, log_sum, sums, slot, mine, k, v, kv_segments, whole_begin, whole_end, k_stride, v_stride,
+        total, query, grads, log_sum, sums, slot, mine, k, v, kv_segments, whole_begin, whole_end, k_stride, v_stride,
         kv_length, nearest, farthest, scale, cap, CAPPED, PACKED, False, HEAD_DIM, DIM, KEYS,
     )  # fmt: skip
     total = _dq_tiles(
-        total, query, slopes, log_sum, sums, slot, mine, k, v, kv_segments, whole_end, end, k_stride, v_stride, kv_length,
+        total, query, grads, log_sum, sums, slot, mine, k, v, kv_segments, whole_end, end, k_stride, v_stride, kv_length,
         nearest, farthest, scale, cap, CAPPED, PACKED, True, HEAD_DIM, DIM, KEYS,
     )  # fmt: skip
     _write(dq + first_query * dq_stride + head * HEAD_DIM, place, dq_stride, q_length, total * scale, HEAD_DIM, DIM)
@@ -260,20 +260,20 @@ def _dkv_tiles(
         query = _rows(q, query_place, q_stride, q_length, MASKED, HEAD_DIM, DIM)
         log_sum = tl.load(lse + query_place, mask=query_place < q_length, other=0.0)
         # Transposed, [keys, queries]: what is multiplied next comes out of the registers as it is.
-        scores, fall = _bend(tl.dot(key, tl.trans(query), input_precision="ieee"), scale, cap, CAPPED)
+        scores, fall = _soft_capped(tl.dot(key, tl.trans(query), input_precision="ieee"), scale, cap, CAPPED)
         weight = tl.exp2(scores - log_sum[None, :])
         if MASKED:
             other = tl.load(q_segments + query_place, mask=query_place < q_length, other=0)[None, :] if PACKED else 0
             distance = (query_place + shift)[None, :] - place[:, None]
             seen = _seen(distance, (query_place < q_length)[None, :], mine, other, nearest, farthest, PACKED)
             weight = tl.where(seen, weight, 0.0)
-        slopes = _rows(dout, query_place, dout_stride, q_length, MASKED, HEAD_DIM, DIM)
-        dv = tl.dot(weight.to(slopes.dtype), slopes, dv, input_precision="ieee")
+        grads = _rows(dout, query_place, dout_stride, q_length, MASKED, HEAD_DIM, DIM)
+        dv = tl.dot(weight.to(grads.dtype), grads, dv, input_precision="ieee")
         sums = tl.load(delta + query_place, mask=query_place < q_length, other=0.0)
-        slope = weight * (tl.dot(value, tl.trans(slopes), input_precision="ieee") - sums[None, :])
+        dscores = weight * (tl.dot(value, tl.trans(grads), input_precision="ieee") - sums[None, :])
         if CAPPED:
-            slope *= 4.0 * fall * (1.0 - fall)
-        dk = tl.dot(slope.to(query.dtype), query, dk, input_precision="ieee")
+            dscores *= 4.0 * fall * (1.0 - fall)
+        dk = tl.dot(dscores.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
 
 

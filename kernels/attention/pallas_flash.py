@@ -103,8 +103,8 @@ def _dot(a: Any, b: Any, contract: tuple[int, int]) -> Any:
     return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _bend(shape: Shape, scores: Any) -> tuple[Any, Any]:
-    """(The scores in base 2, behind scale and cap; the cap's slope)."""
+def _soft_capped(shape: Shape, scores: Any) -> tuple[Any, Any]:
+    """(The scores in base 2, behind scale and cap; the cap's derivative)."""
     scores = scores * shape.scale
     if shape.soft_cap is None:
         return scores * LOG2_E, 1.0
@@ -168,7 +168,7 @@ def _forward_kernel(offset: Any, q: Any, k: Any, v: Any, *rest: Any, shape: Shap
     def add(start: Any, carry: Any, masked: bool) -> Any:
         result, peak, total = carry
         there = start + jnp.arange(tiles.keys, dtype=jnp.int32)
-        scores, _ = _bend(shape, _dot(query, _rows(k, shape, row, there, shape.kv_length, kv_head, masked), (1, 1)))
+        scores, _ = _soft_capped(shape, _dot(query, _rows(k, shape, row, there, shape.kv_length, kv_head, masked), (1, 1)))
         seen = None
         if masked:
             other = _line(kv_segments, row, there, shape.kv_length)[None, :] if shape.packed else None
@@ -206,8 +206,8 @@ def _dq_kernel(
     *refs, delta, dq = rest
     q_segments, kv_segments, extent = _segments_of(shape, refs, tile, row)
     place = tile * tiles.queries + jnp.arange(tiles.queries, dtype=jnp.int32)
-    query, slopes, result = (_rows(ref, shape, row, place, shape.q_length, head) for ref in (q, dout, out))
-    sums = jnp.sum(slopes.astype(jnp.float32) * result.astype(jnp.float32), axis=1)
+    query, grads, result = (_rows(ref, shape, row, place, shape.q_length, head) for ref in (q, dout, out))
+    sums = jnp.sum(grads.astype(jnp.float32) * result.astype(jnp.float32), axis=1)
     own_line, inside = row * shape.heads + head, place < shape.q_length
     plgpu.store(delta.at[own_line, place], sums, mask=inside)
     log_sum, slot = _line(lse, own_line, place, shape.q_length), place + offset[0]
@@ -216,7 +216,7 @@ def _dq_kernel(
     def add(start: Any, total: Any, masked: bool) -> Any:
         there = start + jnp.arange(tiles.keys, dtype=jnp.int32)
         key = _rows(k, shape, row, there, shape.kv_length, kv_head, masked)
-        scores, bend = _bend(shape, _dot(query, key, (1, 1)))
+        scores, dtanh = _soft_capped(shape, _dot(query, key, (1, 1)))
         weight = jnp.exp2(scores - log_sum[:, None])
         if masked:
             other = _line(kv_segments, row, there, shape.kv_length)[None, :] if shape.packed else None
@@ -224,8 +224,8 @@ def _dq_kernel(
             seen = _seen(shape, slot[:, None] - there[None, :], (there < shape.kv_length)[None, :], own, other)
             weight = jnp.where(seen, weight, 0.0)
         value = _rows(v, shape, row, there, shape.kv_length, kv_head, masked)
-        slope = weight * (_dot(slopes, value, (1, 1)) - sums[:, None]) * bend
-        return total + _dot(slope.astype(key.dtype), key, (1, 0))
+        dscores = weight * (_dot(grads, value, (1, 1)) - sums[:, None]) * dtanh
+        return total + _dot(dscores.astype(key.dtype), key, (1, 0))
 
     start = jnp.zeros((tiles.queries, shape.width), jnp.float32)
     first, low, high = tile * tiles.queries + offset[0], -shape.farthest, -shape.nearest
@@ -255,7 +255,7 @@ def _dkv_kernel(
             there = start + jnp.arange(tiles.queries, dtype=jnp.int32)
             query = _rows(q, shape, row, there, shape.q_length, head, masked)
             # Transposed, [keys, queries]: what is multiplied next comes out of the registers as it is.
-            scores, bend = _bend(shape, _dot(key, query, (1, 1)))
+            scores, dtanh = _soft_capped(shape, _dot(key, query, (1, 1)))
             weight = jnp.exp2(scores - _line(lse, row * shape.heads + head, there, shape.q_length)[None, :])
             if masked:
                 other = _line(q_segments, row, there, shape.q_length)[None, :] if shape.packed else None
@@ -263,12 +263,12 @@ def _dkv_kernel(
                 distance = (there + offset[0])[None, :] - place[:, None]
                 seen = _seen(shape, distance, (there < shape.q_length)[None, :], own, other)
                 weight = jnp.where(seen, weight, 0.0)
-            slopes = _rows(dout, shape, row, there, shape.q_length, head, masked)
+            grads = _rows(dout, shape, row, there, shape.q_length, head, masked)
             sums = _line(delta, row * shape.heads + head, there, shape.q_length)
-            slope = weight * (_dot(value, slopes, (1, 1)) - sums[None, :]) * bend
+            dscores = weight * (_dot(value, grads, (1, 1)) - sums[None, :]) * dtanh
             total_k, total_v = carry
-            total_v = total_v + _dot(weight.astype(slopes.dtype), slopes, (1, 0))
-            return total_k + _dot(slope.astype(query.dtype), query, (1, 0)), total_v
+            total_v = total_v + _dot(weight.astype(grads.dtype), grads, (1, 0))
+            return total_k + _dot(dscores.astype(query.dtype), query, (1, 0)), total_v
 
         first = tile * tiles.keys - offset[0]
         low, high = shape.nearest, shape.farthest

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxsloth.kernels.gated_activation.xla_ops import activate, slope
+from jaxsloth.kernels.gated_activation.xla_ops import activate, derivative
 
 SIZE = 1024
 PARAMETERS = plgpu.CompilerParams(num_warps=4, num_stages=1)
@@ -35,7 +35,7 @@ def _backward_kernel(merged: Any, dh: Any, dmerged: Any, h: Any, *, width: int, 
     up = plgpu.load(merged.at[row, column + width], mask=inside, other=0.0).astype(jnp.float32)
     d = plgpu.load(dh.at[row, column], mask=inside, other=0.0).astype(jnp.float32)
     act = activate(gate, kind)
-    plgpu.store(dmerged.at[row, column], (d * up * slope(gate, kind)).astype(dmerged.dtype), mask=inside)
+    plgpu.store(dmerged.at[row, column], (d * up * derivative(gate, kind)).astype(dmerged.dtype), mask=inside)
     plgpu.store(dmerged.at[row, column + width], (d * act).astype(dmerged.dtype), mask=inside)
     plgpu.store(h.at[row, column], (act.astype(h.dtype).astype(jnp.float32) * up).astype(h.dtype), mask=inside)
 

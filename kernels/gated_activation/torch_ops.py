@@ -23,7 +23,7 @@ def _activate(gate: torch.Tensor, kind: str) -> torch.Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
-def _slope(gate: torch.Tensor, kind: str) -> torch.Tensor:
+def _derivative(gate: torch.Tensor, kind: str) -> torch.Tensor:
     """act'(gate) of a float32 gate."""
     if kind == "silu":
         sigmoid = torch.sigmoid(gate)
@@ -50,7 +50,7 @@ class _GatedActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         dy, wide = grads[0].float(), gate.float()
-        dgate = (dy * up * _slope(wide, ctx.kind)).to(gate.dtype) if ctx.needs_input_grad[0] else None
+        dgate = (dy * up * _derivative(wide, ctx.kind)).to(gate.dtype) if ctx.needs_input_grad[0] else None
         dup = (dy * _activate(wide, ctx.kind)).to(up.dtype) if ctx.needs_input_grad[1] else None
         return dgate, dup, None
 
@@ -78,9 +78,9 @@ def activate_backward(
     kind: str,
 ) -> None:
     """Writes dgate and dup from dh and, where h is given, h itself; an output may be gate, up or dh. All ``[rows, width]``."""
-    wide, slopes = gate.float(), dh.float()
+    wide, grads = gate.float(), dh.float()
     act = _activate(wide, kind)
-    found = slopes * up * _slope(wide, kind), slopes * act, act.to(gate.dtype) * up
+    found = grads * up * _derivative(wide, kind), grads * act, act.to(gate.dtype) * up
     dgate.copy_(found[0])
     dup.copy_(found[1])
     if h is not None:

@@ -22,7 +22,7 @@ LAUNCH = {"num_warps": 4}
 
 @triton.jit
 @no_type_check  # the tests' type checker would wrap the source that Triton reads
-def _act_and_slope(g, KIND: tl.constexpr):
+def _act_and_derivative(g, KIND: tl.constexpr):
     """(act(g), act'(g)) of a float32 g."""
     if KIND == "silu":
         sigmoid = tl.sigmoid(g)
@@ -34,8 +34,8 @@ def _act_and_slope(g, KIND: tl.constexpr):
         return g * half, half + g * tl.exp(-0.5 * g * g) * 0.3989422804014327
     inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
     tanh = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
-    slope = 0.5 * (1.0 + tanh) + 0.5 * g * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * g * g)
-    return 0.5 * g * (1.0 + tanh), slope
+    derivative = 0.5 * (1.0 + tanh) + 0.5 * g * (1.0 - tanh * tanh) * 0.7978845608028654 * (1.0 + 0.134145 * g * g)
+    return 0.5 * g * (1.0 + tanh), derivative
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def forward_kernel(gate, up, h, width, gate_stride, up_stride, h_stride, KIND: t
     inside = column < width
     g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
     u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    act, _ = _act_and_slope(g.to(tl.float32), KIND)
+    act, _ = _act_and_derivative(g.to(tl.float32), KIND)
     tl.store(h + row * h_stride + column, (act.to(g.dtype).to(tl.float32) * u).to(h.dtype.element_ty), mask=inside)
 
 
@@ -77,9 +77,9 @@ def backward_kernel(
     raw = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0)
     u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(dh + row * dh_stride + column, mask=inside, other=0.0).to(tl.float32)
-    act, slope = _act_and_slope(raw.to(tl.float32), KIND)
+    act, derivative = _act_and_derivative(raw.to(tl.float32), KIND)
     rounded = act.to(raw.dtype).to(tl.float32)
-    tl.store(dgate + row * dgate_stride + column, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dgate + row * dgate_stride + column, (d * u * derivative).to(dgate.dtype.element_ty), mask=inside)
     tl.store(dup + row * dup_stride + column, (d * act).to(dup.dtype.element_ty), mask=inside)
     if WRITES_H:
         tl.store(h + row * h_stride + column, (rounded * u).to(h.dtype.element_ty), mask=inside)

@@ -26,7 +26,7 @@ def activate(gate: Array, kind: str) -> Array:
     return 0.5 * gate * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (gate + CUBIC * gate**3)))
 
 
-def slope(gate: Array, kind: str) -> Array:
+def derivative(gate: Array, kind: str) -> Array:
     """act'(gate) of a float32 gate."""
     if kind == "silu":
         sigmoid = jax.nn.sigmoid(gate)
@@ -53,7 +53,7 @@ def _forward(gate: Array, up: Array, kind: str) -> tuple[Array, Any]:
 def _backward(kind: str, kept: Any, dy: Array) -> tuple[Array, Array]:
     gate, up = kept
     wide, dy = gate.astype(jnp.float32), dy.astype(jnp.float32)
-    return (dy * up * slope(wide, kind)).astype(gate.dtype), (dy * activate(wide, kind)).astype(up.dtype)
+    return (dy * up * derivative(wide, kind)).astype(gate.dtype), (dy * activate(wide, kind)).astype(up.dtype)
 
 
 _gated_activation.defvjp(_forward, _backward)

@@ -50,13 +50,13 @@ def _backward_kernel(
         row = program * each + step
         valid = inside & (row < rows)
         row = jnp.minimum(row, rows - 1)
-        slope = plgpu.load(dy.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
+        grad = plgpu.load(dy.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
         values = plgpu.load(x.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
         n = jnp.where(valid, (values - mean[row]) * rstd[row], 0.0)
-        g = slope * scale
+        g = grad * scale
         result = rstd[row] * (g - jnp.sum(g) / hidden - n * (jnp.sum(g * n) / hidden))
         plgpu.store(dx.at[row, column], result.astype(dx.dtype), mask=valid)
-        return tuple(total + part for total, part in zip(totals, (slope * n, slope), strict=False))
+        return tuple(total + part for total, part in zip(totals, (grad * n, grad), strict=False))
 
     totals = jax.lax.fori_loop(0, each, one_row, tuple(jnp.zeros(width, jnp.float32) for _ in sums))
     for target, total in zip(sums, totals, strict=True):

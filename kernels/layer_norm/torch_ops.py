@@ -29,8 +29,8 @@ class _LayerNorm(torch.autograd.Function):
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             g = dy * weight.float()
-            slope = g - g.mean(dim=-1, keepdim=True) - n * (g * n).mean(dim=-1, keepdim=True)
-            dx = (rstd * slope).to(x.dtype)
+            dn = g - g.mean(dim=-1, keepdim=True) - n * (g * n).mean(dim=-1, keepdim=True)
+            dx = (rstd * dn).to(x.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (dy * n).reshape(-1, x.shape[-1]).sum(dim=0).to(weight.dtype)
         if ctx.needs_input_grad[2]:

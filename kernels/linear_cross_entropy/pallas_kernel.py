@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Float32, Int
 SIZE, WARPS = 4096, 8  # columns at once; `benchmarks.tiles` measures others
 
 
-def _bend(z: Any, soft_cap: float | None) -> tuple[Any, Any]:
-    """(z behind the cap, the cap's slope)."""
+def _soft_capped(z: Any, soft_cap: float | None) -> tuple[Any, Any]:
+    """(z behind the cap, the cap's derivative)."""
     if soft_cap is None:
         return z, 1.0
     fall = 1.0 / (1.0 + jnp.exp(z * (2.0 / soft_cap)))  # tanh(x) = 1 - 2 / (1 + exp(2x))
@@ -28,22 +28,22 @@ def _bend(z: Any, soft_cap: float | None) -> tuple[Any, Any]:
 
 
 def _softmax_kernel(
-    targets: Any, logits: Any, losses: Any, *slopes: Any, vocab: int, size: int, soft_cap: float | None, ignore_index: int
+    targets: Any, logits: Any, losses: Any, *dlogits: Any, vocab: int, size: int, soft_cap: float | None, ignore_index: int
 ) -> None:
-    """slopes: one array, which may be the memory of `logits`, or none."""
+    """dlogits: one array, which may be the memory of `logits`, or none."""
     row, target = pl.program_id(0), targets[pl.program_id(0)].astype(jnp.int32)
     valid = target != ignore_index
     chosen = jnp.where(valid, target, 0)
     steps = pl.cdiv(vocab, size)
-    picked, _ = _bend(logits[row, chosen], soft_cap)
+    picked, _ = _soft_capped(logits[row, chosen], soft_cap)
 
     def part(step: Any) -> tuple[Any, Any, Any, Any]:
-        """(columns, which of them there are, z, the cap's slope)."""
+        """(columns, which of them there are, z, the cap's derivative)."""
         column = step * size + jnp.arange(size, dtype=jnp.int32)
         inside = column < vocab
         # The interpreter reads what the mask hides too.
         raw = plgpu.load(logits.at[row, jnp.minimum(column, vocab - 1)], mask=inside, other=0.0)
-        return column, inside, *_bend(raw, soft_cap)
+        return column, inside, *_soft_capped(raw, soft_cap)
 
     def add(step: Any, carry: Any) -> Any:
         """Every lane keeps its own maximum and sum, put together once at the end."""
@@ -59,12 +59,12 @@ def _softmax_kernel(
     losses[row] = jnp.where(valid, log_sum - picked, 0.0)
 
     def write(step: Any, carry: Any) -> Any:
-        column, inside, z, bend = part(step)
-        slope = (jnp.exp(z - log_sum) - jnp.where(column == chosen, 1.0, 0.0)) * bend
-        plgpu.store(slopes[0].at[row, column], jnp.where(valid, slope, 0.0).astype(slopes[0].dtype), mask=inside)
+        column, inside, z, dtanh = part(step)
+        dlogit = (jnp.exp(z - log_sum) - jnp.where(column == chosen, 1.0, 0.0)) * dtanh
+        plgpu.store(dlogits[0].at[row, column], jnp.where(valid, dlogit, 0.0).astype(dlogits[0].dtype), mask=inside)
         return carry
 
-    if slopes:
+    if dlogits:
         jax.lax.fori_loop(0, steps, write, 0)
 
 
@@ -95,5 +95,5 @@ def softmax(
         interpret=interpret,
         name="softmax_loss",
     )
-    losses, *slopes = call(targets, logits)
-    return losses, slopes[0] if slopes else None
+    losses, *dlogits = call(targets, logits)
+    return losses, dlogits[0] if dlogits else None

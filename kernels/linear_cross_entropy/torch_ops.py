@@ -31,16 +31,16 @@ def softmax(
     targets: Int[torch.Tensor, " chunk"],
     soft_cap: float | None,
     ignore_index: int,
-    slopes: Float[torch.Tensor, "chunk vocab"] | None,
+    dlogits: Float[torch.Tensor, "chunk vocab"] | None,
     label_smoothing: float = 0.0,
 ) -> Float32[torch.Tensor, " chunk"]:
-    """The loss of every token, 0 where it is ignored; where `slopes` is given, the gradient with respect to the logits before
+    """The loss of every token, 0 where it is ignored; where `dlogits` is given, the gradient with respect to the logits before
     their cap is written to it, rounded to its dtype. The logits are overwritten."""
-    bend = None
+    dtanh = None
     if soft_cap is not None:
-        bent = torch.tanh_(logits.div_(soft_cap))
-        bend = 1.0 - bent * bent if slopes is not None else None
-        logits = bent.mul_(soft_cap)
+        tanh = torch.tanh_(logits.div_(soft_cap))
+        dtanh = 1.0 - tanh * tanh if dlogits is not None else None
+        logits = tanh.mul_(soft_cap)
     valid = targets != ignore_index
     chosen = targets.where(valid, 0).long()[:, None]
     logsumexp = torch.logsumexp(logits, dim=1, keepdim=True)
@@ -48,15 +48,15 @@ def softmax(
     if label_smoothing:
         wanted = (1.0 - label_smoothing) * wanted + label_smoothing * logits.mean(dim=1, keepdim=True)
     losses = (logsumexp - wanted)[:, 0].where(valid, 0.0)
-    if slopes is None:
+    if dlogits is None:
         return losses
     gradient = logits.sub_(logsumexp).exp_()
     gradient.scatter_add_(1, chosen, torch.full_like(logsumexp, label_smoothing - 1.0))
     if label_smoothing:
         gradient.sub_(label_smoothing / logits.shape[1])
-    if bend is not None:
-        gradient.mul_(bend)
-    slopes.copy_(gradient.masked_fill_(~valid[:, None], 0.0))
+    if dtanh is not None:
+        gradient.mul_(dtanh)
+    dlogits.copy_(gradient.masked_fill_(~valid[:, None], 0.0))
     return losses
 
 
@@ -87,17 +87,17 @@ def losses_and_gradients(
         part = slice(start, start + chunk)
         tokens = hidden[part]
         logits = matmul_float32(tokens.to(wide.dtype), wide.T)
-        slopes = torch.empty_like(logits, dtype=hidden.dtype) if wants_hidden or wants_weight else None
-        losses[part] = softmax(logits, targets[part], soft_cap, ignore_index, slopes)
+        dlogits = torch.empty_like(logits, dtype=hidden.dtype) if wants_hidden or wants_weight else None
+        losses[part] = softmax(logits, targets[part], soft_cap, ignore_index, dlogits)
         del logits
-        if slopes is None:
+        if dlogits is None:
             continue
         if dhidden is not None:
-            torch.mm(slopes, used, out=dhidden[part])
+            torch.mm(dlogits, used, out=dhidden[part])
         if dweight is not None:
             if factors is not None:
-                slopes.mul_(factors[part, None])
-            dweight += matmul_float32(slopes.T, tokens)
+                dlogits.mul_(factors[part, None])
+            dweight += matmul_float32(dlogits.T, tokens)
     return losses, dhidden, dweight
 
 

@@ -35,10 +35,10 @@ def softmax_kernel(
     logits,
     targets,
     losses,
-    slopes,
+    dlogits,
     vocab,
     logits_stride,
-    slopes_stride,
+    dlogits_stride,
     ignore_index,
     cap,
     smoothing,
@@ -79,13 +79,13 @@ def softmax_kernel(
         for start in range(0, vocab, WIDTH):
             inside = start + column < vocab
             z = _capped(tl.load(base + start + column, mask=inside, other=0.0), cap, CAPPED)
-            slope = tl.exp(z - log_sum) - tl.where(start + column == chosen, 1.0 - smoothing, 0.0)
+            dlogit = tl.exp(z - log_sum) - tl.where(start + column == chosen, 1.0 - smoothing, 0.0)
             if SMOOTHED:
-                slope -= smoothing / vocab
+                dlogit -= smoothing / vocab
             if CAPPED:
-                slope *= 1.0 - (z / cap) * (z / cap)
-            slope = tl.where(valid, slope, 0.0)
-            tl.store(slopes + row * slopes_stride + start + column, slope.to(slopes.dtype.element_ty), mask=inside)
+                dlogit *= 1.0 - (z / cap) * (z / cap)
+            dlogit = tl.where(valid, dlogit, 0.0)
+            tl.store(dlogits + row * dlogits_stride + start + column, dlogit.to(dlogits.dtype.element_ty), mask=inside)
 
 
 def softmax(
@@ -93,13 +93,13 @@ def softmax(
     targets: torch.Tensor,
     soft_cap: float | None,
     ignore_index: int,
-    slopes: torch.Tensor | None,
+    dlogits: torch.Tensor | None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """As torch_ops' function of this name."""
     rows, vocab = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    written = logits if slopes is None else slopes
+    written = logits if dlogits is None else dlogits
     if rows > 0:
         with torch.cuda.device_of(logits):
             softmax_kernel[(rows,)](
@@ -115,7 +115,7 @@ def softmax(
                 label_smoothing,
                 CAPPED=soft_cap is not None,
                 SMOOTHED=label_smoothing > 0.0,
-                WRITES=slopes is not None,
+                WRITES=dlogits is not None,
                 WIDTH=min(SIZE, triton.next_power_of_2(vocab)),
                 **LAUNCH,
             )

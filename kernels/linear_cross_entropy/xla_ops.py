@@ -34,34 +34,36 @@ def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision_of(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _chunk_loss(hidden: Array, weight: Array, targets: Array, kind: LossOptions, wants_slope: bool = True) -> tuple[Array, Any]:
+def _chunk_loss(
+    hidden: Array, weight: Array, targets: Array, kind: LossOptions, wants_gradient: bool = True
+) -> tuple[Array, Any]:
     """(every token's loss, its gradient by the logits before the cap ``[chunk, vocab]``, None where a kernel was spared it)."""
     raw, smoothing = _dot(hidden, weight, (1, 1)), kind.label_smoothing
     if platform() == "cuda" and not smoothing:
-        return softmax(raw, targets, kind.soft_cap, kind.ignore_index, hidden.dtype if wants_slope else None)
+        return softmax(raw, targets, kind.soft_cap, kind.ignore_index, hidden.dtype if wants_gradient else None)
     logits = raw if kind.soft_cap is None else kind.soft_cap * jnp.tanh(raw / kind.soft_cap)
     valid = targets != kind.ignore_index
     chosen = jnp.where(valid, targets, 0)
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     wanted = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
     onehot = jax.lax.broadcasted_iota(chosen.dtype, logits.shape, 1) == chosen[:, None]
-    slope = jnp.exp(logits - log_sum[:, None])
+    dlogits = jnp.exp(logits - log_sum[:, None])
     if smoothing:
         wanted = (1.0 - smoothing) * wanted + smoothing * logits.mean(axis=-1)
-        slope = slope - ((1.0 - smoothing) * onehot + smoothing / logits.shape[1])
+        dlogits = dlogits - ((1.0 - smoothing) * onehot + smoothing / logits.shape[1])
     else:
-        slope = slope - onehot
+        dlogits = dlogits - onehot
     losses = jnp.where(valid, log_sum - wanted, 0.0)
-    slope = jnp.where(valid[:, None], slope, 0.0)
+    dlogits = jnp.where(valid[:, None], dlogits, 0.0)
     if kind.soft_cap is not None:
-        slope = slope * (1.0 - (logits / kind.soft_cap) ** 2)
-    return losses, slope
+        dlogits = dlogits * (1.0 - (logits / kind.soft_cap) ** 2)
+    return losses, dlogits
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _loss(hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool) -> Array:
     def add(total: Array, part: Any) -> tuple[Array, None]:
-        return total + _chunk_loss(part[0], weight, part[1], kind, wants_slope=False)[0].sum(), None
+        return total + _chunk_loss(part[0], weight, part[1], kind, wants_gradient=False)[0].sum(), None
 
     chunks = _chunks(hidden, targets, chunk, kind.ignore_index)
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
@@ -70,11 +72,11 @@ def _loss(hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int,
 def _forward(hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool) -> tuple[Array, Any]:
     def add(carry: Any, part: Any) -> tuple[Any, Array]:
         total, dweight = carry
-        losses, slope = _chunk_loss(part[0], weight, part[1], kind)
-        slope = slope.astype(hidden.dtype)
+        losses, dlogits = _chunk_loss(part[0], weight, part[1], kind)
+        dlogits = dlogits.astype(hidden.dtype)
         if train_weight:
-            dweight = dweight + _dot(slope, part[0], (0, 0))
-        return (total + losses.sum(), dweight), _dot(slope, weight, (1, 0)).astype(hidden.dtype)
+            dweight = dweight + _dot(dlogits, part[0], (0, 0))
+        return (total + losses.sum(), dweight), _dot(dlogits, weight, (1, 0)).astype(hidden.dtype)
 
     start = jnp.zeros(weight.shape, jnp.float32) if train_weight else None
     chunks = _chunks(hidden, targets, chunk, kind.ignore_index)
@@ -94,7 +96,7 @@ _loss.defvjp(_forward, _backward)
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _token_losses(hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool) -> Array:
     def losses(part: Any) -> Array:
-        return _chunk_loss(part[0], weight, part[1], kind, wants_slope=False)[0]
+        return _chunk_loss(part[0], weight, part[1], kind, wants_gradient=False)[0]
 
     return jax.lax.map(losses, _chunks(hidden, targets, chunk, kind.ignore_index)).reshape(-1)[: hidden.shape[0]]
 
@@ -103,8 +105,8 @@ def _tokens_forward(
     hidden: Any, weight: Any, targets: Any, kind: LossOptions, chunk: int, train_weight: bool
 ) -> tuple[Array, Any]:
     def both(part: Any) -> tuple[Array, Array]:
-        losses, slope = _chunk_loss(part[0], weight, part[1], kind)
-        return losses, _dot(slope.astype(hidden.dtype), weight, (1, 0)).astype(hidden.dtype)
+        losses, dlogits = _chunk_loss(part[0], weight, part[1], kind)
+        return losses, _dot(dlogits.astype(hidden.dtype), weight, (1, 0)).astype(hidden.dtype)
 
     tokens = hidden.shape[0]
     losses, dhidden = jax.lax.map(both, _chunks(hidden, targets, chunk, kind.ignore_index))
@@ -120,8 +122,8 @@ def _tokens_backward(kind: LossOptions, chunk: int, train_weight: bool, kept: An
     hidden, weight, targets = again
 
     def add(total: Array, part: Any) -> tuple[Array, None]:
-        _, slope = _chunk_loss(part[0], weight, part[1], kind)
-        return total + _dot((slope * part[2][:, None]).astype(hidden.dtype), part[0], (0, 0)), None
+        _, dlogits = _chunk_loss(part[0], weight, part[1], kind)
+        return total + _dot((dlogits * part[2][:, None]).astype(hidden.dtype), part[0], (0, 0)), None
 
     factors = jnp.pad(dy, (0, -dy.shape[0] % chunk)).reshape(-1, chunk)
     parts = (*_chunks(hidden, targets, chunk, kind.ignore_index), factors)

@@ -179,8 +179,8 @@ def _input_kernel(
     def add(index: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
         module, rank = _block(drawn, index)
         column, own = module * drawn.rank + rank, rank < drawn.rank
-        slopes = _tile(g, token, column, seen, own)
-        products = [dot_float32(slopes, _tile(a, column, channel, own, inside), (1, 0)) for channel, inside in cut]
+        grads = _tile(g, token, column, seen, own)
+        products = [dot_float32(grads, _tile(a, column, channel, own, inside), (1, 0)) for channel, inside in cut]
         zeros = _zeros_like(products[0], drawn.interpret)
         decided = _decisions(drawn, key, words[module], place, token, rows, zeros)
         kept = (_kept(product, decided, each, drawn.interpret) for each, product in enumerate(products))
@@ -209,9 +209,9 @@ def _gradient_kernel(
         values = [_tile(x, token, channel, seen, inside) for channel, inside in cut]
         zeros = _zeros_like(values[0], drawn.interpret)
         decided = _decisions(drawn, key, word, place, token, rows, zeros)
-        slopes = _tile(g, token, column, seen, own)
+        grads = _tile(g, token, column, seen, own)
         kept = [_kept(value, decided, each, drawn.interpret) for each, value in enumerate(values)]
-        return tuple(total + dot_float32(slopes, one, (0, 0)) for total, one in zip(totals, kept, strict=True))
+        return tuple(total + dot_float32(grads, one, (0, 0)) for total, one in zip(totals, kept, strict=True))
 
     zeros = jnp.zeros((drawn.tile, tiles.counters), jnp.float32)
     totals = jax.lax.fori_loop(0, steps, add, (zeros,) * HALVES)

@@ -68,16 +68,16 @@ def _backward_kernel(
         row = program * each + step
         valid = inside & (row < rows)
         row = jnp.minimum(row, rows - 1)
-        slope = plgpu.load(dy.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
+        grad = plgpu.load(dy.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
         n = plgpu.load(x.at[row, column], mask=valid, other=0.0).astype(jnp.float32) * rstd[row]
-        g = slope * scale
+        g = grad * scale
         result = rstd[row] * (g - n * (jnp.sum(g * n) / hidden))
         if residual is not None:
             # Rounded before the sum, as two tensors added would be.
             along = plgpu.load(residual.at[row, column], mask=valid, other=0.0).astype(jnp.float32)
             result = result.astype(dx.dtype).astype(jnp.float32) + along
         plgpu.store(dx.at[row, column], result.astype(dx.dtype), mask=valid)
-        return total + slope * n if needs_dweight else total
+        return total + grad * n if needs_dweight else total
 
     total = jax.lax.fori_loop(0, each, one_row, jnp.zeros(width if needs_dweight else 1, jnp.float32))
     if needs_dweight:

@@ -194,8 +194,8 @@ def test_loss_compiles(dtype, capped, writes, smoothed):
         "logits": "*fp32",
         "targets": "*i64",
         "losses": "*fp32",
-        "slopes": TYPES[dtype],
-        **numbers("vocab", "logits_stride", "slopes_stride", "ignore_index"),
+        "dlogits": TYPES[dtype],
+        **numbers("vocab", "logits_stride", "dlogits_stride", "ignore_index"),
         "cap": "fp32",
         "smoothing": "fp32",
     }
