@@ -21,7 +21,7 @@ class Tokens:
     """A batch as a torch module hands it over: int32 ``[batch, length]`` each, on the host, where a pass is planned.
 
     A query sees the keys that do not come after it, whose kv_segments equal its own segments and are not 0. targets are as in
-    `Batch`, None where no loss is asked for. dropout_words: the key of this pass' masks, or None to drop nothing.
+    `Batch`, None where no loss is asked for. rng_key: the key of this pass' masks, or None to drop nothing.
     """
 
     input_ids: np.ndarray
@@ -29,7 +29,7 @@ class Tokens:
     segments: np.ndarray
     kv_segments: np.ndarray
     positions: np.ndarray
-    dropout_words: tuple[int, int] | None = None
+    rng_key: tuple[int, int] | None = None
 
     @property
     def longest(self) -> int:

@@ -39,18 +39,18 @@ def loss(
     return decoder.lm_head.loss(states, targets, per_token, smoothing)
 
 
-def run_of(decoder: Decoder, batch: Batch, dropout_words: torch.Tensor | None = None) -> Run:
-    """The settings of a pass over a batch of the host. dropout_words: int64 ``[2]``, the step's key; None drops nothing."""
+def run_of(decoder: Decoder, batch: Batch, rng_key: torch.Tensor | None = None) -> Run:
+    """The settings of a pass over a batch of the host. rng_key: int64 ``[2]``, the step's key; None drops nothing."""
     device = decoder.device
     tables = decoder.rope_tables(to_device(batch.positions, device), int(batch.positions.max(initial=0)) + 1)
-    dropout = None if dropout_words is None else DropoutKey(dropout_words, to_device(batch.rows, device))
+    dropout = None if rng_key is None else DropoutKey(rng_key, to_device(batch.rows, device))
     return Run(tables, to_device(batch.segments, device), dropout=dropout)
 
 
 def losses(
     decoder: Decoder,
     batch: Batch,
-    dropout_words: torch.Tensor | None,
+    rng_key: torch.Tensor | None,
     noise: torch.Tensor | None = None,
     per_token: bool = True,
     smoothing: float = 0.0,
@@ -60,17 +60,17 @@ def losses(
     device = decoder.device
     # Found on the host: asking the device would wait for it.
     positions = to_device(np.flatnonzero(batch.targets != IGNORE), device)
-    run = run_of(decoder, batch, dropout_words)
+    run = run_of(decoder, batch, rng_key)
     ids, targets = to_device(batch.input_ids, device), to_device(batch.targets, device)
     return loss(decoder, ids, run, targets, positions, noise, per_token, smoothing), positions
 
 
 def add_gradients(
-    decoder: Decoder, batch: Batch, objective: Objective, dropout_words: torch.Tensor | None, tensors: Tensors
+    decoder: Decoder, batch: Batch, objective: Objective, rng_key: torch.Tensor | None, tensors: Tensors
 ) -> torch.Tensor:
     """The objective's result; its gradients are added to those of what is trained. Among the tensors may be "noise"."""
     by_row = isinstance(objective, RowObjective)
-    found, positions = losses(decoder, batch, dropout_words, tensors.get("noise"), by_row, objective.smoothing)
+    found, positions = losses(decoder, batch, rng_key, tensors.get("noise"), by_row, objective.smoothing)
     if not by_row:
         (found * tensors["factor"]).backward()
         return found.detach()

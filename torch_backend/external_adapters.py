@@ -26,7 +26,7 @@ from jaxsloth.torch_backend.optimizer import Flat
 from jaxsloth.torch_backend.written_program import WrittenProgram
 
 SEPARATOR = "|"  # of the layers that a group's name is made of
-DropoutWords = tuple[int, int] | None
+RngKey = tuple[int, int] | None
 Gradients = dict[str, tuple[torch.Tensor, ...]]
 
 
@@ -71,26 +71,26 @@ class FunctionalPass:
         self._device = decoder.device
         self._one = torch.ones((), dtype=torch.float32, device=decoder.device)
 
-    def loss(self, weights: Weights, batch: Batch, words: DropoutWords) -> torch.Tensor:
+    def loss(self, weights: Weights, batch: Batch, rng_key: RngKey) -> torch.Tensor:
         """The summed cross entropy, float32."""
         self._begin(weights, 0)
-        return self._program.row_losses(batch, inputs=self._inputs(words)).sum()
+        return self._program.row_losses(batch, inputs=self._inputs(rng_key)).sum()
 
-    def loss_and_gradients(self, weights: Weights, batch: Batch, words: DropoutWords) -> tuple[torch.Tensor, Gradients]:
+    def loss_and_gradients(self, weights: Weights, batch: Batch, rng_key: RngKey) -> tuple[torch.Tensor, Gradients]:
         """(the summed cross entropy, each group's stacked gradients), in memory of their own."""
         self._begin(weights, batch.input_ids.size)
         self._flat.gradient.zero_()
-        inputs = {"factor": self._one} | self._inputs(words)
+        inputs = {"factor": self._one} | self._inputs(rng_key)
         loss = self._program.add_gradients(batch, CausalLoss(), inputs).clone()
         return loss, self._stacked()
 
     def hidden(
-        self, weights: Weights, batch: Batch, words: DropoutWords, learns: bool
+        self, weights: Weights, batch: Batch, rng_key: RngKey, learns: bool
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Gradients]]:
         """(normed hidden states ``[tokens, hidden]``, a function from their gradient to the groups', to be called once)."""
         tokens = batch.input_ids.size if learns else 0
         self._begin(weights, tokens)
-        found, backward = self._program.hidden(batch, learns, self._inputs(words))
+        found, backward = self._program.hidden(batch, learns, self._inputs(rng_key))
 
         def pull(dhidden: torch.Tensor) -> Gradients:
             self._begin(weights, tokens)  # another forward may have brought its own since
@@ -100,8 +100,8 @@ class FunctionalPass:
 
         return found, pull
 
-    def _inputs(self, words: DropoutWords) -> Tensors:
-        return {} if words is None else {"dropout_words": torch.tensor(words, device=self._device)}
+    def _inputs(self, rng_key: RngKey) -> Tensors:
+        return {} if rng_key is None else {"rng_key": torch.tensor(rng_key, device=self._device)}
 
     @torch.no_grad()
     def _begin(self, weights: Weights, tokens: int) -> None:

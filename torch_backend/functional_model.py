@@ -78,8 +78,8 @@ class FunctionalModel:
                 return self._evaluate(output, batch, options)
         with self._holding(functional_pass.leaves, options):
             if output == "loss":
-                return functional_pass.loss(weights, rows, batch.dropout_words)
-            hidden, _ = functional_pass.hidden(weights, rows, batch.dropout_words, learns=False)
+                return functional_pass.loss(weights, rows, batch.rng_key)
+            hidden, _ = functional_pass.hidden(weights, rows, batch.rng_key, learns=False)
             return self._shown(output, hidden.unflatten(0, rows.input_ids.shape), options)
 
     def differentiate(
@@ -90,9 +90,9 @@ class FunctionalModel:
         if functional_pass is None or rows is None:
             return self._differentiate_by_autograd(output, weights, batch, options)
         if output != "loss":
-            return self._differentiate_hidden(output, functional_pass, weights, rows, batch.dropout_words, options)
+            return self._differentiate_hidden(output, functional_pass, weights, rows, batch.rng_key, options)
         with self._holding(functional_pass.leaves, options):
-            loss, gradients = functional_pass.loss_and_gradients(weights, rows, batch.dropout_words)
+            loss, gradients = functional_pass.loss_and_gradients(weights, rows, batch.rng_key)
 
         def scaled(cotangent: torch.Tensor) -> Gradients:
             return {group: tuple(gradient * cotangent for gradient in own) for group, own in gradients.items()}
@@ -131,13 +131,13 @@ class FunctionalModel:
         functional_pass: FunctionalPass,
         weights: Weights,
         rows: Batch,
-        words: tuple[int, int] | None,
+        rng_key: tuple[int, int] | None,
         options: PassOptions,
     ) -> tuple[torch.Tensor, Pullback]:
         head = f"{LM_HEAD}.weight"
         trained = functional_pass.leaves.get(head, ()) if output == "logits" else ()
         with self._holding(functional_pass.leaves, options):
-            hidden, backward = functional_pass.hidden(weights, rows, words, learns=True)
+            hidden, backward = functional_pass.hidden(weights, rows, rng_key, learns=True)
             leaf = hidden.unflatten(0, rows.input_ids.shape).requires_grad_()
             with torch.enable_grad():
                 value = self._shown(output, leaf, options)
@@ -199,9 +199,9 @@ class FunctionalModel:
     def _evaluate(self, output: Output, batch: Tokens, options: PassOptions) -> torch.Tensor:
         decoder, device = self._decoder, self._decoder.device
         dropout = None
-        if batch.dropout_words is not None:
+        if batch.rng_key is not None:
             rows = torch.arange(batch.input_ids.shape[0], dtype=torch.int32, device=device)
-            dropout = DropoutKey(torch.tensor(batch.dropout_words, device=device), rows)
+            dropout = DropoutKey(torch.tensor(batch.rng_key, device=device), rows)
         ids, positions, segments, kv_segments = (
             to_device(array, device) for array in (batch.input_ids, batch.positions, batch.segments, batch.kv_segments)
         )

@@ -190,7 +190,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor, run: Run) -> torch.Tensor:
         dropout = None
         if self.dropout and run.dropout is not None:
-            first, second = run.dropout.words.unbind()
+            first, second = run.dropout.rng_key.unbind()
             dropout = Dropout(self._rate, torch.stack([first ^ self._word, second]), run.dropout.rows)
         return self.ops.lora_matmul(
             x, self.base.gather().operand, self.lora_A, self.lora_B, scale=self._scale, bias=self.bias, dropout=dropout
@@ -279,7 +279,7 @@ class LinearGroup:
             return None
         ranks = tuple(rank for rank in layout.ranks if rank)
         length = run.segments.shape[1]
-        return Masks(rate, run.dropout.words, layout.words, ranks, run.dropout.rows, length, first)
+        return Masks(rate, run.dropout.rng_key, layout.words, ranks, run.dropout.rows, length, first)
 
     def backward_input(self, dy: torch.Tensor, dx: torch.Tensor | None, run: Run, first: int = 0) -> None:
         """Forms ``dy·sB`` behind dy's rows and writes dx where it is given.

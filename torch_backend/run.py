@@ -33,9 +33,9 @@ class Cache:
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """The key of one step's masks: words int64 ``[2]``, and the global number of every row, int32 ``[batch]``."""
+    """The key of one step's masks: rng_key int64 ``[2]``, and the global number of every row, int32 ``[batch]``."""
 
-    words: torch.Tensor
+    rng_key: torch.Tensor
     rows: torch.Tensor
 
 

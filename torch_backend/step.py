@@ -10,7 +10,7 @@ import torch
 
 from jaxsloth.backend import OptimizerOptions, StepResult
 from jaxsloth.batch import Batch, StepBatch
-from jaxsloth.kernels.dropout.contract import key_words, step_words
+from jaxsloth.kernels.dropout.contract import module_key, step_key
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from jaxsloth.models.names import EMBEDDING, check_base_is_whole
 from jaxsloth.objectives.objective import Objective, RowObjective
@@ -76,7 +76,7 @@ class Step:
         """Adds up the gradients of this process' rows: (micro-batch, what the objective makes of it, good until the next)."""
         model = self._model
         self._optimizer.flat.gradient.zero_()
-        words = torch.tensor(step_words(seed, step), device=factor.device) if self._drops else None
+        rng_key = torch.tensor(step_key(seed, step), device=factor.device) if self._drops else None
         mine = devices.share(step_batch.input_ids.shape[1])
         if self._program is not None:
             self._program.begin((mine.stop - mine.start) * step_batch.input_ids.shape[2])
@@ -86,16 +86,16 @@ class Step:
             if self._objective.noise:
                 tensors["noise"] = self._noise(batch, seed, step)
             if self._program is not None:
-                inputs = tensors if words is None else tensors | {"dropout_words": words}
+                inputs = tensors if rng_key is None else tensors | {"rng_key": rng_key}
                 yield micro, self._program.add_gradients(batch, self._objective, inputs)
             else:
-                yield micro, autograd_pass.add_gradients(model.decoder, batch, self._objective, words, tensors)
+                yield micro, autograd_pass.add_gradients(model.decoder, batch, self._objective, rng_key, tensors)
 
     def _noise(self, batch: Batch, seed: int, step: int) -> torch.Tensor:
         """The noise on the embeddings."""
         device = self._model.decoder.device
         rows, segments = to_device(batch.rows, device), to_device(batch.segments, device)
-        key = torch.tensor(key_words(seed, step, EMBEDDING), device=device)
+        key = torch.tensor(module_key(seed, step, EMBEDDING), device=device)
         return embedding_noise(key, rows, segments, self._model.spec.hidden, alpha=self._objective.noise)
 
     def _update(self, learning_rate: float, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool, OnHost]:

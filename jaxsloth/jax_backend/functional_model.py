@@ -150,7 +150,7 @@ class FunctionalModel:
             "positions": batch.positions,
             "rows": np.arange(batch.input_ids.shape[0], dtype=np.int32),
             "targets": batch.targets if output == "loss" else None,
-            "words": None if batch.dropout_words is None else np.array(batch.dropout_words, np.uint32),
+            "rng_key": None if batch.rng_key is None else np.array(batch.rng_key, np.uint32),
             "first": np.int32(options.first),
             "documents": documents,
         }
@@ -203,7 +203,7 @@ def _evaluate(
     plan: ProgramPlan,
 ) -> Any:
     decoder = nnx.merge(structure, trained, frozen)
-    dropout = None if batch["words"] is None else DropoutKey(batch["words"], batch["rows"])
+    dropout = None if batch["rng_key"] is None else DropoutKey(batch["rng_key"], batch["rows"])
     more = {"kv_segments": batch["kv_segments"], "dropout": dropout, "documents": documents_from(batch["documents"])}
     run = decoder.run(batch["positions"], batch["segments"], ropes, frequencies, **more)
     ids = batch["input_ids"]

@@ -242,7 +242,7 @@ class Linear(nnx.Module):
         if not self.dropout or run.dropout is None:
             return None
         word = self.word(run.layer)
-        key = jnp.stack([run.dropout.words[0] ^ word, run.dropout.words[1]])
+        key = jnp.stack([run.dropout.rng_key[0] ^ word, run.dropout.rng_key[1]])
         return Dropout(self.dropout, key, run.dropout.rows)
 
     def _decode(self, matvec: Callable[..., Any], x: Any, bias: Any, layer: Any) -> Any:
@@ -322,7 +322,7 @@ class LinearGroup:
             return None
         words = jnp.stack([one.word(run.layer) for one in adapted])
         ranks, length = tuple(one.rank for one in adapted), run.segments.shape[1]
-        return Masks(adapted[0].dropout, run.dropout.words, words, ranks, run.dropout.rows, length, first)
+        return Masks(adapted[0].dropout, run.dropout.rng_key, words, ranks, run.dropout.rows, length, first)
 
     def forward(self, x: Any, run: Run, xa: Any = None, first: int = 0) -> tuple[Any, Any, Any]:
         """(y ``[tokens, out]``; ``x·Aᵀ [tokens, pad]``, None without a pad; x with that behind its rows) from x, padded.

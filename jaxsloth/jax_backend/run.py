@@ -11,12 +11,12 @@ import jax
 from jaxsloth.models.spec import Rope
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["words", "rows"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["rng_key", "rows"], meta_fields=[])
 @dataclass(frozen=True)
 class DropoutKey:
-    """The key of a step's dropout masks: words uint32 ``[2]``, rows int32 ``[batch]``, the rows' global numbers."""
+    """The key of a step's dropout masks: rng_key uint32 ``[2]``, rows int32 ``[batch]``, the rows' global numbers."""
 
-    words: Any
+    rng_key: Any
     rows: Any
 
 

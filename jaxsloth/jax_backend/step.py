@@ -19,7 +19,7 @@ from jaxsloth.jax_backend.optimizer_8bit import make_optimizer
 from jaxsloth.jax_backend.plan import ProgramPlan, documents_from, make_plan
 from jaxsloth.jax_backend.run import DropoutKey
 from jaxsloth.jax_backend.state import ModelState
-from jaxsloth.kernels.dropout.contract import module_word, step_words
+from jaxsloth.kernels.dropout.contract import module_word, step_key
 from jaxsloth.kernels.embedding_noise.xla_ops import embedding_noise
 from jaxsloth.models.names import EMBEDDING, check_base_is_whole, trainable_shapes
 from jaxsloth.objectives.causal_lm import CausalLoss
@@ -32,16 +32,16 @@ def summed_loss(
     frozen: Any,
     frequencies: Any,
     batch: Any,
-    words: Any,
+    rng_key: Any,
     plan: ProgramPlan,
     objective: Objective,
 ) -> Any:
     """The cross-entropy summed over a batch's targets.
 
     frequencies: (rotary settings, their frequencies). batch: (input_ids, targets, segments, positions, rows, and the arrays of
-    its documents where it is packed). words: the step's key.
+    its documents where it is packed). rng_key: the step's key.
     """
-    return _loss(structure, trained, frozen, frequencies, batch, words, plan, False, objective)
+    return _loss(structure, trained, frozen, frequencies, batch, rng_key, plan, False, objective)
 
 
 def row_losses(
@@ -50,12 +50,12 @@ def row_losses(
     frozen: Any,
     frequencies: Any,
     batch: Any,
-    words: Any,
+    rng_key: Any,
     plan: ProgramPlan,
     objective: Objective,
 ) -> Any:
     """The same, summed by row: float32 ``[rows]``."""
-    return _loss(structure, trained, frozen, frequencies, batch, words, plan, True, objective).sum(axis=1)
+    return _loss(structure, trained, frozen, frequencies, batch, rng_key, plan, True, objective).sum(axis=1)
 
 
 def _loss(
@@ -64,7 +64,7 @@ def _loss(
     frozen: Any,
     frequencies: Any,
     batch: Any,
-    words: Any,
+    rng_key: Any,
     plan: ProgramPlan,
     per_token: bool,
     objective: Objective,
@@ -73,9 +73,9 @@ def _loss(
     decoder = nnx.merge(structure, trained, frozen)
     added, alpha = None, objective.noise
     if alpha:
-        key = jnp.stack([words[0] ^ jnp.uint32(module_word(EMBEDDING)), words[1]])
+        key = jnp.stack([rng_key[0] ^ jnp.uint32(module_word(EMBEDDING)), rng_key[1]])
         added = embedding_noise(key, rows, segments, decoder.spec.hidden, alpha=alpha)
-    dropout = None if words is None else DropoutKey(words, rows)
+    dropout = None if rng_key is None else DropoutKey(rng_key, rows)
     run = decoder.run(positions, segments, *frequencies, dropout=dropout, documents=documents_from(tuple(documents)))
     return decoder.loss(input_ids, run, targets, plan, added, per_token, objective.smoothing)
 
@@ -96,10 +96,10 @@ class Step:
         self._frozen = self._model.stack(masks) if names else None
 
     def _total(
-        self, trained: Any, frozen: Any, rates: Any, batch: Any, values: Any, words: Any, plan: ProgramPlan
+        self, trained: Any, frozen: Any, rope_frequencies: Any, batch: Any, values: Any, rng_key: Any, plan: ProgramPlan
     ) -> tuple[Any, Any]:
         """(the losses summed over a device's micro-batch, the rows' log-probs where the objective is of them)."""
-        arguments = (self._model.structure, trained, frozen, rates, batch, words, plan, self._objective)
+        arguments = (self._model.structure, trained, frozen, rope_frequencies, batch, rng_key, plan, self._objective)
         if not isinstance(self._objective, RowObjective):
             return summed_loss(*arguments), None
         log_probs = -row_losses(*arguments)
@@ -117,14 +117,14 @@ class Step:
         ropes: Any,
         plan: ProgramPlan,
     ) -> tuple[Any, OptimizerState, tuple[Any, Any, Any, Any, Any]]:
-        def share(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *step_batch: Any) -> Any:
-            rates = (ropes, frequencies)
+        def per_device(trained: Any, frozen: Any, frequencies: Any, scalars: Any, scale: Any, *step_batch: Any) -> Any:
+            rope_frequencies = (ropes, frequencies)
 
             def micro(total: Any, batch: Any) -> tuple[Any, Any]:
                 *batch, values = batch
 
                 def scaled(trained: Any) -> Any:
-                    loss, log_probs = self._total(trained, frozen, rates, batch, values, scalars["words"], plan)
+                    loss, log_probs = self._total(trained, frozen, rope_frequencies, batch, values, scalars["rng_key"], plan)
                     loss = loss / scalars["count"]
                     return loss * scale, (loss, log_probs)
 
@@ -139,7 +139,7 @@ class Step:
                 total, log_probs = jax.lax.scan(micro, zeros, step_batch)
             return devices.sum_over_devices(total), devices.gather_from_devices(log_probs, axis=1)
 
-        run = devices.over_devices(share, replicated=5, sharded_axis=1)
+        run = devices.over_devices(per_device, replicated=5, sharded_axis=1)
         (loss, gradients), log_probs = run(trained, frozen, frequencies, scalars, state.loss_scale, *step_batch)
         trained, state, norm, skipped = self._optimizer.step(trained, state, gradients, scalars["rate"], kept)
         stacked = jnp.stack([loss, norm, skipped.astype(jnp.float32)])
@@ -151,7 +151,7 @@ class Step:
         scalars = {
             "rate": np.float32(learning_rate),
             "count": np.float32(count),
-            "words": np.array(step_words(seed, step), np.uint32),
+            "rng_key": np.array(step_key(seed, step), np.uint32),
         }
         frequencies, ropes = model.frequencies(int(step_batch.positions.max(initial=0)) + 1)
         plan, documents = make_plan(model.checkpointing, model.unrolled, step_batch.targets, step_batch.segments, model.devices)
@@ -220,12 +220,12 @@ def _rows_of_devices(
     plan: ProgramPlan,
     objective: Objective,
 ) -> Any:
-    def share(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
-        rates = (ropes, frequencies)
-        losses = row_losses(structure, trained, frozen, rates, batch, None, plan, objective)
+    def per_device(trained: Any, frozen: Any, frequencies: Any, *batch: Any) -> Any:
+        rope_frequencies = (ropes, frequencies)
+        losses = row_losses(structure, trained, frozen, rope_frequencies, batch, None, plan, objective)
         return devices.gather_from_devices(losses, axis=0)
 
-    return devices.over_devices(share, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
+    return devices.over_devices(per_device, replicated=3, sharded_axis=0)(trained, frozen, frequencies, *batch)
 
 
 class EvalStep:

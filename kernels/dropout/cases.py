@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.dropout.contract import module_key
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,6 @@ CASES: tuple[Case, ...] = (
 def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray | None]:
     """``key`` uint32 ``[2]`` (of `seed`, the case's step and module) and ``rows`` int32 ``[batch]``."""
     return {
-        "key": np.array(key_words(seed, case.step, case.module), np.uint32),
+        "key": np.array(module_key(seed, case.step, case.module), np.uint32),
         "rows": np.array(case.rows, np.int32),
     }

@@ -4,7 +4,7 @@ A decision is 16 bits of Philox-4x32 (Salmon et al. 2011, "Parallel random numbe
 counter, so the two backends, any accumulation layout and any number of devices draw the same mask. Seven rounds, the fewest
 that pass BigCrush in that paper: a round is two wide products and two exclusive ors, and a call makes eight decisions.
 
-``key_words(seed, step, module) -> (k0, k1)`` (here, plain Python ints): the key of one module in one step.
+``module_key(seed, step, module) -> (k0, k1)`` (here, plain Python ints): the key of one module in one step.
 ``keep_mask(key, rows, length, channels, *, rate) -> bool [batch, length, channels]``
     key: two uint32 words ``[2]`` (a traced array on JAX; step changes every call and must not recompile); rows ``[batch]``
     int32: the row's index in the global batch of this step. With ``share = ceil(channels / 8)``, channel c of position p in
@@ -57,14 +57,14 @@ def module_word(module: str) -> int:
     return zlib.crc32(module.encode())
 
 
-def step_words(seed: int, step: int) -> tuple[int, int]:
+def step_key(seed: int, step: int) -> tuple[int, int]:
     """The two words that a step contributes, before a module's are mixed in."""
     return seed & 0xFFFFFFFF, ((seed >> 32) ^ step) & 0xFFFFFFFF
 
 
-def key_words(seed: int, step: int, module: str) -> tuple[int, int]:
+def module_key(seed: int, step: int, module: str) -> tuple[int, int]:
     """The key of `module` in `step`: the step's words, the first XORed with the module's word."""
-    first, second = step_words(seed, step)
+    first, second = step_key(seed, step)
     return first ^ module_word(module), second
 
 

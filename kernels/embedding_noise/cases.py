@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.dropout.contract import module_key
 
 
 @dataclass(frozen=True)
@@ -44,5 +44,5 @@ def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray]:
     for row, lengths in enumerate(case.lengths):
         filled = np.repeat(np.arange(1, len(lengths) + 1), lengths)
         segments[row, : len(filled)] = filled
-    key = np.array(key_words(seed, case.step, "model.embed_tokens"), np.uint32)
+    key = np.array(module_key(seed, case.step, "model.embed_tokens"), np.uint32)
     return {"key": key, "rows": np.array(case.rows, np.int32), "segments": segments}

@@ -1,7 +1,7 @@
 """NEFTune (Jain et al. 2023, arXiv:2310.05914): uniform noise on the embeddings of a training step.
 
 ``embedding_noise(key, rows, segments, channels, *, alpha) -> float32 [batch, length, channels]``
-    key: two uint32 words ``[2]`` (`dropout.contract.key_words`; traced on JAX, so that a step needs no other program); rows
+    key: two uint32 words ``[2]`` (`dropout.contract.module_key`; traced on JAX, so that a step needs no other program); rows
     ``[batch]`` int32: each row's index in the global batch of its step; segments ``[batch, length]`` int32, which count the
     documents of a row from 1, 0 being padding. Position p and channel c of row b get ``alpha / sqrt(L·channels) · u``: L is the
     number of tokens of the document that p is of, and u in [-1, 1) is ``word / 2**23 - 1``, word being the upper 24 bits of the

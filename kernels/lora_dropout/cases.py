@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxsloth.kernels.dropout.contract import module_word, step_words
+from jaxsloth.kernels.dropout.contract import module_word, step_key
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray]:
         "x": normal(case.tokens, case.in_),
         "a": normal(rank, case.in_, std=case.in_**-0.5),
         "dy": normal(case.tokens, rank),
-        "key": np.array(step_words(seed, case.step), np.uint32),
+        "key": np.array(step_key(seed, case.step), np.uint32),
         "modules": np.array(case.words, np.uint32),
         "rows": np.array(case.rows, np.int32),
     }

@@ -32,7 +32,7 @@ from jaxsloth.kernels.tolerance import Tolerance
 class Masks:
     """The dropout of the adapted modules of a group on tokens ``first …`` of a flat batch ``[len(rows) · length]``.
 
-    key: the step's two words (`step_words`), and modules ``[n]``: the modules' words (`module_word`): uint32 on JAX, int64 on
+    key: the step's two words (`step_key`), and modules ``[n]``: the modules' words (`module_word`): uint32 on JAX, int64 on
     torch, on the device both. ranks: theirs. rows: int32 ``[batch]``, each row's index in the global batch of the step.
     """
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.dropout.contract import module_key
 from jaxsloth.kernels.nf4.contract import BLOCK
 
 
@@ -74,6 +74,6 @@ def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray | None]:
         "lora_b": normal(case.out, case.rank, std=0.3 * case.rank**-0.5) if has_adapter else None,
         "bias": normal(case.out) if case.bias else None,
         "dy": normal(*case.lead, case.out),
-        "key": np.array(key_words(seed, 3, "model.layers.0.self_attn.q_proj"), np.uint32) if case.dropout else None,
+        "key": np.array(module_key(seed, 3, "model.layers.0.self_attn.q_proj"), np.uint32) if case.dropout else None,
         "rows": np.arange(case.lead[0], dtype=np.int32) * 3 + 1 if case.dropout else None,
     }

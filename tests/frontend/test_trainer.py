@@ -25,7 +25,7 @@ from jaxsloth.data.errors import DataError
 from jaxsloth.frontend import arguments, sft_config
 from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.optimizer_view import go_on_from, scheduler_of
-from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.dropout.contract import module_key
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
 from tests.support.modules import BACKENDS, TRAINING, their_base
 from tests.support.native import logged, native_model, under_their_peft
@@ -142,7 +142,7 @@ def judged_with_noise(checkpoint: str, folder: Path) -> list[dict[str, float]]:
     def uniform_(tensor, low, high):
         batch, length, channels = tensor.shape
         assert low == -high
-        words = torch.tensor(key_words(SETTINGS["seed"], next(drawn), "model.embed_tokens"))
+        words = torch.tensor(module_key(SETTINGS["seed"], next(drawn), "model.embed_tokens"))
         unit = math.sqrt(length * channels)  # an alpha whose noise is in [-1, 1)
         noise = embedding_noise(words, torch.arange(batch), torch.ones(batch, length).int(), channels, alpha=unit)
         return tensor.copy_(high * noise)

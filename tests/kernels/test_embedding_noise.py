@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.dropout.contract import module_key
 from jaxsloth.kernels.embedding_noise import reference, torch_ops, xla_ops
 from jaxsloth.kernels.embedding_noise.cases import CASES, make_inputs
 from jaxsloth.kernels.embedding_noise.contract import RELATIVE
@@ -46,7 +46,7 @@ def test_the_magnitude_is_transformers(noise):
     embedding.weight.data.zero_()
     embedding.neftune_noise_alpha = 5.0
     theirs = neftune_post_forward_hook(embedding, None, embedding(torch.zeros(8, 50, dtype=torch.long))).detach().numpy()
-    ours = noise(key_words(0, 0, "a"), range(8), np.ones((8, 50)), 96)
+    ours = noise(module_key(0, 0, "a"), range(8), np.ones((8, 50)), 96)
     bound = 5.0 / np.sqrt(50 * 96)
     assert np.abs(theirs).max() == pytest.approx(bound, rel=1e-3) and np.abs(ours).max() == pytest.approx(bound, rel=1e-3)
     assert np.abs(ours).max() <= bound * (1 + RELATIVE)
@@ -58,9 +58,9 @@ def test_the_magnitude_is_transformers(noise):
 
 @both
 def test_a_token_has_its_noise_wherever_its_row_is_put(noise):
-    key, segments = key_words(3, 9, "a"), np.array([[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]])
+    key, segments = module_key(3, 9, "a"), np.array([[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]])
     whole = noise(key, [0, 1], segments, 6)
     longer = noise(key, [1, 0], np.pad(segments[::-1], ((0, 0), (0, 4))), 6)
     assert np.array_equal(longer[::-1, :5], whole)
-    for other in (key_words(4, 9, "a"), key_words(3, 10, "a"), key_words(3, 9, "b")):
+    for other in (module_key(4, 9, "a"), module_key(3, 10, "a"), module_key(3, 9, "b")):
         assert not np.isclose(noise(other, [0, 1], segments, 6), whole)[segments > 0].any()

@@ -7,7 +7,7 @@ import torch
 
 from jaxsloth.kernels.attention.contract import ATTENTION, sizes_of
 from jaxsloth.kernels.attention.torch_ops import attention
-from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.dropout.contract import module_key
 from jaxsloth.kernels.gated_activation.torch_ops import gated_activation
 from jaxsloth.kernels.linear_cross_entropy.torch_ops import default_chunk, linear_cross_entropy
 from jaxsloth.kernels.lora_matmul.contract import Dropout
@@ -30,7 +30,7 @@ def test_lora_matmul_refuses():
 
 def test_dropout_of_rate_zero_changes_nothing():
     x, base, a, b = torch.ones(2, 3, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
-    dropout = Dropout(0.0, torch.tensor(key_words(0, 0, "m")), torch.arange(2))
+    dropout = Dropout(0.0, torch.tensor(module_key(0, 0, "m")), torch.arange(2))
     assert torch.equal(lora_matmul(x, base, a, b, dropout=dropout), lora_matmul(x, base, a, b))
 
 

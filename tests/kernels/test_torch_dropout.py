@@ -11,7 +11,7 @@ import torch
 
 from jaxsloth.kernels.dropout import reference, torch_ops
 from jaxsloth.kernels.dropout.cases import CASES, make_inputs
-from jaxsloth.kernels.dropout.contract import kept_scale, key_words, threshold
+from jaxsloth.kernels.dropout.contract import kept_scale, module_key, threshold
 from tests.kernels.torch_checks import to_torch
 
 ONES = 2**32 - 1
@@ -49,7 +49,7 @@ def test_same_bits_as_the_reference(case):
 
 
 def mask(*, seed: int = 0, step: int = 0, module: str = "a", rate: float = 0.1, first: int = 0) -> torch.Tensor:
-    key = torch.tensor(key_words(seed, step, module))
+    key = torch.tensor(module_key(seed, step, module))
     return torch_ops.keep_mask(key, torch.arange(first, first + 8), 64, 512, rate=rate)
 
 
@@ -85,7 +85,7 @@ def test_eight_decisions_of_a_call_take_all_values_equally_often():
 
 
 def test_a_row_has_its_mask_wherever_it_stands():
-    key = torch.tensor(key_words(0, 0, "a"))
+    key = torch.tensor(module_key(0, 0, "a"))
     whole = torch_ops.keep_mask(key, torch.arange(6), 5, 16, rate=0.5)
     torch.testing.assert_close(torch_ops.keep_mask(key, torch.tensor([4, 1]), 5, 16, rate=0.5), whole[[4, 1]])
 

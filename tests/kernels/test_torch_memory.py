@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jaxsloth.kernels.dropout.contract import key_words
+from jaxsloth.kernels.dropout.contract import module_key
 from jaxsloth.kernels.gated_activation.torch_ops import gated_activation
 from jaxsloth.kernels.linear_cross_entropy import torch_ops as loss_torch
 from jaxsloth.kernels.lora_matmul import torch_ops as lora_torch
@@ -94,7 +94,7 @@ def test_a_frozen_layer_keeps_nothing_of_x():
 
 def test_a_dropout_mask_is_drawn_again():
     x, a, b = normal(2, 3, IN, grad=True), normal(RANK, IN, grad=True), normal(OUT, RANK, grad=True)
-    dropout = Dropout(0.5, torch.tensor(key_words(0, 0, "m")), torch.arange(2))
+    dropout = Dropout(0.5, torch.tensor(module_key(0, 0, "m")), torch.arange(2))
     _, kept = saved_by(lambda: lora_torch.lora_matmul(x, normal(OUT, IN), a, b, dropout=dropout))
     assert sorted(shape for _, shape in kept) == sorted([(2, 3, IN), (RANK, IN), (OUT, RANK)])
 

@@ -22,7 +22,7 @@ from jaxsloth.jax_backend.linear import TRAINED
 from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.plan import Checkpointing, ProgramPlan, make_plan
 from jaxsloth.jax_backend.step import summed_loss
-from jaxsloth.kernels.dropout.contract import step_words
+from jaxsloth.kernels.dropout.contract import step_key
 from jaxsloth.kernels.registry import RefusedError, Target
 from jaxsloth.models.memory import FILLED
 from jaxsloth.objectives.causal_lm import CausalLoss
@@ -47,7 +47,7 @@ def masked_gradients(model, batch: Batch) -> tuple[float, dict[str, np.ndarray]]
     frequencies, ropes = model.frequencies(64)
     plan, _ = make_plan(model.checkpointing, model.unrolled, batch.targets[None], batch.segments[None], 1)
     arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
-    words = jnp.array(step_words(3, 5), jnp.uint32)
+    words = jnp.array(step_key(3, 5), jnp.uint32)
 
     def loss(trained):
         return summed_loss(model.structure, trained, model.frozen, (ropes, frequencies), arrays, words, plan, CausalLoss())
@@ -349,7 +349,7 @@ def test_the_pass_lowers_for_cuda(monkeypatch, variant, lora, kernels):
 
     def gradients(trained, frozen):
         def loss(trained):
-            words = jnp.array(step_words(3, 5), jnp.uint32)
+            words = jnp.array(step_key(3, 5), jnp.uint32)
             return summed_loss(model.structure, trained, frozen, (ropes, frequencies), arrays, words, plan, CausalLoss())
 
         return jax.grad(loss)(trained)

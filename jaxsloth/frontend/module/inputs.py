@@ -121,14 +121,14 @@ def make_tokens(
         whole[:, : shape[1]] = array
         return whole
 
-    words = tuple(torch.randint(0, 2**32, (2,)).tolist()) if drops else None
+    rng_key = tuple(torch.randint(0, 2**32, (2,)).tolist()) if drops else None
     return Tokens(
         padded(ids),
         None if labels is None else padded(labels, IGNORE),
         padded(segments),
         padded(kv_segments),
         padded(positions),
-        words,  # type: ignore[arg-type]
+        rng_key,  # type: ignore[arg-type]
     )
 
 
