@@ -79,7 +79,7 @@ class Decoder(nnx.Module):
     def written_hidden(self, input_ids: Any, run: Run, plan: ProgramPlan, noise: Any = None) -> Any:
         """Final hidden states ``[tokens, hidden]``, normed, through the written pass that `plan` describes."""
         x = self.model.embed_tokens.forward(input_ids.reshape(-1), noise)
-        run = replace(run, unpacked=plan.plain, stream_pad=self.stream_pad())
+        run = replace(run, unpacked=plan.unpacked, stream_pad=self.stream_pad())
         trains = isinstance(self.model.embed_tokens.weight, Trained)
         x = written_pass.stream(self.model.layers, x, run, self._count, plan.kept.mode, plan.unrolled, trains)
         return self.model.norm.forward(x)
@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
             hidden = self.written_hidden(input_ids, run, plan, noise)
         else:
             hidden = self.hidden(input_ids, run, noise=noise, mode=plan.kept.mode)[0].reshape(-1, self.spec.hidden)
-        return self.head().loss(hidden, targets, plan.chosen, per_token, label_smoothing)
+        return self.head().loss(hidden, targets, plan.max_targets, per_token, label_smoothing)
 
     def empty_caches(self, batch: int, capacity: int) -> tuple[Cache, ...]:
         """One stack of caches a place in the period, ``[layers, batch, capacity, kv_heads, head_dim]``."""

@@ -170,7 +170,7 @@ class FunctionalModel:
         if kept.mode == "offload" and output != "loss":
             kept = replace(kept, mode="full")  # what one program leaves to another lies on the device
         if rows is None or not kept.written:
-            return ProgramPlan(replace(kept, written=False), tokens, plain=False), (), None
+            return ProgramPlan(replace(kept, written=False), tokens, unpacked=False), (), None
         plan, documents = make_plan(lambda _: kept, self._model.unrolled, rows.targets[None], rows.segments[None], 1)
         return plan, tuple(array[0] for array in documents), rows
 

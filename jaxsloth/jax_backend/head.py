@@ -43,11 +43,11 @@ class Head:
         hidden ``[tokens, hidden]``; most: there are no more targets than this many, which selects them before the product.
         """
         shape, targets, tokens = targets.shape, targets.reshape(-1), hidden.shape[0]
-        chosen = None
+        target_positions = None
         if most < tokens:
-            chosen = jnp.nonzero(targets != IGNORE, size=most, fill_value=tokens)[0]
-            hidden = hidden.at[chosen].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
-            targets = targets.at[chosen].get(mode="fill", fill_value=IGNORE)
+            target_positions = jnp.nonzero(targets != IGNORE, size=most, fill_value=tokens)[0]
+            hidden = hidden.at[target_positions].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+            targets = targets.at[target_positions].get(mode="fill", fill_value=IGNORE)
         loss = self.ops.linear_cross_entropy(
             hidden,
             self.weight,
@@ -57,6 +57,6 @@ class Head:
             label_smoothing=label_smoothing,
             train_weight=self.trains,
         )
-        if not per_token:
-            return loss
-        return (loss if chosen is None else jnp.zeros(tokens).at[chosen].set(loss, mode="drop")).reshape(shape)
+        if per_token and target_positions is not None:
+            loss = jnp.zeros(tokens).at[target_positions].set(loss, mode="drop")
+        return loss.reshape(shape) if per_token else loss

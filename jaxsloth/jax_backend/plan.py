@@ -25,13 +25,13 @@ class Checkpointing:
 class ProgramPlan:
     """A static argument of the programs.
 
-    chosen: the most targets that a device's micro-batch may have. plain: every row is one document, perhaps with padding behind
-    it. unrolled: the layers are.
+    max_targets: of a device's micro-batch. unpacked: every row is one document, perhaps with padding behind it. unrolled: the
+    layers are.
     """
 
     kept: Checkpointing
-    chosen: int
-    plain: bool
+    max_targets: int
+    unpacked: bool
     unrolled: bool = False
 
 
@@ -56,19 +56,19 @@ def make_plan(
     loop = unrolled(kept.mode)
     unit = max(tokens // 4, 16)
     most = int((split != IGNORE).sum(axis=-1).max(initial=1))
-    chosen = min(-(-max(most, 1) // unit) * unit, tokens) if kept.written else tokens
+    max_targets = min(-(-max(most, 1) // unit) * unit, tokens) if kept.written else tokens
     found = [documents_of(share) for share in segments.reshape(shares)]
     if not kept.written or all(documents is None for documents in found):
-        return ProgramPlan(kept, chosen, kept.written, loop), ()
+        return ProgramPlan(kept, max_targets, kept.written, loop), ()
     packed = [documents or whole_rows(share) for documents, share in zip(found, segments.reshape(shares), strict=True)]
     count, longest = (max(documents.tokens.shape[axis] for documents in packed) for axis in (0, 1))
     same = [pad_documents(documents, count, longest, tokens) for documents in packed]
 
-    def together(field: str) -> np.ndarray:
+    def stacked(field: str) -> np.ndarray:
         parts = np.stack([getattr(documents, field) for documents in same])
         return parts.reshape(micros, devices * parts.shape[1], *parts.shape[2:])
 
-    return ProgramPlan(kept, chosen, False, loop), (together("tokens"), together("lengths"), together("rows"))
+    return ProgramPlan(kept, max_targets, False, loop), (stacked("tokens"), stacked("lengths"), stacked("rows"))
 
 
 def whole_rows(segments: np.ndarray) -> Documents:

@@ -344,7 +344,7 @@ def test_the_pass_lowers_for_cuda(monkeypatch, variant, lora, kernels):
     model.add_adapters(spec, values)
     batch = first_batch(stream(examples(4, VOCAB)))
     frequencies, ropes = model.frequencies(64)
-    plan = ProgramPlan(Checkpointing(True, "selective"), 64, plain=True)
+    plan = ProgramPlan(Checkpointing(True, "selective"), 64, unpacked=True)
     arrays = tuple(map(jnp.asarray, (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows)))
 
     def gradients(trained, frozen):
