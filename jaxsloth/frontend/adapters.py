@@ -38,7 +38,7 @@ def push_for_inference(base: Any) -> None:
     shapes = {(adapter.a.shape[0], adapter.scaling) for adapter in adapters.values()}
     held = model.spec.lora
     fits = held is not None and set(adapters) <= set(held.modules) and shapes <= {(held.r, held.scale)}
-    if held is not None and fits and set(active.whole) <= {own_name(name) for name in trainable_shapes(model.spec)}:
+    if held is not None and fits and set(active.full_weights) <= {own_name(name) for name in trainable_shapes(model.spec)}:
         if base.shared is not None:
             base.shared.lend(rebuilds=False)
         model.load_trainable(_values(base, model.spec, active))
@@ -121,7 +121,7 @@ def parts_by_name(active: Active, names: Iterable[str]) -> dict[str, nn.Paramete
     found: dict[str, nn.Parameter] = {}
     for module, adapter in active.adapters.items():
         found |= dict(zip(lora_names(module), (adapter.a, adapter.b), strict=True))
-    return found | {peft_names.get(tensor, tensor): parameter for tensor, parameter in active.whole.items()}
+    return found | {peft_names.get(tensor, tensor): parameter for tensor, parameter in active.full_weights.items()}
 
 
 def _ordered(spec: ModelSpec, modules: set[str]) -> tuple[str, ...]:
@@ -129,12 +129,12 @@ def _ordered(spec: ModelSpec, modules: set[str]) -> tuple[str, ...]:
 
 
 def _saved(active: Active) -> tuple[str, ...]:
-    return tuple(tensor.removesuffix(".weight") for tensor in active.whole if tensor.endswith(".weight"))
+    return tuple(tensor.removesuffix(".weight") for tensor in active.full_weights if tensor.endswith(".weight"))
 
 
 def _biased(active: Active) -> set[str]:
     """The layers whose biases are no longer the base's."""
-    return {tensor.removesuffix(".bias") for tensor in active.whole if tensor.endswith(".bias")}
+    return {tensor.removesuffix(".bias") for tensor in active.full_weights if tensor.endswith(".bias")}
 
 
 def _bias(spec: ModelSpec, active: Active) -> Literal["none", "all", "lora_only"]:
@@ -172,8 +172,8 @@ def _values(base: Any, spec: ModelSpec, active: Active) -> Values:
         found[a_name], found[b_name] = at_rank(a, b, spec.lora.r, 1.0 if same else adapter.scaling / spec.lora.scale)
     for name in trainable_shapes(spec):
         tensor = own_name(name)
-        if tensor in active.whole:
-            found[name] = np.array(active.whole[tensor].detach().float().cpu().numpy())
+        if tensor in active.full_weights:
+            found[name] = np.array(active.full_weights[tensor].detach().float().cpu().numpy())
         elif name not in found:
             found[name] = np.array(model.base_tensor(tensor), np.float32)
     return found

@@ -205,7 +205,7 @@ def test_biases_that_are_not_trained_hold_nothing_and_change_nothing(backend):
     assert len(placeholders) == 28 and all(
         type(p) is PlaceholderBias and p.untyped_storage().nbytes() == 4 for p in placeholders
     )
-    assert not base_of(model).prepare(batch()["input_ids"], None, None).active.whole
+    assert not base_of(model).prepare(batch()["input_ids"], None, None).active.full_weights
     with pytest.raises(RuntimeError, match="can't be written"), torch.no_grad():
         placeholders[0].add_(1.0)
     expected = logits(twin)

@@ -132,7 +132,7 @@ def test_torch_holds_nothing_beside_what_is_trained():
     # The pass reads the weights where they lie.
     prepared = base_of(model).prepare(batch()["input_ids"], None, None)
     weight = model.get_output_embeddings().weight
-    assert weight.data_ptr() in [w.data_ptr() for w in prepared.active.whole.values()]
+    assert weight.data_ptr() in [w.data_ptr() for w in prepared.active.full_weights.values()]
 
 
 @both
@@ -147,7 +147,7 @@ def test_what_is_trained_whole_may_be_written_when_a_pass_has_returned(backend):
         "logits",
         groups,
         prepared.active.adapters,
-        prepared.active.whole,
+        prepared.active.full_weights,
         prepared.tokens,
         prepared.options,
     )

@@ -37,28 +37,33 @@ class Prepared:
         return self._run(output, options)[:, : self.length]
 
     def _run(self, output: Output, options: PassOptions) -> torch.Tensor:
-        adapters, whole = self.active.adapters, dict(self.active.whole)
+        adapters, full_weights = self.active.adapters, dict(self.active.full_weights)
         if output == "hidden":
-            whole.pop(f"{LM_HEAD}.weight", None)
+            full_weights.pop(f"{LM_HEAD}.weight", None)
         groups = self.functional.groups(list(adapters))
-        run: Any = torch.compiler.disable(ModulePass(self.functional, output, groups, adapters, whole, self.tokens, options))
+        run: Any = torch.compiler.disable(
+            ModulePass(self.functional, output, groups, adapters, full_weights, self.tokens, options)
+        )
         return run()
 
 
 @dataclass(frozen=True)
 class ModulePass:
-    """What is computed, with which weights. groups: see `FunctionalModel.groups`; adapters: by layer; whole: by tensor."""
+    """An output and its weights. groups: see `FunctionalModel.groups`; adapters: by layer; full_weights: by tensor."""
 
     functional: FunctionalModel
     output: Output
     groups: Mapping[str, Sequence[str | None]]
     adapters: Mapping[str, PeftAdapter]
-    whole: Mapping[str, nn.Parameter]
+    full_weights: Mapping[str, nn.Parameter]
     tokens: Tokens
     options: PassOptions
 
     def __call__(self) -> torch.Tensor:
-        parameters = [*(part for adapter in self.adapters.values() for part in (adapter.a, adapter.b)), *self.whole.values()]
+        parameters = [
+            *(part for adapter in self.adapters.values() for part in (adapter.a, adapter.b)),
+            *self.full_weights.values(),
+        ]
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return _Differentiable.apply(self, *parameters)  # type: ignore[return-value]
         with torch.no_grad():
@@ -67,9 +72,9 @@ class ModulePass:
 
     def weights(self) -> Weights:
         """Every group's A and scaled B, float32: copies, since an optimizer may write its parameters while JAX still reads.
-        What is trained whole is too large for that and comes as it is."""
+        Fully trained weights are too large for that and come as they are."""
         stacks = {key: (self._stack(members, "a"), self._stack(members, "b")) for key, members in self.groups.items()}
-        return stacks | {name: (own.detach().float().to(self.functional.device),) for name, own in self.whole.items()}
+        return stacks | {name: (own.detach().float().to(self.functional.device),) for name, own in self.full_weights.items()}
 
     def _stack(self, members: Sequence[str | None], part: str) -> torch.Tensor:
         present = {name: getattr(self.adapters[name], part) for name in members if name is not None}
@@ -79,10 +84,10 @@ class ModulePass:
             missing = rank - tensor.shape[axis]
             present[name] = functional.pad(tensor, (0, 0, 0, missing) if part == "a" else (0, missing)) if missing else tensor
         nothing = torch.zeros_like(next(iter(present.values()))) if len(present) < len(members) else None
-        whole = torch.stack([nothing if name is None else present[name] for name in members]).float()  # type: ignore[misc]
+        stacked = torch.stack([nothing if name is None else present[name] for name in members]).float()  # type: ignore[misc]
         if part == "b":
-            whole *= self._scaling(members, whole)
-        return whole.to(self.functional.device)
+            stacked *= self._scaling(members, stacked)
+        return stacked.to(self.functional.device)
 
     def _scaling(self, members: Sequence[str | None], like: torch.Tensor) -> float | torch.Tensor:
         """One number, or ``[n, 1, 1]`` where they differ, which takes a copy to the device."""
@@ -105,7 +110,7 @@ class ModulePass:
                     found[name] = (of_a, of_b) if rank == len(of_a) else (of_a[:rank], of_b[:, :rank])
         ordered = [(found[name], adapter) for name, adapter in self.adapters.items()]
         of_adapters = [g.to(p) for (of_a, of_b), adapter in ordered for g, p in ((of_a, adapter.a), (of_b, adapter.b))]
-        return [*of_adapters, *(to_torch(gradients[name][0]).to(p, copy=True) for name, p in self.whole.items())]
+        return [*of_adapters, *(to_torch(gradients[name][0]).to(p, copy=True) for name, p in self.full_weights.items())]
 
 
 class _Differentiable(torch.autograd.Function):

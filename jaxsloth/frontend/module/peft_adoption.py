@@ -54,14 +54,14 @@ class Active:
     head ``[vocab, hidden]``, a bias ``[out]``) by the tensor's name."""
 
     adapters: Mapping[str, PeftAdapter]
-    whole: Mapping[str, nn.Parameter]
+    full_weights: Mapping[str, nn.Parameter]
 
     def versions(self) -> list[Any]:
         """Other ones after any of it was written in place."""
-        return [*(own.versions() for own in self.adapters.values()), *(own._version for own in self.whole.values())]
+        return [*(own.versions() for own in self.adapters.values()), *(own._version for own in self.full_weights.values())]
 
     def __bool__(self) -> bool:
-        return bool(self.adapters or self.whole)
+        return bool(self.adapters or self.full_weights)
 
 
 def active_parts(root: nn.Module, spec: ModelSpec) -> Active:
@@ -91,7 +91,7 @@ def _found(root: nn.Module, spec: ModelSpec) -> Active:
             "(layer_replication, or a list that was cut or prolonged); load a checkpoint of that depth"
         )
     saved = {f"{name}.weight": _saved(name, find(name)) for name in SAVEABLE}
-    whole = {name: weight for name, weight in saved.items() if weight is not None}
+    full_weights = {name: weight for name, weight in saved.items() if weight is not None}
     found: dict[str, PeftAdapter] = {}
     for linear in linears(spec):
         layer = find(linear.name)
@@ -100,11 +100,11 @@ def _found(root: nn.Module, spec: ModelSpec) -> Active:
         _check_leaf(linear.name, leaf)
         bias: Any = leaf._parameters.get("bias")
         if _is_own(bias):
-            whole[f"{linear.name}.bias"] = bias
+            full_weights[f"{linear.name}.bias"] = bias
         adapter = None if lora is None else _active(linear.name, lora)
         if adapter is not None:
             found[linear.name] = adapter
-    return Active(found, whole)
+    return Active(found, full_weights)
 
 
 def _is_own(bias: nn.Parameter | None) -> bool:
