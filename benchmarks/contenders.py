@@ -79,10 +79,10 @@ def parse_entries(text: str) -> list[Entry]:
     for label in text.split(","):
         name, *settings = label.strip().split(":")
         if name not in CONTENDERS:
-            raise ValueError(f"contender must be one of {list(CONTENDERS)}, not {name!r}")
+            raise ValueError(f"contender must be one of {list(CONTENDERS)}, got {name!r}")
         words = [setting for setting in settings if "=" not in setting]
         if len(words) > 1:
-            raise ValueError(f"{label}: at most one word may say how to checkpoint, and {words} came")
+            raise ValueError(f"{label}: at most one word may say how to checkpoint, got {words}")
         options = dict(setting.split("=", 1) for setting in settings if "=" in setting)
         entries.append(Entry(label.strip(), CONTENDERS[name], words[0] if words else None, options))
     return entries

@@ -57,7 +57,7 @@ def chosen_rows(name: str | None, work: Work, recompute: bool, warmup: int | Non
     if name is None:
         return [Row("step", work, recompute)]
     if name != "all" and name not in ROWS:
-        raise typer.BadParameter(f"--row must be one of {[*ROWS, 'all']}, not {name!r}")
+        raise typer.BadParameter(f"--row must be one of {[*ROWS, 'all']}, got {name!r}")
     picked = list(ROWS.values()) if name == "all" else [ROWS[name]]
     own = {"dtype": work.dtype, "steps": work.steps} | ({} if warmup is None else {"warmup": warmup})
     return [replace(row, work=replace(row.work, **own)) for row in picked]

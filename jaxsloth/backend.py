@@ -290,6 +290,6 @@ def load_backend(name: str) -> Backend:
         BackendUnavailableError: its packages are not installed; the message names the extra that brings them.
     """
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {list(BACKENDS)}, not {name!r}")
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
     require(name, f"backend {name!r}", BackendUnavailableError)
     return import_module(f"jaxsloth.{name}_backend").BACKEND

@@ -19,7 +19,7 @@ def build(folder: Path, work: Work) -> PeftRunner:
     prepare_model_for_kbit_training is left out: it would turn embedding, head and norms into float32, slower and larger.
     """
     if work.checkpointing not in ("true", "false"):
-        raise ValueError(f"hf's checkpointing must be 'true' or 'false', not {work.checkpointing!r}")
+        raise ValueError(f"hf's checkpointing must be 'true' or 'false', got {work.checkpointing!r}")
     limit_memory(work)
     dtype = DTYPES[work.dtype]
     quantization = None

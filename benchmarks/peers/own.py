@@ -82,7 +82,7 @@ def build_options(work: Work) -> BuildOptions:
             raise ValueError(f"BuildOptions has no field {name!r}")
         allowed = get_args(hints[name])
         if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
-            raise ValueError(f"{name} must be one of {list(allowed)}, not {value!r}")
+            raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
     return BuildOptions(dtype=work.dtype, **given)
 
 

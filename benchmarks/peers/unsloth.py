@@ -16,7 +16,7 @@ def build(folder: Path, work: Work) -> PeftRunner:
     """Loads the checkpoint; checkpointing is "unsloth" (layer inputs offloaded), "true" or "false"."""
     words: dict[str, bool | str] = {"unsloth": "unsloth", "true": True, "false": False}
     if work.checkpointing not in words:
-        raise ValueError(f"unsloth's checkpointing must be one of {list(words)}, not {work.checkpointing!r}")
+        raise ValueError(f"unsloth's checkpointing must be one of {list(words)}, got {work.checkpointing!r}")
     limit_memory(work)
     model, _ = FastLanguageModel.from_pretrained(
         str(folder),

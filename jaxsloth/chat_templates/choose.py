@@ -60,11 +60,11 @@ def _resolve(tokenizer: Any, chat_template: Any) -> tuple[str, str | None, str |
     """(Jinja text, the token that ends an answer or None for the EOS, the catalogue's name or None)."""
     if isinstance(chat_template, tuple | list):
         if len(chat_template) < 2 or not isinstance(chat_template[0], str) or "{" not in chat_template[0]:
-            raise DataError(f"a chat template of one's own must be (Jinja text, EOS token), and {chat_template!r} came")
+            raise DataError(f"a chat template of one's own must be (Jinja text, EOS token), got {chat_template!r}")
         stop = chat_template[1]
         return chat_template[0], None if stop == _OWN_EOS else stop, None
     if not isinstance(chat_template, str):
-        raise DataError(f"chat_template must be a name, a Jinja text or a pair, and {chat_template!r} came")
+        raise DataError(f"chat_template must be a name, a Jinja text or a pair, got {chat_template!r}")
     if "{" in chat_template:
         return chat_template, None, None
     name = template_name(chat_template)
@@ -75,7 +75,7 @@ def _renaming(mapping: Mapping[str, str]) -> str:
     """Jinja that gives messages their standard keys and speakers before the template reads them."""
     unknown = [key for key in mapping if key not in STANDARD]
     if unknown:
-        raise DataError(f"mapping renames {', '.join(STANDARD)}, and {', '.join(map(repr, unknown))} came")
+        raise DataError(f"mapping renames {', '.join(STANDARD)}, got {', '.join(map(repr, unknown))}")
     names = STANDARD | dict(mapping)
     if names == STANDARD:
         return ""

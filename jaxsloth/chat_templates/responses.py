@@ -84,7 +84,7 @@ def _parts(tokenizer: Any, instruction: str | None, response: str | None, force_
         logger.info("answers begin after %r and end before %s", parts.response, ", ".join(map(repr, parts.ends)))
     else:
         if not instruction.strip() or not response.strip():
-            raise DataError(f"instruction_part and response_part must hold text, and {instruction!r} and {response!r} came")
+            raise DataError(f"instruction_part and response_part must hold text, got {instruction!r} and {response!r}")
         parts = Parts(response, (instruction,))
     if force_match:
         return parts

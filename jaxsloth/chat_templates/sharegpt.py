@@ -111,7 +111,7 @@ def to_sharegpt(
         raise DataError(f"the data set has the columns {', '.join(have)}, and {', '.join(missing)} is asked for")
     if not 1 <= conversation_extension <= len(dataset):
         raise DataError(
-            f"conversation_extension must be 1 to the number of rows ({len(dataset)}), and {conversation_extension} came"
+            f"conversation_extension must be 1 to the number of rows ({len(dataset)}), got {conversation_extension}"
         )
     pairs = [
         [{"from": "human", "value": ask(row)}, {"from": "gpt", "value": str(row[output_column_name])}]
@@ -143,7 +143,7 @@ def _question(merged_prompt: str, column: str) -> tuple[Callable[[Mapping[str, A
     fields = [[field for _, field, _, _ in Formatter().parse(piece) if field is not None] for piece in pieces]
     needed = [*dict.fromkeys(field for names in fields for field in names)]
     if not needed or "" in needed:
-        raise DataError(f"merged_prompt must name columns in braces, such as {{instruction}}, and {merged_prompt!r} came")
+        raise DataError(f"merged_prompt must name columns in braces, such as {{instruction}}, got {merged_prompt!r}")
 
     def ask(row: Mapping[str, Any]) -> str:
         filled = {field: "" if row[field] is None else row[field] for field in needed}

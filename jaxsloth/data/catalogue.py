@@ -78,7 +78,7 @@ def template_name(name: str) -> str:
         near = difflib.get_close_matches(known, [*TEMPLATES, *_ALIASES], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise DataError(
-            f"a chat template must be a Jinja text or one of {', '.join(TEMPLATES)}, and {name!r} came; {hint}"
+            f"a chat template must be a Jinja text or one of {', '.join(TEMPLATES)}, got {name!r}; {hint}"
             "None takes the tokenizer's own"
         )
     return known

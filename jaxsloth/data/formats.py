@@ -132,7 +132,7 @@ def _settings(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(settings, Mapping) or _RENDERING & set(settings):
         others = ", ".join(sorted(_RENDERING))
         raise DataError(
-            f"chat_template_kwargs must hold the template's own variables by name, not {others}, and {_shown(settings)} came"
+            f"chat_template_kwargs must hold the template's own variables by name, not {others}, got {_shown(settings)}"
         )
     return settings
 
@@ -185,10 +185,10 @@ def _read_text(row: Mapping[str, Any]) -> Text:
 def _read_tokens(row: Mapping[str, Any]) -> Tokens:
     tokens = _integers(row["input_ids"], "input_ids")
     if tokens.size and tokens.min() < 0:
-        raise DataError(f"input_ids must not be negative, and {tokens.min()} came")
+        raise DataError(f"input_ids must not be negative, got {tokens.min()}")
     labels = tokens if row.get("labels") is None else _integers(row["labels"], "labels")
     if labels.shape != tokens.shape:
-        raise DataError(f"labels must be as long as input_ids, and {labels.size} labels came with {tokens.size} input_ids")
+        raise DataError(f"labels must be as long as input_ids, got {labels.size} labels and {tokens.size} input_ids")
     learn = labels != IGNORE
     if np.any(labels[learn] != tokens[learn]):
         raise DataError(f"each label must be {IGNORE} or the input id at its own position (labels are not shifted)")
@@ -211,12 +211,12 @@ def _message(role: str, content: str) -> Message:
 
 def _messages(value: Any, field: str) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{field} must be a list of messages with role and content, and {_shown(value)} came")
+        raise DataError(f"{field} must be a list of messages with role and content, got {_shown(value)}")
     messages = []
     for number, message in enumerate(value):
         place = f"{field}[{number}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"{place} must be a message with role and content, and {_shown(message)} came")
+            raise DataError(f"{place} must be a message with role and content, got {_shown(message)}")
         # Columnar files give every message every key: those without a value are no part of it.
         filled = {key: part for key, part in message.items() if part is not None}
         if not filled.get("tool_calls"):
@@ -245,14 +245,14 @@ def content_text(message: Mapping[str, Any]) -> str:
 
 def _string(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{field} must be text, and {_shown(value)} came")
+        raise DataError(f"{field} must be text, got {_shown(value)}")
     return value
 
 
 def _integers(value: Any, field: str) -> np.ndarray:
     array = np.asarray(value)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise DataError(f"{field} must be a list of integers, and {_shown(value)} came")
+        raise DataError(f"{field} must be a list of integers, got {_shown(value)}")
     if array.size and not -_LARGEST <= array.min() <= array.max() <= _LARGEST:
         worst = max(array.max(), array.min(), key=abs)
         raise DataError(f"{field} must hold token ids, got {worst}, which no vocabulary has")

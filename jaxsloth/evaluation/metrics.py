@@ -29,7 +29,7 @@ def check_metrics(names: Iterable[str]) -> tuple[str, ...]:
     asked = {name.strip() for name in names if name.strip()}
     unknown = sorted(asked - set(METRICS))
     if unknown or not asked:
-        raise EvaluationError(f"metrics must be of {', '.join(METRICS)}, and {', '.join(unknown) or 'none'} came")
+        raise EvaluationError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
     if asked & {"rouge", "bleu"}:
         require("evaluate", "measuring rouge or bleu", EvaluationError)
     return tuple(name for name in METRICS if name in asked)

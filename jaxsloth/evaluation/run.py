@@ -103,14 +103,14 @@ def pairs(columns: Sequence[str]) -> dict[str, str]:
     """``["prompt=question"]`` -> ``{"prompt": "question"}``."""
     wrong = [column for column in columns if not all(column.partition("="))]
     if wrong:
-        raise EvaluationError(f"a column must be given as expected=field, such as prompt=question, and {wrong[0]!r} came")
+        raise EvaluationError(f"a column must be given as expected=field, such as prompt=question, got {wrong[0]!r}")
     return {expected: field for expected, _, field in (column.partition("=") for column in columns)}
 
 
 def dtype_name(dtype: str | None) -> DtypeName | None:
     """The name itself, where it is one."""
     if dtype is not None and dtype not in get_args(DtypeName):
-        raise EvaluationError(f"dtype must be one of {', '.join(get_args(DtypeName))}, and {dtype!r} came")
+        raise EvaluationError(f"dtype must be one of {', '.join(get_args(DtypeName))}, got {dtype!r}")
     return cast(DtypeName | None, dtype)
 
 
@@ -127,7 +127,7 @@ def evaluate(settings: EvaluationSettings, console: Console | None = None) -> Ev
     metrics = check_metrics(settings.metrics)
     if settings.batch_size < 1 or settings.max_new_tokens < 1:
         raise EvaluationError(
-            f"batch_size and max_new_tokens must be at least 1, and {settings.batch_size} and {settings.max_new_tokens} came"
+            f"batch_size and max_new_tokens must be at least 1, got {settings.batch_size} and {settings.max_new_tokens}"
         )
     if settings.json_file is not None and settings.json_file.exists():
         raise ExistsError(f"{settings.json_file} exists already; choose another file, or remove it")

@@ -365,7 +365,7 @@ def ours(model: Any, trainer: str) -> FastModelForCausalLM:
     base = base_of(model)
     if not isinstance(base, FastModelForCausalLM):
         raise TypeError(
-            f"this trainer trains models of FastLanguageModel.from_pretrained, and {type(base).__name__} came; "
+            f"this trainer trains models of FastLanguageModel.from_pretrained, got {type(base).__name__}; "
             f"transformers' own models train with TRL's {trainer}"
         )
     return base
@@ -378,7 +378,7 @@ def check_collator(collator: Any, allowed: Sequence[str], advice: str) -> None:
     name = type(collator).__name__
     if name not in allowed:
         raise ValueError(
-            f"data_collator must be one of {', '.join(allowed)}, and {name} came: batches are made by this trainer. {advice}"
+            f"data_collator must be one of {', '.join(allowed)}, got {name}: batches are made by this trainer. {advice}"
         )
 
 

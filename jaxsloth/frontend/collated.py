@@ -75,7 +75,7 @@ class Collator:
     def _arrays(self, made: Any) -> dict[str, np.ndarray]:
         if not isinstance(made, Mapping) or "input_ids" not in made:
             got = f"one with {', '.join(made)}" if isinstance(made, Mapping) else type(made).__name__
-            raise DataError(f"data_collator must return a dict with input_ids, and {got} came")
+            raise DataError(f"data_collator must return a dict with input_ids, got {got}")
         arrays = {name: np.asarray(made[name]) for name in _FIELDS if made.get(name) is not None}
         strange = [name for name in made if name not in (*_FIELDS, *(_PACKING if "position_ids" in arrays else ()))]
         if strange:
@@ -90,7 +90,7 @@ class Collator:
             arrays["position_ids"] = np.broadcast_to(arrays["position_ids"], shape)
         for name, array in arrays.items():
             if array.shape != shape:
-                raise DataError(f"data_collator must return {name} like input_ids, {list(shape)}, and came {list(array.shape)}")
+                raise DataError(f"data_collator must return {name} like input_ids, {list(shape)}, got {list(array.shape)}")
         labels = arrays.get("labels", np.full(1, IGNORE))
         for name, array in (("input_ids", arrays["input_ids"]), ("labels", labels[labels != IGNORE])):
             if array.size and not 0 <= array.min() <= array.max() < self._vocab:

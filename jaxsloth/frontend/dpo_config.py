@@ -130,8 +130,8 @@ def objective_of(args: Any) -> PreferenceLoss:
     names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     if len(names) != 1 or names[0] not in LOSSES:
         raise ValueError(
-            f"loss_type must be one of {', '.join(LOSSES)}, and {args.loss_type!r} came; others train with TRL's DPOTrainer"
+            f"loss_type must be one of {', '.join(LOSSES)}, got {args.loss_type!r}; others train with TRL's DPOTrainer"
         )
     if args.truncation_mode not in ("keep_start", "keep_end"):
-        raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', and {args.truncation_mode!r} came")
+        raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {args.truncation_mode!r}")
     return PreferenceLoss(names[0], args.beta, args.label_smoothing)

@@ -125,12 +125,12 @@ def _with_prompt(row: Row) -> dict[str, Any]:
     kinds = {type(answer) for answer in answers}
     if kinds not in ({str}, {list}) or not all(answers if kinds == {list} else [True]):
         came = " and ".join(type(answer).__name__ for answer in answers)
-        raise DataError(f"chosen and rejected must both be texts, or both lists of messages, and {came} came")
+        raise DataError(f"chosen and rejected must both be texts, or both lists of messages, got {came}")
     prompt = row.get("prompt")
     if isinstance(prompt, str | list) and type(prompt) in kinds:
         return dict(row)
     if prompt is not None and not (isinstance(prompt, str) and kinds == {list}):
-        raise DataError(f"prompt must be of the kind of its answers (texts, or messages), and {type(prompt).__name__} came")
+        raise DataError(f"prompt must be of the kind of its answers (texts, or messages), got {type(prompt).__name__}")
     chosen, rejected = answers
     start = _first_difference(chosen, rejected)
     return {**row, "prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}

@@ -224,18 +224,18 @@ class FastLanguageModel:
         given = {**others, "use_dora": use_dora, "loftq_config": dict(loftq_config or {})}
         _check(FastLanguageModel.get_peft_model, given, _ADAPT_REFUSED, _ADAPT_UNUSED)
         if hasattr(r, "peft_type"):
-            raise TypeError(f"get_peft_model takes LoRA's settings by name here, and a {type(r).__name__} came; {_BY_PEFT}")
+            raise TypeError(f"get_peft_model takes LoRA's settings by name here, got a {type(r).__name__}; {_BY_PEFT}")
         if hasattr(model, "peft_config"):
             raise ValueError("the model has adapters already; load the base again to begin anew")
         if init_lora_weights not in (True, "gaussian"):
             raise ValueError(
-                f"init_lora_weights must be True or 'gaussian', and {init_lora_weights!r} came: others begin with a B that is "
+                f"init_lora_weights must be True or 'gaussian', got {init_lora_weights!r}: others begin with a B that is "
                 "not zero, or change the base"
             )
         checkpointing = checkpointing_name(use_gradient_checkpointing)
         spec = model.engine.model.spec
         if bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias must be one of none, all, lora_only, and {bias!r} came")
+            raise ValueError(f"bias must be one of none, all, lora_only, got {bias!r}")
         target_modules, whole = _split_targets(target_modules, modules_to_save)
         saved = saved_modules(spec, whole)
         left_out = (*(() if finetune_attention_modules else _ATTENTION), *(() if finetune_mlp_modules else _MLP))
@@ -338,7 +338,7 @@ def _split_targets(targets: str | Sequence[str], saved: Sequence[str] | None) ->
     rest = [target for target in targets if target not in whole]
     if not rest:
         raise ValueError(
-            f"target_modules must name linear layers, which get the adapters, and {list(targets)} came; add some (q_proj, …), "
+            f"target_modules must name linear layers, which get the adapters, got {list(targets)}; add some (q_proj, …), "
             'or take "all-linear"'
         )
     if whole:
@@ -349,7 +349,7 @@ def _split_targets(targets: str | Sequence[str], saved: Sequence[str] | None) ->
 def _of_layers(modules: Sequence[str], layers: int | Sequence[int] | None, pattern: str | Sequence[str] | None) -> list[str]:
     """Those in the numbered blocks; pattern: what the list of blocks is called, "layers" in every model here."""
     if pattern is not None and list([pattern] if isinstance(pattern, str) else pattern) != ["layers"]:
-        raise ValueError(f"layers_pattern must be 'layers', and {pattern!r} came")
+        raise ValueError(f"layers_pattern must be 'layers', got {pattern!r}")
     if layers is None:
         return list(modules)
     chosen = {layers} if isinstance(layers, int) else set(layers)

@@ -76,7 +76,7 @@ def dtype_name(dtype: Any, devices: DeviceInfo) -> DtypeName:
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
     name = name.removeprefix("torch.")
     if name not in get_args(DtypeName):
-        raise ValueError(f"dtype must be one of {list(get_args(DtypeName))} or None, and {dtype!r} came")
+        raise ValueError(f"dtype must be one of {list(get_args(DtypeName))} or None, got {dtype!r}")
     return cast(DtypeName, name)
 
 
@@ -86,7 +86,7 @@ def checkpointing_name(value: Any) -> CheckpointingName:
         return cast(CheckpointingName, value)
     if value not in _CHECKPOINTING:
         allowed = [True, False, "unsloth", *get_args(CheckpointingName)]
-        raise ValueError(f"use_gradient_checkpointing must be one of {allowed}, and {value!r} came")
+        raise ValueError(f"use_gradient_checkpointing must be one of {allowed}, got {value!r}")
     return _CHECKPOINTING[value]
 
 
@@ -111,7 +111,7 @@ def named_device(device_map: Any, backend: str, devices: DeviceInfo) -> int | No
     match = re.fullmatch(r"(cpu|cuda|gpu|tpu)(?::(\d+))?", text)
     if match is None:
         allowed = ", ".join((*_AUTOMATIC_MAPS, "cpu", "cuda", "cuda:N"))
-        raise ValueError(f'device_map must be one of {allowed} or {{"": one of them}}, and {device_map!r} came')
+        raise ValueError(f'device_map must be one of {allowed} or {{"": one of them}}, got {device_map!r}')
     if match[1].replace("gpu", "cuda") != devices.platform:
         raise ValueError(
             f"device_map asks for {text}, and backend {backend!r} runs on {devices.platform} ({devices.name}) here; leave "

@@ -27,7 +27,7 @@ def optimizer_options(args: Any, dtype: str) -> OptimizerOptions:
     """args.optim and its numbers as a backend takes them; ValueError for an optimizer that is not AdamW."""
     name = str(getattr(args.optim, "value", args.optim))
     if name not in OPTIMIZERS:
-        raise ValueError(f"optim must be one of {', '.join(OPTIMIZERS)}, and {name!r} came; others train with TRL's trainer")
+        raise ValueError(f"optim must be one of {', '.join(OPTIMIZERS)}, got {name!r}; others train with TRL's trainer")
     if name.startswith("paged_"):
         warn_once(f"optim={name!r}: nothing is paged, as the states of adapters are small; they stay on the device")
     return OptimizerOptions(

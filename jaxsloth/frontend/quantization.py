@@ -67,7 +67,7 @@ def read_bitsandbytes(config: Any, dtype: Any) -> Asked:
         return Asked(True, bool(asked["bnb_4bit_use_double_quant"]), dtype)
     if wanted not in (None, "auto"):
         raise ValueError(
-            f"{_NAME}: {_COMPUTE} must be dtype=, as layers and products have one dtype here, and {compute} and {wanted} came; "
+            f"{_NAME}: {_COMPUTE} must be dtype=, as layers and products have one dtype here, got {compute} and {wanted}; "
             "leave one of them out"
         )
     return Asked(True, bool(asked["bnb_4bit_use_double_quant"]), compute)
@@ -76,7 +76,7 @@ def read_bitsandbytes(config: Any, dtype: Any) -> Asked:
 def _fields(config: Any) -> dict[str, Any]:
     if type(config).__name__ != _NAME:
         raise TypeError(
-            f"quantization_config must be a {_NAME} (or its fields as a dict), and {type(config).__name__} came: other "
+            f"quantization_config must be a {_NAME} (or its fields as a dict), got {type(config).__name__}: other "
             "quantizations are not here; give load_in_4bit=True"
         )
     return dict(config.to_dict())

@@ -69,7 +69,7 @@ def save_merged(
     """
     _check("save_pretrained_merged", others)
     if save_method not in METHODS:
-        raise ValueError(f"save_method must be one of {', '.join(METHODS)}, and {save_method!r} came")
+        raise ValueError(f"save_method must be one of {', '.join(METHODS)}, got {save_method!r}")
     if folder.is_dir() and not any(folder.iterdir()):
         remove_folder(folder)
     if folder.exists() and not overwrite:

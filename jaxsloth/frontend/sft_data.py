@@ -149,7 +149,7 @@ def _one_by_one(formatting: Formatting, first: Row) -> Callable[[Row], Any]:
 
 def _text(text: Any, tokenizer: Any) -> Encoded:
     if not isinstance(text, str):
-        raise DataError(f"a text must be a string, and {type(text).__name__} came (of the text's field or formatting_func)")
+        raise DataError(f"a text must be a string, got {type(text).__name__} (of the text's field or formatting_func)")
     tokens = tokenize(ended(text, tokenizer), tokenizer)
     return tokens, np.ones(len(tokens), bool)
 

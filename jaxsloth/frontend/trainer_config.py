@@ -193,7 +193,7 @@ class Rules:
         if isinstance(args, kind):
             return args
         if not isinstance(args, TrainingArguments):
-            raise TypeError(f"args must be a {self.name} or transformers' TrainingArguments, and {type(args).__name__} came")
+            raise TypeError(f"args must be a {self.name} or transformers' TrainingArguments, got {type(args).__name__}")
         derived = {"accelerator_config", "do_eval", "label_names", "dataloader_pin_memory"}  # filled in by transformers itself
         given = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in derived}
         foreign = {field.name for field in fields(args) if field.default != given.get(field.name)} - {*self.known, *self.unused}

@@ -59,7 +59,7 @@ def visiting_order(args: Any) -> Callable[..., np.ndarray]:
     """
     strategy = getattr(args, "train_sampling_strategy", "random")
     if strategy not in ("random", "sequential"):
-        raise ValueError(f"train_sampling_strategy must be 'random' or 'sequential', and {strategy!r} came")
+        raise ValueError(f"train_sampling_strategy must be 'random' or 'sequential', got {strategy!r}")
     seed = args.seed if args.data_seed is None else args.data_seed
 
     if strategy == "sequential":

@@ -87,7 +87,7 @@ def check_stored(state: Mapping[str, np.ndarray], *, eight_bit: bool) -> None:
         if value.dtype.name != expected:
             optimizer = "adamw_8bit" if eight_bit else "adamw"
             raise ValueError(
-                f"the optimizer {optimizer} keeps {name} as {expected}, and {value.dtype.name} came; "
+                f"the optimizer {optimizer} keeps {name} as {expected}, got {value.dtype.name}; "
                 "go on with the optimizer that wrote the checkpoint (optimizer.name)"
             )
 

@@ -266,8 +266,8 @@ def matvec(
     outs, nested = [weight.shape[0] for weight in weights], weights[0].nested is not None
     if not 1 <= rows <= MATVEC_ROWS or not 1 <= len(weights) <= WEIGHTS or in_ % BLOCK or x.stride(1) != 1:
         raise ValueError(
-            f"matvec takes 1 to {MATVEC_ROWS} rows of whole blocks of {BLOCK} values and 1 to {WEIGHTS} weights; "
-            f"{tuple(x.shape)} of strides {x.stride()} and {len(weights)} came"
+            f"matvec takes 1 to {MATVEC_ROWS} rows of whole blocks of {BLOCK} values and 1 to {WEIGHTS} weights, got "
+            f"{tuple(x.shape)} of strides {x.stride()} and {len(weights)}"
         )
     if any((weight.nested is not None) != nested or weight.shape[1] != in_ for weight in weights):
         raise ValueError("weights of one matvec must share their input's width, and be nested all or none")

@@ -180,14 +180,14 @@ def matvec(
     """
     rows, in_ = x.shape
     if rows > MATVEC_ROWS or in_ % BLOCK:
-        raise ValueError(f"matvec takes at most {MATVEC_ROWS} rows of whole blocks of {BLOCK} values, and {x.shape} came")
+        raise ValueError(f"matvec takes at most {MATVEC_ROWS} rows of whole blocks of {BLOCK} values, got {x.shape}")
     nested = weights[0].nested is not None
     if any((weight.nested is not None) != nested or weight.shape[1] != in_ for weight in weights):
         raise ValueError("weights of one matvec must share their input's width, and be nested all or none")
     outs, across = [weight.shape[0] for weight in weights], in_ // BLOCK
     tiles = tiles or tiles_for(rows, across, outs)
     if across % (tiles.blocks * tiles.split):
-        raise ValueError(f"a row's {across} blocks must be whole steps of each part, and {tiles} came")
+        raise ValueError(f"a row's {across} blocks must be whole steps of each part, got {tiles}")
     arguments, parts, tile, column = [], [], 0, 0
     for weight in weights:
         (at, table, codes, *levels), _, outer_blocks = _arguments(weight, layer)

@@ -39,7 +39,7 @@ def results(scratch):
 
 
 def test_a_broken_contender_is_reported_and_stops_nobody(results):
-    assert "checkpointing must be 'true' or 'false', not 'broken'" in results["hf:broken"]["error"]
+    assert "checkpointing must be 'true' or 'false', got 'broken'" in results["hf:broken"]["error"]
     for label in LABELS:
         assert "error" not in results[label], results[label]
         assert results[label]["median_s"] > 0

@@ -40,7 +40,7 @@ def test_a_message_without_the_renamed_key_is_refused():
     tokenizer = get_chat_template(byte_tokenizer(), mapping=SHAREGPT)
     with pytest.raises(Exception, match="a message must have the key from, and it has: speaker, text"):
         text(tokenizer, [{"speaker": "human", "text": "Hi"}])
-    with pytest.raises(DataError, match="mapping renames role, content, user, assistant, and 'system' came"):
+    with pytest.raises(DataError, match="mapping renames role, content, user, assistant, got 'system'"):
         get_chat_template(byte_tokenizer(), mapping={"system": "sys"})
 
 

@@ -90,7 +90,7 @@ def test_rows_are_joined_into_longer_conversations():
         ({"output_column_name": "answer"}, "and answer is asked for"),
         ({"merged_prompt": "{instruction}[[ {input}"}, "double brackets of merged_prompt must pair"),
         ({"merged_prompt": "no column"}, "must name columns in braces"),
-        ({"conversation_extension": 8}, "must be 1 to the number of rows \\(7\\), and 8 came"),
+        ({"conversation_extension": 8}, "must be 1 to the number of rows \\(7\\), got 8"),
     ],
 )
 def test_what_can_not_be_merged(settings, message):

@@ -236,5 +236,5 @@ def test_what_a_template_does_not_write_it_refuses(name, smollm2):
 def test_names():
     assert template_name("Qwen2.5") == "qwen-2.5"
     assert template_name("llama-3.2") == "llama-3.1"
-    with pytest.raises(DataError, match=r"one of llama-3, llama-3.1, chatml.*'phi-44' came; did you mean 'phi-4'"):
+    with pytest.raises(DataError, match=r"one of llama-3, llama-3.1, chatml.*got 'phi-44'; did you mean 'phi-4'"):
         template_name("phi-44")

@@ -167,7 +167,7 @@ def test_templates_that_cannot_be_used(tiny):
         ChatTemplate(tiny, rewrites).encode(Conversation(CHAT))
     with pytest.raises(DataError, match=r"no chat template.*'chatml'"):
         ChatTemplate(tiny)
-    with pytest.raises(DataError, match=r"one of llama-3, .*, and 'lama-3' came; did you mean 'llama-3'\?"):
+    with pytest.raises(DataError, match=r"one of llama-3, .*, got 'lama-3'; did you mean 'llama-3'\?"):
         ChatTemplate(tiny, "lama-3")
     with pytest.raises(DataError, match=r"row 1 .*refuses the conversation: no system"):
         refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML

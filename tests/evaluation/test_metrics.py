@@ -63,9 +63,9 @@ def test_sacrebleu_itself():
 
 def test_names(monkeypatch):
     assert check_metrics(["bleu", " loss", "", "loss"]) == ("loss", "bleu")
-    with pytest.raises(EvaluationError, match=r"must be of loss, accuracy, .* and meteor came"):
+    with pytest.raises(EvaluationError, match=r"must be of loss, accuracy, .* got .*meteor"):
         check_metrics(["meteor", "loss"])
-    with pytest.raises(EvaluationError, match="and none came"):
+    with pytest.raises(EvaluationError, match="got none"):
         check_metrics([""])
     monkeypatch.setattr("jaxsloth.extras.find_spec", lambda package: None)
     with pytest.raises(EvaluationError, match=r"needs rouge_score, sacrebleu.*pip install 'jaxsloth\[evaluate\]'"):

@@ -151,7 +151,7 @@ def test_rows_that_do_not_fit(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--column", "prompt"], "expected=field, such as prompt=question, and 'prompt' came"),
+        (["--column", "prompt"], "expected=field, such as prompt=question, got 'prompt'"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--adapter", "nowhere"], "nowhere"),
     ],

@@ -123,8 +123,8 @@ def test_accumulation_and_a_short_last_step(checkpoint, tmp_path):
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "no dict": (lambda rows: [1, 2], "must return a dict with input_ids, and list came"),
-    "no ids": (lambda rows: {"labels": torch.ones(2, 2)}, "with input_ids, and one with labels came"),
+    "no dict": (lambda rows: [1, 2], "must return a dict with input_ids, got list"),
+    "no ids": (lambda rows: {"labels": torch.ones(2, 2)}, "with input_ids, got one with labels"),
     "flat": (lambda rows: {"input_ids": torch.ones(3).long()}, r"input_ids \[batch, length\], and their shape is \[3\]"),
     "other shape": (lambda rows: padded_on_the_left(rows) | {"labels": torch.ones(1, 2).long()}, "labels like input_ids"),
     "other fields": (lambda rows: padded_on_the_left(rows) | {"pixel_values": 1}, "returned pixel_values, which nothing"),

@@ -285,7 +285,7 @@ def test_what_notebooks_give(checkpoint, tmp_path):
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "loss": ({"loss_type": "robust"}, "loss_type must be one of sigmoid, ipo, hinge, and 'robust' came"),
+    "loss": ({"loss_type": "robust"}, "loss_type must be one of sigmoid, ipo, hinge, got 'robust'"),
     "losses": ({"loss_type": ["sigmoid", "sft"]}, "loss_type must be one of sigmoid, ipo, hinge"),
     "smoothing": ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing belongs to the sigmoid loss"),
     "beta": ({"beta": 0.0}, "beta must be positive"),

@@ -128,8 +128,8 @@ def test_bitsandbytes_config_says_whether(checkpoint, backend):
         (four_bits(llm_int8_skip_modules=["q_proj"]), "llm_int8_skip_modules=.*or none"),
         (four_bits(llm_int8_enable_fp32_cpu_offload=True), "no layer is left on the host"),
         (four_bits(llm_int8_has_fp16_weight=True), "there are no 8-bit bases"),
-        (four_bits(bnb_4bit_compute_dtype=torch.float16), "bnb_4bit_compute_dtype must be dtype=.*float16 and bfloat16 came"),
-        (GPTQConfig(bits=4), "must be a BitsAndBytesConfig.*GPTQConfig came"),
+        (four_bits(bnb_4bit_compute_dtype=torch.float16), "bnb_4bit_compute_dtype must be dtype=.*float16 and bfloat16"),
+        (GPTQConfig(bits=4), "must be a BitsAndBytesConfig.*GPTQConfig"),
         ({"quant_method": "gptq", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "quant_method gptq is not here"),
         ({"load_in_4bits": True}, "no field 'load_in_4bits'"),
     ],
@@ -166,5 +166,5 @@ def test_renamed_arguments_of_from_pretrained(checkpoint, former, today, value):
 def test_get_peft_model_with_a_config(checkpoint):
     import peft
 
-    with pytest.raises(TypeError, match=r"LoraConfig came; write peft.get_peft_model\(model"):
+    with pytest.raises(TypeError, match=r"LoraConfig; write peft.get_peft_model\(model"):
         FastLanguageModel.get_peft_model(None, peft.LoraConfig(r=8))  # type: ignore[arg-type]

@@ -154,9 +154,9 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "positions of another length": ({"position_ids": torch.arange(3)[None]}, r"position_ids must be \(1, 2\) like input_ids"),
     "masks by kind": (
         {"attention_mask": {"full_attention": None}},
-        r"attention_mask must be \(1, 2\) like input_ids, not dict",
+        r"attention_mask must be \(1, 2\) like input_ids, got dict",
     ),
-    "a mask of four": ({"attention_mask": torch.ones(1, 1, 2, 2)}, r"like input_ids, not \(1, 1, 2, 2\)"),
+    "a mask of four": ({"attention_mask": torch.ones(1, 1, 2, 2)}, r"like input_ids, got \(1, 1, 2, 2\)"),
     "an ignored label": ({"ignore_index": 0}, "forward got ignore_index"),
 }
 

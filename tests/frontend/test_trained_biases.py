@@ -249,7 +249,7 @@ def test_what_a_native_trainer_cannot_train_says_why(backend, checkpoint, tmp_pa
     def train(model: Any) -> None:
         SFTTrainer(model, args=SFTConfig(str(tmp_path), **SETTINGS | {"max_steps": 1}), train_dataset=ROWS).train()
 
-    with pytest.raises(ValueError, match="bias must be one of none, all, lora_only, and 'some' came"):
+    with pytest.raises(ValueError, match="bias must be one of none, all, lora_only, got 'some'"):
         native_model(checkpoint, backend, bias="some")
     model, _ = native_model(checkpoint, backend, target_modules=TARGETS, bias="lora_only", layers_to_transform=[0])
     expected = logits(moved(model, ".bias", 0.2))

@@ -296,7 +296,7 @@ def test_what_cannot_be_trained_whole_says_why(backend, tmp_path):
         with pytest.raises(ValueError, match=r"is tied .* target linear layers instead"):
             FastLanguageModel.get_peft_model(tied, **settings)
     for targets in ([], ["lm_head", "embed_tokens"]):
-        with pytest.raises(ValueError, match=r"target_modules must name linear layers, .*, and \[.*\] came"):
+        with pytest.raises(ValueError, match=r"target_modules must name linear layers, .*, got \[.*\]"):
             FastLanguageModel.get_peft_model(tied, target_modules=targets)
     with pytest.raises(ValueError, match=r"'lm_head' is tied .* target linear layers instead"):
         adapted(tied, modules_to_save=["lm_head"])

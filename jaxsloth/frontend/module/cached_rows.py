@@ -47,7 +47,7 @@ class CachedRows:
         elif count == 1:
             logits = self._state.step(tokens[:, 0])
         else:
-            raise ValueError(f"rows go on by one token at a time, and {count} came; generate with use_cache=False")
+            raise ValueError(f"rows go on by one token at a time, got {count}; generate with use_cache=False")
         self._length += count
         return torch.tensor(logits, device=input_ids.device)[:, None]
 

@@ -269,7 +269,7 @@ class JaxslothForCausalLM(PreTrainedModel, GenerationMixin):
         active = active_parts(self, self.engine.model.spec)
         rates = {adapter.dropout if adapter.training else 0.0 for adapter in active.adapters.values()} or {0.0}
         if len(rates) > 1:
-            raise ValueError(f"all adapters must have one dropout rate, and these came: {sorted(rates)}")
+            raise ValueError(f"all adapters must have one dropout rate, got {sorted(rates)}")
         rate = rates.pop()
         spec = self.engine.model.spec
         check_length(input_ids.shape[1], spec.max_positions)

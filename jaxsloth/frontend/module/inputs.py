@@ -135,7 +135,7 @@ def make_tokens(
 def _check_shapes(shape: tuple[int, ...], mask: Any, positions: torch.Tensor | None, targets: torch.Tensor | None) -> None:
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != shape):
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be {shape} like input_ids, not {got}")
+        raise ValueError(f"attention_mask must be {shape} like input_ids, got {got}")
     if positions is not None:
         if positions.ndim != 2 or positions.shape[1] != shape[1] or positions.shape[0] not in (1, shape[0]):
             raise ValueError(f"position_ids must be {shape} like input_ids, and they are {tuple(positions.shape)}")
