@@ -197,7 +197,7 @@ class WrittenProgram:
 
     def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
         """As `WrittenPass.add_gradients`; what it returns is only good until the next call. Among the inputs may be
-        "noise", see `DeviceBatch`, and "dropout_words", int64 ``[2]``."""
+        "noise", see `DeviceBatch`, and "rng_key", int64 ``[2]``."""
         assert self._pass is not None
         arrays, key = self._prepared(batch, inputs)
         key = (*key, tuple(inputs), objective)
@@ -265,7 +265,7 @@ class WrittenProgram:
 
     def _prepared(self, batch: Batch, inputs: Tensors) -> tuple[Arrays, tuple[Any, ...]]:
         arrays, key = prepare(batch)
-        if "dropout_words" in inputs:
+        if "rng_key" in inputs:
             arrays["rows"] = batch.rows
         return arrays, key
 
@@ -276,7 +276,7 @@ class WrittenProgram:
     def _on_device(self, tensors: Tensors, key: Any, longest: int) -> DeviceBatch:
         batch, length, document, *_ = key
         layout = Layout(batch, length, tensors["segments"], tensors.get("boundaries"), document)
-        words = tensors.get("dropout_words")
+        rng_key = tensors.get("rng_key")
         return DeviceBatch(
             tensors["input_ids"],
             layout,
@@ -284,7 +284,7 @@ class WrittenProgram:
             tensors["target_positions"],
             tensors["targets"],
             tensors.get("noise"),
-            None if words is None else DropoutKey(words, tensors["rows"]),
+            None if rng_key is None else DropoutKey(rng_key, tensors["rows"]),
         )
 
     @property

@@ -27,7 +27,7 @@ from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch, check_length
 from jaxsloth.data.encode import Example
 from jaxsloth.data.step_batches import FILLER_ROW, StepBatches, eval_batches
-from jaxsloth.frontend.adapters import base_of, show_backend
+from jaxsloth.frontend.adapters import base_of, push_for_inference
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_where_set
 from jaxsloth.frontend.language_model import FastModelForCausalLM
 from jaxsloth.frontend.metrics import asks_for_logits, check_best, predictions, token_metrics
@@ -66,16 +66,16 @@ class BaseTrainer(TrainerSurface):
     eval_dataset show them as dicts.
 
     A trainer says which config it takes (rules, config), which arguments of its own it refuses or names in a warning, those of
-    today's config that notebooks gave to the trainer (taken_over), how many examples make one sample (together), and which
-    metrics its evaluations have without being asked (metrics).
+    today's config that notebooks gave to the trainer (deprecated_args), how many examples make one sample (group_size), and
+    which metrics its evaluations have without being asked (metrics).
     """
 
     rules: ClassVar[Rules]
     config: ClassVar[type[Any]]
     refused: ClassVar[Reasons] = REFUSED
     unused: ClassVar[Reasons] = {}
-    taken_over: ClassVar[tuple[str, ...]] = ()
-    together: ClassVar[int] = 1
+    deprecated_args: ClassVar[tuple[str, ...]] = ()
+    group_size: ClassVar[int] = 1
     metrics: ClassVar[tuple[str, ...]] = ("loss", "num_tokens")
 
     examples: list[Example]
@@ -89,7 +89,7 @@ class BaseTrainer(TrainerSurface):
         self._check(others)
         self.base = ours(model, type(self).__name__)
         self.args = self.rules.accept(args, self.config)
-        given = {name: others[name] for name in self.taken_over if others.get(name) is not None}
+        given = {name: others[name] for name in self.deprecated_args if others.get(name) is not None}
         if given:
             self.args = copy.copy(self.args)  # the user's own may serve another trainer
             for name, value in given.items():
@@ -134,7 +134,7 @@ class BaseTrainer(TrainerSurface):
 
     @classmethod
     def _check(cls, others: Mapping[str, Any]) -> None:
-        known = {*cls.taken_over, *cls.refused, *cls.unused}
+        known = {*cls.deprecated_args, *cls.refused, *cls.unused}
         unknown = {name: value for name, value in others.items() if name not in known}
         fields = {*cls.rules.known, *cls.rules.renamed, *cls.rules.former}
         elsewhere = {name: f"args={cls.rules.name}({name}=…)" for name in fields}
@@ -146,13 +146,15 @@ class BaseTrainer(TrainerSurface):
         """That evaluations will have metric_for_best_model, as far as their metrics are this trainer's own."""
         asked, theirs = self.args.metric_for_best_model, overridden(self, "evaluate") or self.callback_handler.adds_metrics()
         if asked is not None and self._evaluates() and self.compute_metrics is None and not theirs:
-            check_best(asked, self.metrics, self.together == 2, list(self.held_out) if isinstance(self.held_out, dict) else [])
+            check_best(
+                asked, self.metrics, self.group_size == 2, list(self.held_out) if isinstance(self.held_out, dict) else []
+            )
 
     def _evaluates(self) -> bool:
         return str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no" or self.args.eval_on_start
 
     def _encode(self, rows: Rows, name: str, limit: int | None = None) -> list[Example]:
-        """Rows as examples, `together` of them a sample. limit: how many rows are read at most."""
+        """Rows as examples, `group_size` of them a sample. limit: how many rows are read at most."""
         raise NotImplementedError
 
     def _make_step(self, options: OptimizerOptions) -> Step:
@@ -270,7 +272,7 @@ class BaseTrainer(TrainerSurface):
         check_length(longest(self.examples), self.base.engine.model.spec.max_positions)
         return stream(
             self.examples,
-            batch_size=args.per_device_train_batch_size * self._devices.count * self.together,
+            batch_size=args.per_device_train_batch_size * self._devices.count * self.group_size,
             accumulation=args.gradient_accumulation_steps,
             seed=args.seed,
             shuffle=True,
@@ -279,7 +281,7 @@ class BaseTrainer(TrainerSurface):
             pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else PAD,
             devices=self._devices.count,
             order=self._order,
-            together=self.together,
+            group_size=self.group_size,
         )
 
     def evaluate(
@@ -317,25 +319,25 @@ class BaseTrainer(TrainerSurface):
 
     def _measured(self, examples: list[Example], prefix: str, predicts: bool) -> tuple[dict[str, float], EvalPrediction | None]:
         """(the metrics of examples, what compute_metrics was given: None where it does not predict)."""
-        show_backend(self.base)
+        push_for_inference(self.base)
         start = time.perf_counter()
         batches = self._eval_batches(examples, self._eval_rows())
         found = self._evaluate(examples, batches)
-        if asks_for_logits(self.args.metric_for_best_model, pairs=self.together == 2):
-            found |= token_metrics(self.model, batches, pairs=self.together == 2)
+        if asks_for_logits(self.args.metric_for_best_model, pairs=self.group_size == 2):
+            found |= token_metrics(self.model, batches, pairs=self.group_size == 2)
         seen = predictions(self.model, batches, self.preprocess_logits_for_metrics) if predicts else None
         if self.compute_metrics is not None and seen is not None:
             found |= self.compute_metrics(seen)
         metrics = {name if name.startswith(prefix) else f"{prefix}_{name}": value for name, value in found.items()}
         seconds = time.perf_counter() - start
         metrics[f"{prefix}_runtime"] = round(seconds, 4)
-        metrics[f"{prefix}_samples_per_second"] = round(len(examples) / self.together / seconds, 3)
+        metrics[f"{prefix}_samples_per_second"] = round(len(examples) / self.group_size / seconds, 3)
         metrics[f"{prefix}_steps_per_second"] = round(len(batches) / seconds, 3)
         return metrics, seen
 
     def _eval_rows(self) -> int:
         """Of a batch, on all devices."""
-        return self.args.per_device_eval_batch_size * self._devices.count * self.together
+        return self.args.per_device_eval_batch_size * self._devices.count * self.group_size
 
     def get_train_dataloader(self) -> Batches:
         """The batches of the first epoch, as the backend gets them; in DPO rows 2i and 2i + 1 are a pair."""

@@ -13,7 +13,7 @@ from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
 from jaxsloth.data.step_batches import eval_batches
 from jaxsloth.frontend import base_trainer
-from jaxsloth.frontend.adapters import native_adapter, scaled, show_backend
+from jaxsloth.frontend.adapters import native_adapter, push_for_inference, scaled
 from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, check_collator, longest, ours, real_rows
 from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, objective_of
 from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
@@ -43,11 +43,11 @@ class DPOTrainer(BaseTrainer):
     config = DPOConfig
     refused = base_trainer.REFUSED | FORMER_REFUSED
     unused = FORMER_UNUSED
-    taken_over = (
+    deprecated_args = (
         *("beta", "label_smoothing", "loss_type", "max_length", "max_prompt_length", "truncation_mode"),
         *("precompute_ref_log_probs", "dataset_num_proc", "disable_dropout"),
     )
-    together = 2
+    group_size = 2
     metrics = (
         *("loss", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
         *("logps/chosen", "logps/rejected"),
@@ -85,7 +85,7 @@ class DPOTrainer(BaseTrainer):
             )
         self._begin(train_dataset, eval_dataset, callbacks)
         if self.args.precompute_ref_log_probs:
-            show_backend(self.base)
+            push_for_inference(self.base)
             for examples in filter(None, (self.examples, all_of(self.held_out))):
                 self._references.of(examples)
 
@@ -117,7 +117,7 @@ class DPOTrainer(BaseTrainer):
         model, batches = self.base.engine.model, self._reference_batches(examples)
         if self.ref_model is not None:
             reference = ours(self.ref_model, "DPOTrainer")
-            show_backend(reference)
+            push_for_inference(reference)
             return score_rows(reference.engine.model.row_log_probs(), batches)
         if self._starting is None:
             return score_rows(model.row_log_probs(adapters=False), batches)
@@ -132,7 +132,7 @@ class DPOTrainer(BaseTrainer):
     def _reference_batches(self, examples: Sequence[Example]) -> list[Batch]:
         pairs = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         count = self._devices.count
-        return eval_batches(examples, pairs * count * self.together, PAD, longest(examples), count)
+        return eval_batches(examples, pairs * count * self.group_size, PAD, longest(examples), count)
 
     def _encode(self, rows: Rows, name: str, limit: int | None = None) -> list[Example]:
         vocab = self.base.engine.model.spec.embedding.vocab

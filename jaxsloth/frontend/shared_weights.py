@@ -105,7 +105,7 @@ class SharedWeights:
     def _backends(self) -> dict[str, torch.Tensor]:
         """What the backend holds, float32: its own memory where torch sees the device, to be let go of before the next step."""
         base: Any = self._base
-        if base.engine.bridge.device.startswith("cuda") and not torch.cuda.is_available():
+        if base.engine.functional.device.startswith("cuda") and not torch.cuda.is_available():
             return {name: torch.from_numpy(value) for name, value in self._model.trainable().items()}
         stacks: dict[int, torch.Tensor] = {}
         found = {}

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch
 from jaxsloth.data.encode import Example
-from jaxsloth.data.windows import WindowStream
+from jaxsloth.data.step_batches import StepBatches
 from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, real_rows
-from jaxsloth.frontend.collated import CollatedStream, Collator, has_masked, shown
+from jaxsloth.frontend.collated import CollatedBatches, Collator, has_masked, shown
 from jaxsloth.frontend.sft_config import RULES, SFTConfig
 from jaxsloth.frontend.sft_data import encode
 from jaxsloth.frontend.trainer_config import Reasons
@@ -86,8 +86,8 @@ class SFTTrainer(BaseTrainer):
         vocab, multiple = self.base.engine.model.spec.embedding.vocab, self.args.pad_to_multiple_of
         return Collator(collator, vocab, multiple if isinstance(multiple, int) else PAD, self._devices.count)
 
-    def _windows(self, stream: Callable[..., WindowStream] = WindowStream) -> WindowStream:
-        return super()._windows(stream if self._collator is None else partial(CollatedStream, self._collator))
+    def _step_batches(self, stream: Callable[..., StepBatches] = StepBatches) -> StepBatches:
+        return super()._step_batches(stream if self._collator is None else partial(CollatedBatches, self._collator))
 
     def _eval_batches(self, held_out: list[Example], size: int) -> list[Batch]:
         if self._collator is None:

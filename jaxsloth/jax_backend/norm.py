@@ -43,7 +43,7 @@ class RMSNorm(nnx.Module):
             total = x if delta is None else x + delta
             return pad_columns(self.forward(total, layer), pad), total, jnp.zeros(x.shape[0])
         total, normed, rstd = add_norm(
-            x, delta, self.own(layer), eps=self._eps, offset=self._offset, room=pad, interpret=platform() != "cuda"
+            x, delta, self.own(layer), eps=self._eps, offset=self._offset, pad=pad, interpret=platform() != "cuda"
         )
         return normed, total, rstd
 

@@ -166,10 +166,10 @@ def split(heads: Heads, merged: Any, cos: Any, sin: Any, weights: tuple[Any, ...
 
 
 def merge(
-    heads: Heads, room: int, dq: Any, dk: Any, dv: Any, cos: Any, sin: Any, merged: Any = None, weights: tuple[Any, ...] = ()
+    heads: Heads, pad: int, dq: Any, dk: Any, dv: Any, cos: Any, sin: Any, merged: Any = None, weights: tuple[Any, ...] = ()
 ) -> Any:
-    """The gradient of the merged projection, ``[tokens, (q + 2·kv)·dim + room]``, from those of what `split` gave; the last
-    `room` columns hold nothing. merged and weights: with `heads.norm`, as `split` took them."""
-    out = jax.ShapeDtypeStruct((dq.shape[0], sum(heads.widths) + room), dq.dtype)
+    """The gradient of the merged projection, ``[tokens, (q + 2·kv)·dim + pad]``, from those of what `split` gave; the last
+    `pad` columns hold nothing. merged and weights: with `heads.norm`, as `split` took them."""
+    out = jax.ShapeDtypeStruct((dq.shape[0], sum(heads.widths) + pad), dq.dtype)
     normed = () if heads.norm is None else (merged, *weights)
     return _call(_merge_kernel, heads, dq.shape[0], out, "rope_merge", dq, dk, dv, cos, sin, *normed)

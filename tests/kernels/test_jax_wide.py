@@ -11,16 +11,16 @@ import pytest
 
 from jaxsloth.kernels.gated_activation.pallas_kernel import activate_merged, activate_merged_backward
 from jaxsloth.kernels.gated_activation.xla_ops import gated_activation
-from jaxsloth.kernels.lora_matmul.contract import ROOM, room_for
+from jaxsloth.kernels.lora_matmul.contract import PAD, pad_for
 from jaxsloth.kernels.lora_matmul.pallas_kernel import (
     MOST,
-    Group,
+    GroupLayout,
     append_product,
     backward,
     forward,
     gradients,
     low_rank_gradient,
-    margins,
+    pack_adapters,
 )
 from jaxsloth.kernels.nf4 import xla_ops as nf4
 from jaxsloth.kernels.nf4.pallas_kernel import dequantize_rows
@@ -38,9 +38,9 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def poisoned(x: jax.Array, room: int = ROOM) -> jax.Array:
-    """The wide array of x, NaN in the room behind its rows."""
-    return jnp.pad(x, ((0, 0), (0, room)), constant_values=jnp.nan)
+def poisoned(x: jax.Array, pad: int = PAD) -> jax.Array:
+    """The wide array of x, NaN in the pad behind its rows."""
+    return jnp.pad(x, ((0, 0), (0, pad)), constant_values=jnp.nan)
 
 
 def error(got: jax.Array, expected: jax.Array) -> float:
@@ -48,24 +48,24 @@ def error(got: jax.Array, expected: jax.Array) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - wide) / np.linalg.norm(wide))
 
 
-@pytest.mark.parametrize(("rows", "width", "room"), [(1, 64, 64), (37, 192, 64), (33, 1000, 64), (37, 192, 192), (99, 64, 128)])
-def test_append_product(rows, width, room):
-    x, matrix = normal(rows, width), normal(room, width, seed=1)
-    got = append_product(poisoned(x, room), matrix, interpret=True)
+@pytest.mark.parametrize(("rows", "width", "pad"), [(1, 64, 64), (37, 192, 64), (33, 1000, 64), (37, 192, 192), (99, 64, 128)])
+def test_append_product(rows, width, pad):
+    x, matrix = normal(rows, width), normal(pad, width, seed=1)
+    got = append_product(poisoned(x, pad), matrix, interpret=True)
     assert jnp.array_equal(got[:, :width], x)
     assert error(got[:, width:], x @ matrix.T) <= BAR
 
 
-@pytest.mark.parametrize(("rows", "width", "room"), [(1, 64, 64), (70, 200, 64), (70, 200, 192)])
-def test_low_rank_gradient(rows, width, room):
-    x, low = normal(rows, width), normal(rows, 30 + room, seed=1)
-    assert error(low_rank_gradient(x, low, room, interpret=True), x.T @ low[:, 30:]) <= BAR
+@pytest.mark.parametrize(("rows", "width", "pad"), [(1, 64, 64), (70, 200, 64), (70, 200, 192)])
+def test_low_rank_gradient(rows, width, pad):
+    x, low = normal(rows, width), normal(rows, 30 + pad, seed=1)
+    assert error(low_rank_gradient(x, low, pad, interpret=True), x.T @ low[:, 30:]) <= BAR
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_dequantize_rows(nested):
     parts = [nf4.quantize(normal(rows, 128, seed=rows), nested=nested) for rows in (48, 80)]
-    shape, first = (48 + 80 + ROOM, 128 + ROOM), None
+    shape, first = (48 + 80 + PAD, 128 + PAD), None
     first = dequantize_rows(parts[0], jnp.float32, shape, 0, interpret=True)
     both = dequantize_rows(parts[1], jnp.float32, shape, 48, into=first, interpret=True)
     expected = jnp.concatenate([nf4.dequantize(part, jnp.float32) for part in parts])
@@ -76,16 +76,16 @@ def test_dequantize_rows(nested):
 def test_add_norm(offset):
     x, delta, weight = normal(9, 96), normal(9, 96, seed=4), normal(96, seed=1)
     along, dy = normal(9, 96, seed=2), normal(9, 96, seed=3)
-    total, normed, rstd = add_norm(x, delta, weight, eps=1e-5, offset=offset, room=ROOM, interpret=True)
+    total, normed, rstd = add_norm(x, delta, weight, eps=1e-5, offset=offset, pad=PAD, interpret=True)
     assert jnp.array_equal(total, x + delta)
     expected, plain = jax.vjp(lambda x: rms_norm(x, weight, eps=1e-5, offset=offset), x + delta)
     assert error(normed[:, :96], expected) <= BAR
     for got, judge in zip(
-        add_norm(total, None, weight, eps=1e-5, offset=offset, room=ROOM, interpret=True)[1:], (normed, rstd), strict=True
+        add_norm(total, None, weight, eps=1e-5, offset=offset, pad=PAD, interpret=True)[1:], (normed, rstd), strict=True
     ):
         assert jnp.array_equal(got[..., :96], judge[..., :96])
     dx = add_norm_backward(total, weight, rstd, dy, poisoned(along), offset=offset, interpret=True)
-    assert dx.shape == (9, 96 + ROOM)
+    assert dx.shape == (9, 96 + PAD)
     assert error(dx[:, :96], along + plain(dy)[0]) <= BAR
 
 
@@ -109,8 +109,8 @@ def test_split_and_merge(heads, kv_heads, norm):
     expected, plain_pull = jax.vjp(plain, qkv)
     for got, right in zip(split(layout, poisoned(qkv), cos, sin, weights), expected, strict=True):
         assert error(got, right) <= BAR
-    dmerged = merge(layout, ROOM, dq, dk, dv, cos, sin, poisoned(qkv), weights)
-    assert dmerged.shape == (tokens, sum(layout.widths) + ROOM)
+    dmerged = merge(layout, PAD, dq, dk, dv, cos, sin, poisoned(qkv), weights)
+    assert dmerged.shape == (tokens, sum(layout.widths) + PAD)
     assert error(dmerged[:, : sum(layout.widths)], plain_pull(slopes)[0]) <= BAR
 
 
@@ -125,8 +125,8 @@ def test_merged_activation(kind):
     gate, up, dh = normal(5, 1100), normal(5, 1100, seed=1), normal(5, 1100, seed=2)
     merged = jnp.concatenate([gate, up], axis=1)
     expected, plain = jax.vjp(lambda gate, up: gated_activation(gate, up, kind=kind), gate, up)
-    assert error(activate_merged(merged, 1100, kind, ROOM, interpret=True)[:, :1100], expected) <= BAR
-    dmerged, h = activate_merged_backward(merged, dh, kind, ROOM, interpret=True)
+    assert error(activate_merged(merged, 1100, kind, PAD, interpret=True)[:, :1100], expected) <= BAR
+    dmerged, h = activate_merged_backward(merged, dh, kind, PAD, interpret=True)
     assert error(dmerged[:, :2200], jnp.concatenate(plain(dh), axis=1)) <= BAR
     assert error(h, expected) <= BAR
 
@@ -139,17 +139,17 @@ def test_group(quantized):
     bases = tuple(packed[i] if i in quantized else dense[i] for i in range(2))
     weights = [nf4.dequantize(packed[i], jnp.float32) if i in quantized else dense[i] for i in range(2)]
     a, b, x, dy = normal(8, 128, seed=2), normal(48, 8, seed=3), normal(33, 128, seed=4), normal(33, 128, seed=5)
-    group = Group(128, (48, 80), (8, 0), (2.0, 1.0), ROOM, True)
+    group = GroupLayout(128, (48, 80), (8, 0), (2.0, 1.0), PAD, True)
 
     def plain(x, a, b):
         return jnp.concatenate([x @ weights[0].T + 2.0 * (x @ a.T) @ b.T, x @ weights[1].T], axis=1)
 
     expected, pull = jax.vjp(plain, x, a, b)
-    around = margins(group, ((a, b), None), jnp.float32)
-    y, low, wide = forward(group, poisoned(x), bases, around)
+    packed = pack_adapters(group, ((a, b), None), jnp.float32)
+    y, low, wide = forward(group, poisoned(x), bases, packed)
     assert error(y, expected) <= BAR
-    assert jnp.array_equal(forward(group, poisoned(x), bases, around, low=low)[0], y)
-    dx, wide_dy = backward(group, poisoned(dy), bases, around)
+    assert jnp.array_equal(forward(group, poisoned(x), bases, packed, xa=low)[0], y)
+    dx, wide_dy = backward(group, poisoned(dy), bases, packed)
     first, second = gradients(group, wide, low, wide_dy)
     assert second is None and first is not None
     for got, judge in zip((dx, *first), pull(dy), strict=True):
@@ -159,7 +159,7 @@ def test_group(quantized):
 @pytest.mark.parametrize("ranks", [(40, 32), (64, 0), (100, 100)])
 def test_wide_groups(ranks):
     """A product of several tiles, one layer's columns ending inside one of them."""
-    weights, group = normal(128, 128), Group(128, (48, 80), ranks, (2.0, 0.5), room_for(sum(ranks)), True)
+    weights, group = normal(128, 128), GroupLayout(128, (48, 80), ranks, (2.0, 0.5), pad_for(sum(ranks)), True)
     x, dy = normal(33, 128, seed=4), normal(33, 128, seed=5)
     pairs = tuple(
         (normal(rank, 128, seed=rank), normal(out, rank, seed=9)) if rank else None
@@ -171,9 +171,9 @@ def test_wide_groups(ranks):
         return x @ weights.T + jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (0, 128 - sum(p.shape[1] for p in parts))))
 
     expected, pull = jax.vjp(plain, x, pairs)
-    around, bases = margins(group, pairs, jnp.float32), (weights[:48], weights[48:])
-    y, low, wide = forward(group, poisoned(x, group.room), bases, around)
-    dx, wide_dy = backward(group, poisoned(dy, group.room), bases, around)
+    packed, bases = pack_adapters(group, pairs, jnp.float32), (weights[:48], weights[48:])
+    y, low, wide = forward(group, poisoned(x, group.pad), bases, packed)
+    dx, wide_dy = backward(group, poisoned(dy, group.pad), bases, packed)
     found = (y, (dx, gradients(group, wide, low, wide_dy)))
     for got, judge in zip(jax.tree.leaves(found), jax.tree.leaves((expected, pull(dy))), strict=True):
         assert error(got, judge) <= BAR
@@ -184,10 +184,10 @@ def test_a_group_without_adapters_has_no_room(nested):
     weights = normal(128, 128)
     base = weights if nested is None else nf4.quantize(weights, nested=nested)
     whole = weights if nested is None else nf4.dequantize(base, jnp.float32)
-    group, x = Group(128, (128,), (0,), (1.0,), 0, True), normal(33, 128, seed=4)
-    around = margins(group, (None,), jnp.float32)
-    y, low, wide = forward(group, x, (base,), around)
-    dx, wide_dy = backward(group, x, (base,), around)
+    group, x = GroupLayout(128, (128,), (0,), (1.0,), 0, True), normal(33, 128, seed=4)
+    packed = pack_adapters(group, (None,), jnp.float32)
+    y, low, wide = forward(group, x, (base,), packed)
+    dx, wide_dy = backward(group, x, (base,), packed)
     assert low is None and wide is x and wide_dy is x
     assert error(y, x @ whole.T) <= BAR and error(dx, x @ whole) <= BAR
     assert gradients(group, wide, low, wide_dy) == (None,)
@@ -198,15 +198,15 @@ def test_a_group_without_adapters_has_no_room(nested):
 @pytest.mark.parametrize("rows", [64, 8192])  # the columns are shared out among more programs where there are few rows
 def test_groups_lower_for_cuda(rank, dtype, rows):
     weights = nf4.quantize(normal(128, 192), nested=True)
-    group = Group(192, (128,), (rank,), (2.0,), room_for(rank))
+    group = GroupLayout(192, (128,), (rank,), (2.0,), pad_for(rank))
 
     def both(x, dy, a, b):
-        around = margins(group, ((a, b),), dtype)
-        _, low, x = forward(group, x, (weights,), around)
-        dx, dy = backward(group, dy, (weights,), around)
+        packed = pack_adapters(group, ((a, b),), dtype)
+        _, low, x = forward(group, x, (weights,), packed)
+        dx, dy = backward(group, dy, (weights,), packed)
         return dx, gradients(group, x, low, dy)
 
-    x, dy = (jax.ShapeDtypeStruct((rows, width + group.room), dtype) for width in (192, 128))
+    x, dy = (jax.ShapeDtypeStruct((rows, width + group.pad), dtype) for width in (192, 128))
     text = lowered_for_cuda(both, x, dy, normal(rank, 192), normal(128, rank))
     for kernel in ("lora_append", "lora_gradient", "nf4_dequantize_rows"):
         assert kernel in text
@@ -216,9 +216,9 @@ def test_everything_else_lowers_for_cuda():
     half = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
 
     def block(x, delta, weight, dh):
-        total, normed, rstd = add_norm(x, delta, weight, eps=1e-5, offset=0.0, room=ROOM)
-        h = activate_merged(normed[:, :192], 96, "silu", ROOM)
-        dmerged, _ = activate_merged_backward(normed[:, :192], dh, "silu", ROOM)
+        total, normed, rstd = add_norm(x, delta, weight, eps=1e-5, offset=0.0, pad=PAD)
+        h = activate_merged(normed[:, :192], 96, "silu", PAD)
+        dmerged, _ = activate_merged_backward(normed[:, :192], dh, "silu", PAD)
         return h, add_norm_backward(total, weight, rstd, dmerged, normed, offset=0.0)
 
     text = lowered_for_cuda(block, half((64, 192)), half((64, 192)), normal(192), half((64, 96)))
@@ -228,7 +228,7 @@ def test_everything_else_lowers_for_cuda():
     def attention(merged, tables, weight, norm):
         layout, weights = Heads(32, 8, 128, norm=norm), () if norm is None else (weight, weight)
         heads = split(layout, merged, tables, tables, weights)
-        return merge(layout, ROOM, *heads, tables, tables, merged, weights)
+        return merge(layout, PAD, *heads, tables, tables, merged, weights)
 
     for norm in (None, HeadNorm(1e-6, 1.0)):
         text = lowered_for_cuda(partial(attention, norm=norm), half((64, 48 * 128)), normal(64, 64), half((128,)))
