@@ -15,7 +15,7 @@ from jaxsloth.models.spec import Attention
 from jaxsloth.sampling import Sampling, Variant
 from jaxsloth.torch_backend import autograd_pass
 from jaxsloth.torch_backend.decode_pass import KEPT_BYTES, KEPT_SHARE, SLOTS, DecodeProgram
-from jaxsloth.torch_backend.placement import to_device
+from jaxsloth.torch_backend.devices import to_device
 from jaxsloth.torch_backend.run import Cache, Run
 from jaxsloth.torch_backend.sampling import Sampler
 from jaxsloth.torch_backend.state import ModelState

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from jaxsloth.kernels.gumbel.contract import DRAW
-from jaxsloth.kernels.registry import Facts, resolve
+from jaxsloth.kernels.registry import Target, resolve
 from jaxsloth.sampling import ANY, GROUP, NO_CHOICE, NOTHING, TOO_FEW, Sampling, Variant
 
 FLOATS = ("temperature", "dropped", "min_p", "typical_p", "epsilon", "eta", "penalty")
@@ -24,7 +24,7 @@ class Sampler:
 
     def __init__(self, variant: Variant, batch: int, slots: int, vocab: int, device: torch.device) -> None:
         self.variant, self.vocab, self.slots = variant, vocab, slots
-        self._draw = resolve(DRAW, "torch", Facts(device.type))  # type: ignore[arg-type]
+        self._draw = resolve(DRAW, "torch", Target(device.type))  # type: ignore[arg-type]
         self._floats = torch.zeros(len(FLOATS), dtype=torch.float32, device=device)
         self._integers = torch.zeros(len(INTEGERS), dtype=torch.int64, device=device)
         self._numbers: dict[str, Any] = dict(zip(FLOATS, self._floats.unbind(), strict=True))

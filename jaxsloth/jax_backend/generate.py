@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsloth.decoded_rows import DecodedRows
-from jaxsloth.jax_backend import decode_pass, placement, sampling
+from jaxsloth.jax_backend import decode_pass, devices, sampling
 from jaxsloth.jax_backend.cache import Cache
 from jaxsloth.jax_backend.sampling import begin, first
 from jaxsloth.jax_backend.state import ModelState
@@ -77,11 +77,11 @@ class DecodeState(DecodedRows):
     """A batch being decoded."""
 
     def __init__(self, model: ModelState, input_ids: np.ndarray, lengths: np.ndarray, capacity: int) -> None:
-        slots = SLOTS if model.decodes_fused(room=True) and not model.stretches else BUCKET
+        slots = SLOTS if model.decodes_fused(fits_twice=True) and not model.stretches else BUCKET
         super().__init__(input_ids, lengths, capacity, model.spec.embedding.vocab, (BUCKET, slots))
         self._model = model
         # Stacked, or each layer's by itself once a fused burst has begun.
-        self._caches: tuple[Cache, ...] | list[Cache] = placement.replicate(model.decoder().empty_caches(*self._ids.shape))
+        self._caches: tuple[Cache, ...] | list[Cache] = devices.replicate(model.decoder().empty_caches(*self._ids.shape))
         self._logits = self._run(*self._prompt(), 0)
 
     def logits(self) -> np.ndarray:
@@ -121,7 +121,7 @@ class DecodeState(DecodedRows):
     def _splits(self) -> bool:
         """Whether the caches are each layer's by itself, or there is room to make them so: both lie there for a moment."""
         caches = self._caches
-        return isinstance(caches, list) or sum(a.nbytes for a in jax.tree.leaves(caches)) <= placement.free_memory()
+        return isinstance(caches, list) or sum(a.nbytes for a in jax.tree.leaves(caches)) <= devices.free_memory()
 
     def _say(self, inputs: Any, numbers: Any, variant: Variant, count: int) -> Iterator[np.ndarray]:
         """A burst is launched before the one before it is read. The last may go on past `count`: what it writes there is no

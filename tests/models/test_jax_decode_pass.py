@@ -13,7 +13,7 @@ from jaxsloth.jax_backend import attention, decode_pass, devices
 from jaxsloth.jax_backend.cache import Cache
 from jaxsloth.jax_backend.ops import Ops
 from jaxsloth.jax_backend.sampling import begin
-from jaxsloth.kernels.registry import Facts, RefusedError
+from jaxsloth.kernels.registry import RefusedError, Target
 from jaxsloth.models.registry import spec_from_config
 from jaxsloth.models.spec import Rope, RopeScaling
 from jaxsloth.sampling import GREEDY, Sampling
@@ -111,7 +111,7 @@ def test_the_kernels_say_what_the_layers_say(variant, rows):
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_kernels_lower_for_cuda(monkeypatch, rows):
     model = build("jax", quantize(spec_from_config(BIASED), nested=True), "fused", dtype="bfloat16")
-    model._ops = Ops(Facts("cuda", "bfloat16"), {})
+    model._ops = Ops(Target("cuda", "bfloat16"), {})
     model._assemble({})
     monkeypatch.setattr(attention, "platform", lambda: "cuda")
     caches = [Cache(*(jnp.zeros((rows, 64, 2, 16), jnp.bfloat16) for _ in range(2))) for _ in model.spec.layers]

@@ -18,7 +18,18 @@ FRAMEWORKS = TORCH | JAX
 NUMBERS = {"numpy", "ml_dtypes"}
 FREE = None  # may import anything
 BACKEND_MAY = (
-    *("kernels", "models", "objectives", "recipe", "options", "backend", "bridge", "batch", "convert", "device_choice"),
+    *(
+        "kernels",
+        "models",
+        "objectives",
+        "recipe",
+        "options",
+        "backend",
+        "functional_model",
+        "batch",
+        "convert",
+        "device_choice",
+    ),
     *("sampling", "decoded_rows"),
 )
 
@@ -35,8 +46,13 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/objectives/*.py", NUMBERS, ("objectives", "batch"), set()),
     ("jaxsloth/sampling.py", NUMBERS, (), set()),
     ("jaxsloth/decoded_rows.py", NUMBERS, ("sampling",), set()),
-    ("jaxsloth/backend.py", NUMBERS, ("batch", "models", "bridge", "objectives", "options", "extras", "sampling"), set()),
-    ("jaxsloth/bridge.py", NUMBERS, ("options", "batch"), set()),
+    (
+        "jaxsloth/backend.py",
+        NUMBERS,
+        ("batch", "models", "functional_model", "objectives", "options", "extras", "sampling"),
+        set(),
+    ),
+    ("jaxsloth/functional_model.py", NUMBERS, ("options", "batch"), set()),
     ("jaxsloth/device_choice.py", set(), (), set()),
     ("jaxsloth/generation.py", NUMBERS, ("backend", "batch", "foreign", "sampling"), set()),
     ("kernels/registry.py", set(), (), set()),
@@ -136,13 +152,13 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     (
         "jaxsloth/frontend/module/inputs.py",
         NUMBERS | {"torch"},
-        ("frontend.module", "frontend.arguments", "backend", "bridge", "batch", "models"),
+        ("frontend.module", "frontend.arguments", "backend", "functional_model", "batch", "models"),
         set(),
     ),
     (
         "jaxsloth/frontend/module/*.py",
         {"torch", "transformers"},
-        ("frontend.module", "frontend.arguments", "backend", "bridge", "batch", "models", "transforms"),
+        ("frontend.module", "frontend.arguments", "backend", "functional_model", "batch", "models", "transforms"),
         {"peft"},
     ),
     ("jaxsloth/*.py", NUMBERS | {"typer", "rich"}, ("*",), set()),
@@ -306,7 +322,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
 # Those that are functions, or whose classes differ.
 OTHER_ROOMS = {
     *("autograd_pass", "written_pass", "decode_pass", "offload"),
-    *("optimizer", "optimizer_8bit", "step", "generate", "bridge", "devices", "model"),
+    *("optimizer", "optimizer_8bit", "step", "generate", "functional_model", "devices", "model"),
 }
 
 
