@@ -182,7 +182,7 @@ def test_wrong_windows(backend, judge, reference):
     step_batch = step_batch_of(judge.examples, 2)
     odd = step_batch_of(judge.examples[:3], 2)
     for wrong, message in (
-        (compared(replace(step_batch, segments=step_batch.segments * 2), reference), "got a packed step_batch"),
+        (compared(replace(step_batch, segments=step_batch.segments * 2), reference), "got a packed step batch"),
         (compared(odd, reference[:6]), "multiple of 2 rows on 1 device.*got 3"),
         (replace(step_batch, values={REFERENCE: reference}), r"for every row, \(2, 4\), got those of \(8,\)"),
         (step_batch, "got none"),
