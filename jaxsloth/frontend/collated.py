@@ -112,8 +112,8 @@ class CollatedBatches(StepBatches):
         # The last step of an epoch may be short.
         rows, length = made[0].input_ids.shape
         made += [empty_batch((rows,), length)] * (self.accumulation - len(made))
-        whole = {name: np.stack([getattr(batch, name) for batch in made]) for name in FIELDS}
-        return StepBatch(**whole, valid_tokens=int(np.count_nonzero(whole["targets"] != IGNORE)))
+        arrays = (np.stack([getattr(batch, name) for batch in made]) for name in FIELDS)
+        return StepBatch(*arrays, valid_tokens=sum(batch.valid_tokens() for batch in made))
 
 
 def has_masked(examples: Sequence[Example]) -> bool:
