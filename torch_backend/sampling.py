@@ -1,6 +1,7 @@
 """The next token of every row, chosen on the device from its logits; see `jaxsloth.sampling` for what is meant by it.
 
-Everything is read from buffers and written to buffers, so that a CUDA graph can hold it.
+Everything is read from buffers and written to buffers, so that a CUDA graph can hold it; numbers in the place of tensors are
+arguments of kernels (masked_fill), never copies from the host.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Sampler:
         logits = self.processed(logits, slot)
         if self.variant.kind == "greedy":
             best, said = logits.max(dim=1)
-            said = torch.where(best.isnan(), NO_CHOICE, said)
+            said = said.masked_fill(best.isnan(), NO_CHOICE)
         else:
             said = self._drawn(logits, positions)
         token = said.clamp(min=0)
@@ -93,8 +94,8 @@ class Sampler:
         best = scores.amax(dim=1)  # not the last: typical_p may take the likeliest away
         said = place if ids is None else ids.gather(1, place[:, None])[:, 0]
         if few is not None:
-            said = torch.where(few, TOO_FEW, said)
-        return torch.where(best.isfinite(), said, NO_CHOICE)
+            said = said.masked_fill(few, TOO_FEW)
+        return said.masked_fill(~best.isfinite(), NO_CHOICE)
 
     def processed(self, logits: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """What comes before temperature."""
@@ -120,13 +121,13 @@ class Sampler:
             matches = (windows[..., :-1] == self._ids[:, slot + reach + back][:, None]).all(dim=-1)
             matches &= torch.arange(windows.shape[1], device=slot.device) <= slot + reach - n
             last = windows[..., -1]
-            found.append(torch.where(matches & (last >= 0), last, self.vocab))
+            found.append(last.masked_fill(~matches | (last < 0), self.vocab))
         if self.variant.words is not None:
             length = self.variant.words[1]
             tail = self._ids[:, slot + reach + torch.arange(-length, 0, device=slot.device)]
             fronts, ends = self._words[:, :-1], self._words[:, -1]
             matches = ((fronts == tail[:, None]) | (fronts == ANY)).all(dim=-1)
-            found.append(torch.where(matches, ends, self.vocab))
+            found.append(ends.expand_as(matches).masked_fill(~matches, self.vocab))
         return found
 
     def scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -167,7 +168,7 @@ class Sampler:
             probabilities = probabilities * (1.0 - rest)
         reached = probabilities.cumsum(dim=1)
         removed = ((reached if rest is None else reached + rest) <= dropped) & (dropped > 0)
-        removed[:, -1] = False
+        removed[:, -1].fill_(False)
         return scores.masked_fill(removed, NEGATIVE)
 
     def _rare(self, scores: torch.Tensor) -> torch.Tensor:

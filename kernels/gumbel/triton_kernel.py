@@ -54,7 +54,8 @@ def _draw_kernel(
     noise = -tl.log(tl.where(v < _BELOW, series, -tl.log(1.0 - v)))
     value, best = tl.max(score + noise, axis=0, return_indices=True)
     tl.store(values + row * programs + program, value)
-    tl.store(places + row * programs + program, program * BLOCK + best)
+    # Where nothing is larger than anything (NaN), `best` may lie behind the end.
+    tl.store(places + row * programs + program, tl.minimum(program * BLOCK + best, n - 1))
 
 
 @torch.no_grad()
