@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,47 +59,6 @@ def runs_written(decoder: Decoder, spec: ModelSpec, options: BuildOptions) -> bo
     return choose_written("train_pass", "torch", requested, reason, decoder.device.type)
 
 
-class _Once:
-    """A backward, which can be called once."""
-
-    def __init__(self, backward: Callable[[torch.Tensor], None]) -> None:
-        self._backward, self.done = backward, False
-
-    def __call__(self, dhidden: torch.Tensor) -> None:
-        if self.done:
-            raise RuntimeError("a written pass keeps what one backward needs; call the model again for another backward")
-        self.done = True
-        backward, self._backward = self._backward, _used
-        backward(dhidden)
-
-
-def _used(dhidden: torch.Tensor) -> None:
-    del dhidden
-
-
-@dataclass(frozen=True)
-class _Halves:
-    """A forward and its backward, recorded one after the other over the same memory: no other recording of the program may run
-    between them."""
-
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
-    inputs: Tensors
-    hidden: torch.Tensor
-    dhidden: torch.Tensor
-
-    def start(self, tensors: Tensors) -> torch.Tensor:
-        """The hidden states, in memory of their own."""
-        for name, tensor in tensors.items():
-            self.inputs[name].copy_(tensor, non_blocking=True)
-        self.forward.replay()
-        return self.hidden.clone()
-
-    def finish(self, dhidden: torch.Tensor) -> None:
-        self.dhidden.copy_(dhidden)
-        self.backward.replay()
-
-
 class WrittenProgram:
     """`WrittenPass` for batches from the host, replayed from CUDA graphs where that pays."""
 
@@ -113,8 +69,6 @@ class WrittenProgram:
         self._tokens = 0  # the most that `mode` was chosen for
         self._inputs_only = False
         self._graphs: OrderedDict[Any, tuple[torch.cuda.CUDAGraph, Tensors, torch.Tensor]] = OrderedDict()
-        self._halves: OrderedDict[Any, _Halves] = OrderedDict()
-        self._turn: weakref.ref[_Once] | None = None  # the backward of the last forward that was replayed
         self._seen: set[Any] = set()
         self._refused: set[Any] = set()
         self._memory: Any = None
@@ -146,64 +100,29 @@ class WrittenProgram:
     def hidden(self, batch: Batch, learns: bool, inputs: Tensors) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
         """As `WrittenPass.hidden`, and its backward, which takes the output's gradient."""
         assert self._pass is not None
-        arrays, key = self._prepared(batch, inputs)
-        key, longest = (*key, tuple(inputs), "halves"), int(batch.positions.max(initial=0)) + 1
-        tensors = to_tensors(arrays, self._device) | inputs
-        replays = learns and self._captures and self.mode != "offload" and not self._waits
-        if replays and key in self._seen and key not in self._halves and key not in self._refused:
-            self._capture_halves(tensors, key, longest)
-        if replays and key in self._halves:
-            return self._halves[key].start(tensors), self._once(self._halves[key].finish)
-        sent, written_pass = self._on_device(tensors, key, longest), self._pass
+        sent, written_pass = self._sent(batch, inputs), self._pass
         hidden, forward = written_pass.hidden(sent, learns)
 
         def backward(dhidden: torch.Tensor) -> None:
-            assert forward is not None
-            written_pass.backward(sent, forward, dhidden)
-            self._seen.add(key)  # both directions have compiled their kernels, which a capture must not
+            nonlocal forward
+            if forward is None:
+                raise RuntimeError("a written pass keeps what one backward needs; call the model again for another backward")
+            once, forward = forward, None
+            written_pass.backward(sent, once, dhidden)
 
-        return hidden, _Once(backward)
-
-    @property
-    def _waits(self) -> bool:
-        """Whether a replayed forward still has its backward to come: until then its graph's memory is in use."""
-        turn = None if self._turn is None else self._turn()
-        return turn is not None and not turn.done
-
-    def _once(self, backward: Callable[[torch.Tensor], None]) -> _Once:
-        turn = _Once(backward)
-        self._turn = weakref.ref(turn)
-        return turn
-
-    def _capture_halves(self, tensors: Tensors, key: Any, longest: int) -> None:
-        """Records a forward and its backward for batches like this one, if their memory fits beside the rest."""
-        assert self._pass is not None
-        static, written_pass = {name: tensor.clone() for name, tensor in tensors.items()}, self._pass
-        forward_graph, backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        sent = self._on_device(static, key, longest)
-        try:
-            with self._recording(forward_graph):
-                hidden, forward = written_pass.hidden(sent, learns=True)
-            dhidden = torch.zeros_like(hidden)
-            with self._recording(backward_graph):
-                assert forward is not None
-                written_pass.backward(sent, forward, dhidden)
-        except torch.OutOfMemoryError:
-            self._refuse(key)
-            return
-        self._halves[key] = _Halves(forward_graph, backward_graph, static, hidden, dhidden)
-        if len(self._halves) > GRAPHS_KEPT:
-            self._halves.popitem(last=False)
+        return hidden, backward
 
     def add_gradients(self, batch: Batch, objective: Objective, inputs: Tensors) -> torch.Tensor:
         """As `WrittenPass.add_gradients`; what it returns is only good until the next call. Among the inputs may be
         "noise", see `DeviceBatch`, and "rng_key", int64 ``[2]``."""
         assert self._pass is not None
-        arrays, key = self._prepared(batch, inputs)
+        arrays, key = prepare(batch)
+        if "dropout_words" in inputs:
+            arrays["rows"] = batch.rows
         key = (*key, tuple(inputs), objective)
         tensors = to_tensors(arrays, self._device) | inputs
         longest = int(batch.positions.max(initial=0)) + 1
-        if not self._captures or key in self._refused or self._waits:
+        if not self._captures or key in self._refused:
             return self._run(tensors, key, longest)
         if key not in self._graphs and key not in self._seen:
             # The first time compiles kernels and makes the libraries' handles, which a capture must not.
@@ -220,8 +139,8 @@ class WrittenProgram:
 
     @property
     def captured(self) -> int:
-        """The count of graphs that are held, a forward and its backward together."""
-        return len(self._graphs) + len(self._halves)
+        """The count of graphs that are held."""
+        return len(self._graphs)
 
     @property
     def _captures(self) -> bool:
@@ -234,43 +153,31 @@ class WrittenProgram:
     def _capture(self, tensors: Tensors, key: Any, longest: int) -> bool:
         """Records the pass for batches like this one; False where the graph's own memory does not fit beside the rest."""
         static = {name: tensor.clone() for name, tensor in tensors.items()}
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
         try:
-            with self._recording(graph):
+            # thread_local: a data loader's thread may pin memory meanwhile, which would end a capture that watches all threads.
+            recording = torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")
+            with torch.cuda.device(self._device), recording:
                 result = self._run(static, key, longest)
         except torch.OutOfMemoryError:
-            self._refuse(key)
+            logger.warning(
+                "no CUDA graph for batches of %s: its memory does not fit; steps launch their kernels one by one", key[:2]
+            )
+            self._refused.add(key)
             return False
         self._graphs[key] = graph, static, result
         if len(self._graphs) > GRAPHS_KEPT:
             self._graphs.popitem(last=False)
         return True
 
-    @contextmanager
-    def _recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        # thread_local: a data loader's thread may pin memory meanwhile, which would end a capture that watches all threads.
-        recording = torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), recording:
-            yield
-
-    def _refuse(self, key: Any) -> None:
-        logger.warning(
-            "no CUDA graph for batches of %s: its memory does not fit; steps launch their kernels one by one", key[:2]
-        )
-        self._refused.add(key)
-
-    def _prepared(self, batch: Batch, inputs: Tensors) -> tuple[Arrays, tuple[Any, ...]]:
+    def _sent(self, batch: Batch, inputs: Tensors) -> DeviceBatch:
         arrays, key = prepare(batch)
         if "rng_key" in inputs:
             arrays["rows"] = batch.rows
-        return arrays, key
-
-    def _sent(self, batch: Batch, inputs: Tensors) -> DeviceBatch:
-        arrays, key = self._prepared(batch, inputs)
         return self._on_device(to_tensors(arrays, self._device) | inputs, key, int(batch.positions.max(initial=0)) + 1)
 
     def _on_device(self, tensors: Tensors, key: Any, longest: int) -> DeviceBatch:

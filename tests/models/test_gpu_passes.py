@@ -11,7 +11,6 @@ from jaxsloth.models.memory import FILLED, activation_bytes
 from jaxsloth.objectives.causal_lm import CausalLoss
 from jaxsloth.parity.measure import relative_frobenius
 from jaxsloth.torch_backend import written_program
-from tests.support import modules
 from tests.support.decoding import VARIANTS
 from tests.support.small_models import VOCAB, build
 from tests.support.sources import examples, first_batch, stream
@@ -149,35 +148,3 @@ def test_evaluation_between_replays():
         step(step_batches.batch(0), learning_rate=1e-2, step=place, seed=0)
     after = float(evaluate(held_out)[0])
     assert np.isfinite(after) and after < before
-
-
-def test_hidden_states_of_a_module_come_from_graphs(monkeypatch):
-    """Step after step as TRL's trainer asks for them, and two forwards before their backwards: the same as by autograd."""
-    found = []
-    capture = written_program.WrittenProgram._capture_halves
-
-    def recorded(self, *given) -> None:
-        capture(self, *given)
-        found.append(self)
-
-    monkeypatch.setattr(written_program.WrittenProgram, "_capture_halves", recorded)
-    models = {}
-    for name in ("composed", "fused"):
-        options = BuildOptions(implementations={"train_pass": name})
-        models[name] = modules.adapted(modules.our_base("torch", options=options, nested=True))
-    asked = modules.batch((40, 40))
-    batches = [{"input_ids": asked["input_ids"].roll(by, 1).cuda()} for by in range(5)]
-
-    def grads(model, *batches) -> dict:
-        """The forwards of all, then the backwards, the last one's first."""
-        states = [model.get_base_model().model(**batch).last_hidden_state for batch in batches]
-        for own in reversed(states):
-            own.square().mean().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-        model.zero_grad()
-        return gradients
-
-    for given in ([batches[0]], [batches[1]], [batches[2]], [batches[3], batches[4]], [batches[1]]):
-        ours, theirs = grads(models["fused"], *given), grads(models["composed"], *given)
-        assert max(relative_frobenius(ours[name].cpu().numpy(), own.cpu().numpy()) for name, own in theirs.items()) <= 1e-4
-    assert [program.captured for program in found] == [1]
