@@ -117,7 +117,7 @@ class WrittenProgram:
         "noise", see `DeviceBatch`, and "rng_key", int64 ``[2]``."""
         assert self._pass is not None
         arrays, key = prepare(batch)
-        if "dropout_words" in inputs:
+        if "rng_key" in inputs:
             arrays["rows"] = batch.rows
         key = (*key, tuple(inputs), objective)
         tensors = to_tensors(arrays, self._device) | inputs
