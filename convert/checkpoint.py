@@ -12,7 +12,8 @@ from jaxsloth.convert.bnb8bit import Bnb8BitSource, is_bnb8bit
 from jaxsloth.convert.fitting import CheckpointSource, check_tensors, fitted, stored_quantization
 from jaxsloth.convert.fp8_source import Fp8Source, fp8_block
 from jaxsloth.convert.generation_config import read_generation_config
-from jaxsloth.convert.gguf_source import GgufSource, gguf_config
+from jaxsloth.convert.gguf_config import gguf_config
+from jaxsloth.convert.gguf_source import GgufSource
 from jaxsloth.convert.orbax_source import OrbaxSource, find_tree
 from jaxsloth.convert.pytorch_source import PytorchSource, holds_pickles
 from jaxsloth.convert.safetensors_source import INDEX, SINGLE, CheckpointError, SafetensorsSource

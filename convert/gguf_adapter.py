@@ -16,9 +16,11 @@ from pydantic import Field
 
 from jaxsloth.convert.adapter_rules import AdapterConfig
 from jaxsloth.convert.fitting import check_cast
-from jaxsloth.convert.gguf_source import hf_name, open_gguf, unpermute
+from jaxsloth.convert.gguf_config import open_gguf, values_of
+from jaxsloth.convert.gguf_families import family_of
+from jaxsloth.convert.gguf_source import unpermute
 from jaxsloth.convert.gguf_types import encode
-from jaxsloth.convert.gguf_writer import check_family, ggml_name, permute
+from jaxsloth.convert.gguf_writer import permute
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.foreign import Schema, shown, validated
 from jaxsloth.models.names import linears, lora_names, own_name, trainable_shapes
@@ -54,14 +56,17 @@ def gguf_adapter(path: Path, spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.n
     from gguf.quants import dequantize
 
     reader = open_gguf(path)
-    fields = _fields(reader, path)
-    attention, known = spec.layers[0].attention, {linear.name: linear for linear in linears(spec)}
-    heads = {"q_proj": attention.heads, "k_proj": attention.kv_heads}
+    fields, family = _fields(reader, path), family_of(spec)
+    if fields.architecture != family.architecture:
+        raise CheckpointError(
+            f"{path}: general.architecture must be the base's, {family.architecture!r}, got {shown(fields.architecture)}"
+        )
+    known, heads = {linear.name: linear for linear in linears(spec)}, _permuted(spec)
     values: dict[str, np.ndarray] = {}
     strangers = []
     for tensor in reader.tensors:
         ending = next((ending for ending in _ENDINGS if tensor.name.endswith(ending)), None)
-        module = None if ending is None else hf_name(tensor.name[: -len(".lora_a")], path).removesuffix(".weight")
+        module = None if ending is None else family.hf_name(tensor.name[: -len(".lora_a")], path).removesuffix(".weight")
         if module not in known:
             strangers.append(tensor.name)
             continue
@@ -113,7 +118,7 @@ def check_gguf_adapter(spec: ModelSpec, outtype: str) -> None:
     assert spec.lora is not None
     if outtype not in OUT_TYPES:
         raise ValueError(f"outtype of a GGUF adapter must be one of {', '.join(OUT_TYPES)}; got {outtype!r}")
-    check_family(spec)
+    family_of(spec)
     adapters = {name for module in spec.lora.modules for name in lora_names(module)}
     more = [own_name(name) for name in trainable_shapes(spec) if name not in adapters]
     if more:
@@ -133,9 +138,8 @@ def write_gguf_adapter(file: Path, spec: ModelSpec, values: Mapping[str, np.ndar
 
     assert spec.lora is not None
     check_gguf_adapter(spec, outtype)
-    attention = spec.layers[0].attention
-    heads = {"q_proj": attention.heads, "k_proj": attention.kv_heads}
-    writer = GGUFWriter(str(file), "llama")
+    family, heads = family_of(spec), _permuted(spec)
+    writer = GGUFWriter(str(file), family.architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", spec.lora.scale * spec.lora.r)
@@ -146,7 +150,7 @@ def write_gguf_adapter(file: Path, spec: ModelSpec, values: Mapping[str, np.ndar
             value = np.asarray(values[peft_name], np.float32)
             if ending == ".lora_b" and projection in heads:
                 value = permute(value, heads[projection])
-            own = ggml_name(f"{module}.weight") + ending
+            own = family.ggml_name(f"{module}.weight") + ending
             if outtype == "bf16":
                 writer.add_tensor(own, encode(value, "BF16"), raw_dtype=GGMLQuantizationType.BF16)
             else:
@@ -161,16 +165,15 @@ def adapter_bytes(shape: tuple[int, ...], outtype: str) -> int:
     return int(np.prod(shape)) * (4 if outtype == "f32" else 2)
 
 
+def _permuted(spec: ModelSpec) -> dict[str, int]:
+    """The heads of the projections whose rows llama.cpp has in another order."""
+    attention = spec.layers[0].attention
+    return {"q_proj": attention.heads, "k_proj": attention.kv_heads} if family_of(spec).permuted else {}
+
+
 def _fields(reader: Any, path: Path) -> _Fields:
     wanted = {str(field.alias) for field in _Fields.model_fields.values()}
-    try:
-        found = {name: field.contents() for name, field in reader.fields.items() if name in wanted}
-    except Exception as error:  # the gguf package fails in any way on what it does not expect
-        raise CheckpointError(f"{path}: the GGUF metadata can't be read: {type(error).__name__}: {error}") from error
-    fields = validated(_Fields, found, path, CheckpointError)
-    if fields.type != "lora" or fields.architecture != "llama":
-        raise CheckpointError(
-            f"{path}: adapter.type must be 'lora' and general.architecture 'llama', got {shown(fields.type)} and "
-            f"{shown(fields.architecture)}"
-        )
+    fields = validated(_Fields, values_of(reader, wanted, path), path, CheckpointError)
+    if fields.type != "lora":
+        raise CheckpointError(f"{path}: adapter.type must be 'lora', got {shown(fields.type)}")
     return fields

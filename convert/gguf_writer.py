@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture, written tensor by tensor."""
+"""GGUF files, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.convert.gguf_source import BLOCK_NAMES, TOP_NAMES
+from jaxsloth.convert.gguf_families import family_of
 from jaxsloth.convert.gguf_types import OutType, encode, fitting_type
 from jaxsloth.models.names import tensor_shapes
-from jaxsloth.models.rope import inverse_frequencies
 from jaxsloth.models.spec import ModelSpec
-
-_TOP = {hf: ggml for ggml, hf in TOP_NAMES.items()}
-_BLOCK = {hf: ggml for ggml, hf in BLOCK_NAMES.items()}
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -31,35 +26,16 @@ class GgufTensor:
     nbytes: int
 
 
-def ggml_name(name: str) -> str:
-    """``model.layers.3.self_attn.q_proj.weight`` -> ``blk.3.attn_q.weight``."""
-    module, _, kind = name.rpartition(".")
-    if module in _TOP:
-        return f"{_TOP[module]}.{kind}"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{_BLOCK[rest]}.{kind}"
-
-
-def check_family(spec: ModelSpec) -> None:
-    """ValueError where llama.cpp's llama architecture would not run the model."""
-    alike = all(block == spec.layers[0] for block in spec.layers)
-    if spec.family != "llama" or not alike or spec.layers[0].attention.rope is None or spec.norm is None:
-        raise ValueError(
-            f"GGUF files are written for the llama family so far, and this model's is {spec.family}; save it merged "
-            "(save_pretrained_merged, or --to hf --merge) and convert that folder with llama.cpp's convert_hf_to_gguf.py"
-        )
-
-
 def plan_tensors(spec: ModelSpec, kind: OutType) -> list[GgufTensor]:
     """What a model's file holds, in the model's order. Vectors are float32, as llama.cpp has them.
 
     Raises:
-        ValueError: as `check_family`.
+        ValueError: as `family_of`.
     """
-    check_family(spec)
+    family = family_of(spec)
     found, layers = [], len(spec.layers)
     for name, shape in tensor_shapes(spec).items():
-        own = ggml_name(name)
+        own = family.ggml_name(name)
         layer, part = (int(own.split(".")[1]), own.split(".")[2]) if own.startswith("blk.") else (0, own.split(".")[0])
         if part == "token_embd" and spec.head.tied:
             part = "output"  # it is the head too
@@ -75,73 +51,29 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape)) // block * size
 
 
-def model_fields(spec: ModelSpec, name: str, kind: OutType) -> dict[str, Any]:
-    """The metadata that describes the model.
-
-    Raises:
-        ValueError: the model is none that llama.cpp's llama architecture can run.
-    """
-    check_family(spec)
-    attention, mlp = spec.layers[0].attention, spec.layers[0].mlp
-    assert attention.rope is not None and spec.norm is not None
-    fields = {
-        "general.name": name,
-        "general.file_type": kind.file_type,
-        "general.quantization_version": 2,
-        "llama.block_count": len(spec.layers),
-        "llama.context_length": spec.max_positions,
-        "llama.embedding_length": spec.hidden,
-        "llama.feed_forward_length": mlp.width,
-        "llama.attention.head_count": attention.heads,
-        "llama.attention.head_count_kv": attention.kv_heads,
-        "llama.attention.key_length": attention.head_dim,
-        "llama.attention.value_length": attention.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": spec.norm.eps,
-        "llama.rope.freq_base": attention.rope.theta,
-        "llama.rope.dimension_count": attention.rope.rotary_dim,
-        "llama.vocab_size": spec.embedding.vocab,
-    }
-    scaling = attention.rope.scaling
-    if scaling is not None and scaling.kind in ("linear", "yarn"):
-        fields |= {"llama.rope.scaling.type": scaling.kind, "llama.rope.scaling.factor": scaling.factor}
-        if scaling.original_max_positions is not None:
-            fields["llama.rope.scaling.original_context_length"] = scaling.original_max_positions
-    elif scaling is not None and scaling.kind != "llama3":
-        raise ValueError(f"a GGUF file has no {scaling.kind} rope scaling that llama.cpp would run as transformers does")
-    return fields
-
-
-def rope_factors(spec: ModelSpec) -> np.ndarray | None:
-    """What each rotary frequency is divided by, float32: how llama.cpp stores Llama 3.1's scaling. None for other models."""
-    rope = spec.layers[0].attention.rope
-    if rope is None or rope.scaling is None or rope.scaling.kind != "llama3":
-        return None
-    scaled = np.asarray(inverse_frequencies(rope, max_positions=spec.max_positions, length=1)[0], np.float64)
-    plain = rope.theta ** -(np.arange(0, rope.rotary_dim, 2) / rope.rotary_dim)
-    return (plain / scaled).astype(np.float32)
-
-
 def write_gguf(
     file: Path,
     tensors: list[GgufTensor],
     fields: Mapping[str, Any],
     values: Iterator[tuple[str, np.ndarray]],
-    heads: tuple[int, int],
-    factors: np.ndarray | None,
+    spec: ModelSpec,
+    factors: Mapping[str, np.ndarray],
 ) -> Iterator[int]:
     """Writes the file, and yields each tensor's bytes when they are written.
 
     Args:
         fields: metadata by name. values: (Hugging Face name, its value), in the order of `tensors`.
-        heads: query and key heads, whose rows llama.cpp keeps in another order.
+        spec: the model's. factors: tensors beside the model's, which come first.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    writer = GGUFWriter(str(file), "llama")
+    family, attention = family_of(spec), spec.layers[0].attention
+    heads = {"q_proj": attention.heads, "k_proj": attention.kv_heads} if family.permuted else {}
+    writer = GGUFWriter(str(file), family.architecture)
     for name, value in fields.items():
         _add(writer, name, value)
-    if factors is not None:
-        writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name, value in factors.items():
+        writer.add_tensor_info(name, value.shape, value.dtype, value.nbytes)
     for tensor in tensors:
         plain = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}.get(tensor.kind)
         if plain is not None:
@@ -154,15 +86,17 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
+    for value in factors.values():
+        writer.write_tensor_data(value)
     for tensor, (name, value) in zip(tensors, values, strict=True):
         if name != tensor.hf_name:
             raise ValueError(f"{tensor.hf_name} must come next, got {name}")
         value = np.asarray(value, np.float32)
         projection = name.split(".")[-2]
-        if projection in ("q_proj", "k_proj"):
-            value = permute(value, heads[projection == "k_proj"])
+        if projection in heads:
+            value = permute(value, heads[projection])
+        elif family.norm_offset and family.is_norm(name):
+            value = value + np.float32(family.norm_offset)
         writer.write_tensor_data(encode(value, tensor.kind))
         yield tensor.nbytes
     writer.close()

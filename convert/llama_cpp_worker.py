@@ -34,7 +34,9 @@ def _server(file: str, lora: str | None, limit: int) -> Any:
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.warmup = file, limit + 64, False
     settings.n_parallel, settings.n_gpu_layers = 1, 0
+    settings.swa_full = True  # tokens behind a window stay, for the next prompt that begins alike
     settings.cpuparams.n_threads = max(1, (os.cpu_count() or 2) // 2)  # those that wait spin
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # its sums are in 16 bits
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     if lora is not None:
         adapter = xllamacpp.CommonAdapterLoraInfo()

@@ -21,10 +21,12 @@ from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.files import ExistsError, whole_folder, write_whole
 from jaxsloth.convert.fitting import check_cast
 from jaxsloth.convert.gguf_adapter import adapter_bytes, check_gguf_adapter, write_gguf_adapter
+from jaxsloth.convert.gguf_fields import model_fields, rope_factors
+from jaxsloth.convert.gguf_fields import notes_on as notes_on_gguf
 from jaxsloth.convert.gguf_source import GgufSource
 from jaxsloth.convert.gguf_tokenizer import template_field, tokenizer_fields
 from jaxsloth.convert.gguf_types import OUT_TYPES, check_available
-from jaxsloth.convert.gguf_writer import model_fields, plan_tensors, rope_factors, write_gguf
+from jaxsloth.convert.gguf_writer import plan_tensors, write_gguf
 from jaxsloth.convert.jax_layouts import LAYOUTS, leaves, notes_on
 from jaxsloth.convert.merge import is_trained, merged
 from jaxsloth.convert.orbax_source import write_model
@@ -245,6 +247,7 @@ def _planned(
 ) -> Iterator[Planned]:
     if to == "gguf":
         kind, fallbacks = OUT_TYPES[options.outtype], []
+        notes.extend(notes_on_gguf(spec))
         for tensor in plan_tensors(spec, kind):
             yield Planned(tensor.hf_name, tensor.shape, tensor.kind, tensor.nbytes)
             if tensor.kind != "F32" and tensor.kind != kind.tensor_type("", 0, 1) and tensor.shape[-1] % 256:
@@ -321,10 +324,8 @@ def _write_gguf(plan: Plan, file: Path) -> Iterator[int]:
     else:
         ids = {"bos": spec.bos_id, "eos": next(iter(spec.eos_ids), None), "padding": spec.pad_id}
         fields |= tokenizer_fields(plan.options.kept or checkpoint.path, spec.embedding.vocab, ids)
-    attention = spec.layers[0].attention
     values = ((tensor.name, np.asarray(value)) for tensor, value in zip(plan.tensors, _values(plan), strict=True))
-    heads = (attention.heads, attention.kv_heads)
-    return write_gguf(file, plan_tensors(spec, kind), fields, values, heads, rope_factors(spec))
+    return write_gguf(file, plan_tensors(spec, kind), fields, values, spec, rope_factors(spec))
 
 
 def _keep_files(plan: Plan, folder: Path) -> None:

@@ -67,7 +67,7 @@ def load_tokenizer(path: str | Path) -> Any:
         _check_files(file)
     try:
         if is_gguf:
-            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            return _of_gguf(file)
         return AutoTokenizer.from_pretrained(str(file) if file.exists() else str(path))
     except ImportError as error:
         hint = "; transformers reads GGUF's tokenizers through torch; run: pip install 'jaxsloth[torch]'" if is_gguf else ""
@@ -79,6 +79,17 @@ def load_tokenizer(path: str | Path) -> Any:
             f"no tokenizer could be loaded from {path}: {_told(error)}\nA checkpoint folder must hold tokenizer.json (or "
             "tokenizer.model) and tokenizer_config.json: copy them from the model that it was made from"
         ) from error
+
+
+def _of_gguf(file: Path) -> Any:
+    """By our reader, or transformers' for kinds that ours has not; theirs goes by the architecture in places, and makes another
+    tokenizer of a Gemma file with BPE on bytes."""
+    from transformers import AutoTokenizer
+
+    from jaxsloth.convert.gguf_tokenizer_reader import read_tokenizer
+
+    found = read_tokenizer(file)
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name) if found is None else found
 
 
 def _check_files(folder: Path) -> None:

@@ -18,7 +18,7 @@ from jaxsloth.convert.run import Options, convert, plan
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.transforms import add_lora
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import with_merge, write_checkpoint
 
 PROMPTS = ("the duck lays", "12 + 30  =")
 
@@ -34,10 +34,9 @@ def checked(source, destination, **settings):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """With a merge in its tokenizer, and a token added after the vocabulary, as chat models have."""
-    folder = write_checkpoint(tmp_path_factory.mktemp("base") / "model")
+    folder = with_merge(write_checkpoint(tmp_path_factory.mktemp("base") / "model"))
     file = folder / "tokenizer.json"
     document = json.loads(file.read_text(encoding="utf-8"))
-    document["model"] |= {"vocab": document["model"]["vocab"] | {"he": 258}, "merges": [["h", "e"]]}
     document["added_tokens"].append(document["added_tokens"][0] | {"id": 259, "content": "<|turn|>"})
     file.write_text(json.dumps(document), encoding="utf-8")
     return folder

@@ -19,18 +19,15 @@ from jaxsloth import cli
 from jaxsloth.convert import gguf_types
 from jaxsloth.convert.checkpoint import described_model, open_checkpoint
 from jaxsloth.convert.files import ExistsError, parse_size
-from jaxsloth.convert.gguf_writer import plan_tensors
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.convert.report import describe
 from jaxsloth.convert.run import Options, convert, plan
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.names import trainable_shapes
-from jaxsloth.models.registry import spec_from_config
 from jaxsloth.parity.subjects import SMOLLM2
 from jaxsloth.transforms import add_lora
-from tests.support.families import config_of
 from tests.support.small_models import LLAMA3
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import with_merge, write_checkpoint
 
 
 def run(source, destination, to, **options):
@@ -43,13 +40,7 @@ def tensors(folder):
 
 
 def checkpoint(folder, **changes):
-    """A tiny model whose tokenizer has a merge; transformers reads no GGUF tokenizer without any."""
-    write_checkpoint(folder, **changes)
-    file = folder / "tokenizer.json"
-    document = json.loads(file.read_text(encoding="utf-8"))
-    document["model"] |= {"vocab": document["model"]["vocab"] | {"he": 258}, "merges": [["h", "e"]]}
-    file.write_text(json.dumps(document), encoding="utf-8")
-    return folder
+    return with_merge(write_checkpoint(folder, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +99,6 @@ def test_rows_encoded_on_several_cores_are_those_of_one(kind, monkeypatch):
     monkeypatch.setattr(gguf_types, "ThreadPoolExecutor", lambda count: pools.append(count) or pool(count))
     np.testing.assert_array_equal(gguf_types.encode(value, kind), whole)
     assert pools == [3]
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "phi3"])
-def test_gguf_of_other_families_is_refused(family, tmp_path):
-    """By name, before a tensor's is asked for; tests/support/families.py has their configs."""
-    spec = spec_from_config(config_of(family))
-    with pytest.raises(ValueError, match=f"llama family so far, and this model's is {family}"):
-        plan_tensors(spec, gguf_types.OUT_TYPES["f16"])
 
 
 def test_an_adapter_in_a_models_place_is_named(tmp_path):

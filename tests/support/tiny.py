@@ -51,6 +51,15 @@ def write_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+def with_merge(folder: Path) -> Path:
+    """The checkpoint with a merge in its tokenizer, "he": llama.cpp loads none without any."""
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["model"] |= {"vocab": document["model"]["vocab"] | {"he": 258}, "merges": [["h", "e"]]}
+    file.write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
     generator = np.random.Generator(np.random.Philox(seed))
     weights = {}
