@@ -3,8 +3,10 @@ distributions, their best tokens and their token ids are compared. What ``--chec
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.gguf_source import GgufSource
 from jaxsloth.convert.gguf_tokenizer import CONTROL, USER_DEFINED
 from jaxsloth.convert.gguf_types import OUT_TYPES
+from jaxsloth.convert.run import Options, convert, plan
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.extras import require
 from jaxsloth.foreign import read_object, read_text
@@ -50,7 +53,7 @@ class Bar:
 
 
 # llama.cpp's log-probabilities are off by up to 2e-4: it sums the softmax of a whole vocabulary in float32, one by one.
-_LLAMA_CPP = Bar(2e-4, 5e-3, 0.97)
+LLAMA_CPP = Bar(2e-4, 5e-3, 0.97)
 _F32, _5, _NF4, _4_0 = Bar(1e-6, 1e-5, 0.99), Bar(0.35, 3.0, 0.65), Bar(1.0, 7.0, 0.5), Bar(1.5, 20.0, 0.3)
 # By how the most values are stored: about twice SmolLM2-135M's mean and three times its largest (docs/convert.md, with what was
 # measured). Small models suffer more from rounding than large ones do, so a large one that meets its bar may still be damaged.
@@ -144,10 +147,6 @@ def check_possible(source: Checkpoint, kind: str, merge: Path | None) -> None:
     for one in (source.kind, kind):
         if one not in READERS:
             raise CheckpointError(f"a check has no reader for {one}; it has them for {', '.join(READERS)}")
-    if merge is not None and not merge.is_dir():
-        raise CheckpointError(
-            f"a check applies PEFT's adapters, which are folders; {merge} must be one (convert it with --to peft)"
-        )
     first = MERGED.packages if merge is not None else READERS[source.kind].packages
     need = (*first, *READERS[source.kind].packages) if merge is not None and source.kind != "gguf" else first
     require("check", "the check", only=(*need, *READERS[kind].packages))
@@ -168,7 +167,7 @@ def check(
 
     Args:
         source, destination: a folder, a .gguf file, package:NAME/file, or a Hugging Face name.
-        merge: the PEFT adapter that the destination holds merged; PEFT applies it to the source.
+        merge: the adapter that the destination holds merged; PEFT applies it to the source (a GGUF one, as PEFT's).
         tell: told what is read next.
 
     Raises:
@@ -177,23 +176,52 @@ def check(
     one, other = (find_checkpoint(name, to_convert=True) for name in (source, destination))
     check_possible(one, other.kind, merge)
     texts = (*HARD_TEXTS, *(f"a {token} b{token}" for token in added_tokens(one)[:4]))
-    first, second = MERGED if merge is not None else READERS[one.kind], READERS[other.kind]
+    applies = READERS["orbax"] if one.kind == "orbax" else MERGED
+    first, second = applies if merge is not None else READERS[one.kind], READERS[other.kind]
     tell(f"reading {one.path} with {first.name}")
-    want = first.read(one.path, merge, texts, prompts)
-    base = MERGED.read(one.path, None, (), want.prompts) if merge is not None else None
+    with _peft_folder(source, merge) as adapter:
+        want = first.read(one.path, adapter, texts, prompts)
+    base = applies.read(one.path, None, (), want.prompts) if merge is not None else None
     tell(f"reading {other.path} with {second.name}")
     got = second.read(other.path, None, texts, want.prompts)
-    stored, notes = stored_as(other), []
+    bar = BARS[stored_as(other)]
+    if "gguf" in (one.kind if merge is None else "", other.kind):
+        bar = wider(bar, LLAMA_CPP)
+    if one.kind == "gguf" and merge is None and stored_as(one) not in ("F32", "F16", "BF16"):
+        # llama.cpp rounds activations to 8 bits where weights are quantized, whatever the destination is.
+        bar = wider(bar, BARS["Q8_0"])
+    return compared((first.name, second.name), (stored_as(other), bar), texts, want, got, base)
+
+
+@contextmanager
+def _peft_folder(base: str, adapter: Path | None) -> Iterator[Path | None]:
+    """An adapter as PEFT reads it."""
+    if adapter is None or adapter.is_dir():
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield convert(plan(str(adapter), Path(folder) / "adapter", "peft", Options(base=base)))
+
+
+def compared(
+    readers: tuple[str, str],
+    stored: tuple[str, Bar],
+    texts: Sequence[str],
+    want: Reading,
+    got: Reading,
+    base: Reading | None,
+) -> Checked:
+    """What two readings of the same texts and prompts have and have not in common.
+
+    Args:
+        stored: how the second is stored, and the bar for that.
+        base: what the first reader makes of the model without its adapter, where there is one.
+    """
+    notes = []
     widths = {want.log_probs[0].shape[1], got.log_probs[0].shape[1]}
     if len(widths) > 1:
         notes.append(f"the vocabularies have {min(widths)} and {max(widths)} rows; the first {min(widths)} are compared")
     divergence, agree = _compared(want, got)
-    bar = BARS[stored]
-    if "gguf" in (one.kind if merge is None else "", other.kind):
-        bar = _wider(bar, _LLAMA_CPP)
-    if one.kind == "gguf" and merge is None and stored_as(one) not in ("F32", "F16", "BF16"):
-        # llama.cpp rounds activations to 8 bits where weights are quantized, whatever the destination is.
-        bar = _wider(bar, BARS["Q8_0"])
     differing = tuple(
         (text, mine, theirs) for text, mine, theirs in zip(texts, want.texts, got.texts, strict=True) if mine != theirs
     )
@@ -201,9 +229,8 @@ def check(
     if moved is not None and moved.by_adapter <= _STILL:
         notes.append("the adapter itself moves nothing, so that a merge can't be told from none")
     return Checked(
-        (first.name, second.name),
-        stored,
-        bar,
+        readers,
+        *stored,
         len(divergence),
         float(divergence.mean()),
         float(divergence.max()),
@@ -215,7 +242,7 @@ def check(
     )
 
 
-def _wider(one: Bar, other: Bar) -> Bar:
+def wider(one: Bar, other: Bar) -> Bar:
     return Bar(max(one.mean_kl, other.mean_kl), max(one.largest_kl, other.largest_kl), min(one.top1, other.top1))
 
 

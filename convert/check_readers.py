@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxsloth.convert.check_orbax import orbax_weights
 from jaxsloth.convert.gguf_source import GgufSource
 from jaxsloth.convert.safetensors_source import CheckpointError
+from jaxsloth.foreign import read_object
 
 # Tokens of a prompt that are compared.
 LIMIT = 64
@@ -61,15 +63,50 @@ def read_by_transformers(
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, **where)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **where)
-        if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+        model = _adapted(model, adapter)
     except Exception as error:  # another project's reader fails in its own ways, and that it fails is what was asked
         raise CheckpointError(f"{path}: transformers can't load it: {_line(error)}") from error
     for module in model.modules():
         if hasattr(module, "compute_dtype"):  # bitsandbytes' layers would round activations to the stored dtype
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    return _run(model, tokenizer, texts, prompts)
+
+
+def read_by_orbax(
+    path: Path, adapter: Path | None, texts: Sequence[str], prompts: Sequence[str] | Sequence[list[int]]
+) -> Reading:
+    """A tree that plain orbax reads, its arrays put by their documented paths into transformers' model of config.json."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    weights = orbax_weights(path, read_object(path / "config.json", CheckpointError))
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path))
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in weights.items()}
+        missing, left = model.load_state_dict(state, strict=False)
+        model.tie_weights()
+        model = _adapted(model, adapter)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path}: transformers can't take the tree's arrays: {_line(error)}") from error
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if set(missing) - tied or left:
+        raise CheckpointError(f"{path}: the tree lacks {sorted(set(missing) - tied)[:20]}, and transformers lacks {left[:20]}")
+    return _run(model, tokenizer, texts, prompts)
+
+
+def _adapted(model: Any, adapter: Path | None) -> Any:
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+
+
+def _run(model: Any, tokenizer: Any, texts: Sequence[str], prompts: Sequence[str] | Sequence[list[int]]) -> Reading:
+    import torch
+
     encoded = [list(prompt) if isinstance(prompt, list) else list(tokenizer(prompt).input_ids) for prompt in prompts]
     encoded = [ids[:LIMIT] for ids in encoded]
     rows = []
@@ -116,6 +153,7 @@ READERS: dict[str, Reader] = {
     "bnb-4bit": Reader("transformers + bitsandbytes", (*_TRANSFORMERS, "bitsandbytes"), read_by_transformers),
     "bnb-8bit": Reader("transformers + bitsandbytes", (*_TRANSFORMERS, "bitsandbytes"), read_by_transformers),
     "gguf": Reader("llama.cpp", ("xllamacpp",), read_by_llama_cpp),
+    "orbax": Reader("orbax, in transformers' model", _TRANSFORMERS, read_by_orbax),
 }
 # Who applies PEFT's adapter to a source: PEFT, on what transformers reads, whatever the source's kind.
 MERGED = Reader("transformers + PEFT", (*_TRANSFORMERS, "peft"), read_by_transformers)

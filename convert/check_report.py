@@ -10,26 +10,49 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxsloth.convert.check import PROMPTS, Checked, check, check_possible, prompts_of
-from jaxsloth.convert.run import Plan
+from jaxsloth.convert.check_adapters import check_adapter, check_adapter_possible, is_adapter
+from jaxsloth.convert.gguf_adapter import is_gguf_adapter
+from jaxsloth.convert.run import ADAPTERS, Plan
 
 # The kind of checkpoint that a format is, where it has another name.
-_KINDS = {"hf": "safetensors"}
+_KINDS = {"hf": "safetensors", "maxtext": "orbax", "tunix": "orbax"}
 
 
-def prepared(prompts: Path | None, plan: Plan | None = None) -> tuple[str, ...]:
-    """The prompts, and that a plan's outcome can be checked: packages and a tokenizer, before the first byte is written."""
+def prepared(prompts: Path | None, plan: Plan | None = None, source: str = "") -> tuple[str, ...]:
+    """The prompts, and that what a plan makes of `source` can be checked: packages and a tokenizer, before the first byte is
+    written."""
     found = PROMPTS if prompts is None else prompts_of(prompts)
-    if plan is not None:
+    if plan is not None and plan.to in ADAPTERS:
+        check_adapter_possible(plan.to, "gguf-lora" if is_gguf_adapter(Path(source)) else "peft")
+    elif plan is not None:
         check_possible(plan.checkpoint, _KINDS.get(plan.to, plan.to), plan.options.merge)
     return found
 
 
 def checks_out(
-    source: str, destination: Path, merge: Path | None, prompts: Sequence[str], console: Console, *, written: bool = False
+    source: str,
+    destination: Path,
+    merge: Path | None,
+    prompts: Sequence[str],
+    console: Console,
+    *,
+    base: str | None = None,
+    written: bool = False,
 ) -> bool:
-    """Checks, shows what was found, and says whether every bar was met. written: a conversion just wrote the destination."""
+    """Checks, shows what was found, and says whether every bar was met.
+
+    Args:
+        base: where both are adapters, the model that they belong to. written: a conversion just wrote the destination.
+    """
+
+    def tell(line: str) -> None:
+        console.print(escape(line))
+
     try:
-        found = check(source, str(destination), merge=merge, prompts=prompts, tell=lambda line: console.print(escape(line)))
+        if is_adapter(source):
+            found = check_adapter(source, str(destination), base=base, prompts=prompts, tell=tell)
+        else:
+            found = check(source, str(destination), merge=merge, prompts=prompts, tell=tell)
     except Exception:
         if written:
             console.print(f"{escape(str(destination))} is written, and stays; its check did not come to an end")

@@ -195,11 +195,11 @@ def convert(
         return
     options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite, base=base)  # type: ignore[arg-type]
     found, screen = plan(source, destination, to, options), console()  # type: ignore[arg-type]
-    prompts = prepared(check_prompts, found) if checked or check_prompts else None
+    prompts = prepared(check_prompts, found, source) if checked or check_prompts else None
     show_plan(found, screen, whole=dry_run)
     if not dry_run:
         written = converted(found, screen)
-        if prompts is not None and not checks_out(source, written, merge, prompts, screen, written=True):
+        if prompts is not None and not checks_out(source, written, merge, prompts, screen, base=base, written=True):
             raise typer.Exit(1)
 
 
@@ -209,11 +209,12 @@ def check(
     destination: Annotated[Path, typer.Argument(help="What is to hold the same model in another format.")],
     merge: Annotated[Path | None, typer.Option(help="The PEFT adapter that the destination holds merged.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line, instead of the default ones.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of two adapters: the model that they belong to.")] = None,
 ) -> None:
     """Run both, each by its ecosystem's own reader, and compare: KL, likeliest tokens, token ids. Exit 1 on a miss."""
     from jaxsloth.convert.check_report import checks_out, prepared
 
-    if not checks_out(source, destination, merge, prepared(prompts), console()):
+    if not checks_out(source, destination, merge, prepared(prompts), console(), base=base):
         raise typer.Exit(1)
 
 

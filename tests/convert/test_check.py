@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jaxsloth import cli, extras
-from jaxsloth.convert import gguf_tokenizer, gguf_writer
+from jaxsloth.convert import gguf_adapter, gguf_tokenizer, gguf_writer
 from jaxsloth.convert import run as conversion
 from jaxsloth.convert.check import BARS, check, prompts_of, stored_as
+from jaxsloth.convert.check_adapters import check_adapter
 from jaxsloth.convert.checkpoint import open_checkpoint
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.convert.run import Options, convert, plan
@@ -53,8 +54,16 @@ def adapter(folder):
 
 @pytest.mark.parametrize(
     ("to", "options", "kind"),
-    [("gguf", {"outtype": "f16"}, "F16"), ("gguf", {"outtype": "q8_0"}, "Q8_0"), ("hf", {}, "F32"), ("bnb-4bit", {}, "NF4")],
-    ids=["f16", "q8_0", "hf", "bnb-4bit"],
+    [
+        ("gguf", {"outtype": "f16"}, "F16"),
+        ("gguf", {"outtype": "q8_0"}, "Q8_0"),
+        ("hf", {}, "F32"),
+        ("bnb-4bit", {}, "NF4"),
+        ("orbax", {}, "F32"),
+        ("maxtext", {"dtype": "bfloat16"}, "BF16"),
+        ("tunix", {}, "F32"),
+    ],
+    ids=["f16", "q8_0", "hf", "bnb-4bit", "orbax", "maxtext", "tunix"],
 )
 def test_what_is_right_holds(to, options, kind, folder, tmp_path):
     written = run(folder, tmp_path / ("m.gguf" if to == "gguf" else "m"), to, **options)
@@ -64,7 +73,7 @@ def test_what_is_right_holds(to, options, kind, folder, tmp_path):
     assert found.misses == () if kind != "NF4" else found.mean_kl < found.bar.mean_kl
     assert found.tokens == sum(len(text.encode()) - text.count("he") for text in PROMPTS)
     assert found.texts == 6 + 3  # of them three with an added token
-    assert found.mean_kl == 0 if to == "hf" else found.mean_kl > 0
+    assert found.mean_kl == 0 if kind == "F32" else found.mean_kl > 0
 
 
 def test_a_merge_moves_as_the_adapter_does_and_one_that_did_nothing_is_caught(folder, adapter, tmp_path, monkeypatch):
@@ -76,6 +85,28 @@ def test_a_merge_moves_as_the_adapter_does_and_one_that_did_nothing_is_caught(fo
     broken = run(folder, tmp_path / "n", "bnb-4bit", merge=adapter)
     found = checked(folder, broken, merge=adapter)
     assert any("as the adapter does" in miss for miss in found.misses) and abs(found.moved.share) < 0.3
+
+
+@pytest.mark.parametrize("to", ["gguf-lora", "peft"])
+def test_adapters_are_applied_by_their_own_readers(to, folder, adapter, tmp_path, monkeypatch, capsys):
+    """PEFT over transformers' base, llama.cpp over the base's GGUF file; from GGUF to PEFT too, and one that halves is caught."""
+    written = run(adapter, tmp_path / "a.gguf", "gguf-lora", outtype="f32")
+    source, written = (
+        (adapter, written) if to == "gguf-lora" else (written, run(written, tmp_path / "a", "peft", base=str(folder)))
+    )
+    found = check_adapter(str(source), str(written), base=str(folder), prompts=PROMPTS)
+    assert found.misses == () and abs(found.moved.share - 1) < 0.01 and found.moved.by_adapter > 1e-3
+    if to == "peft":
+        merged = run(folder, tmp_path / "merged", "hf", merge=source)
+        assert checked(folder, merged, merge=source).misses == ()
+        return
+    plain = np.asarray
+    monkeypatch.setattr(
+        gguf_adapter, "check_cast", lambda name, value, dtype: plain(value * (0.5 if "lora_b" in name else 1), dtype)
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", str(adapter), str(tmp_path / "b.gguf"), "--to", "gguf-lora", "--outtype", "f32", "--check"])
+    assert ended.value.code == 1 and "verdict: missed" in capsys.readouterr().out
 
 
 def test_rows_in_the_wrong_order_and_wrong_tokens_are_caught(folder, tmp_path, monkeypatch, capsys):
