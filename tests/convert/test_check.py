@@ -89,21 +89,17 @@ def test_a_merge_moves_as_the_adapter_does_and_one_that_did_nothing_is_caught(fo
 
 @pytest.mark.parametrize("to", ["gguf-lora", "peft"])
 def test_adapters_are_applied_by_their_own_readers(to, folder, adapter, tmp_path, monkeypatch, capsys):
-    """PEFT over transformers' base, llama.cpp over the base's GGUF file; from GGUF to PEFT too, and one that halves is caught."""
-    written = run(adapter, tmp_path / "a.gguf", "gguf-lora", outtype="f32")
-    source, written = (
-        (adapter, written) if to == "gguf-lora" else (written, run(written, tmp_path / "a", "peft", base=str(folder)))
-    )
+    """PEFT over transformers' base, llama.cpp over the base's GGUF file; from GGUF to PEFT too. One that halves is caught."""
+    source, written = adapter, run(adapter, tmp_path / "a.gguf", "gguf-lora", outtype="f32")
+    if to == "peft":
+        source, written = written, run(written, tmp_path / "a", "peft", base=str(folder))
     found = check_adapter(str(source), str(written), base=str(folder), prompts=PROMPTS)
     assert found.misses == () and abs(found.moved.share - 1) < 0.01 and found.moved.by_adapter > 1e-3
     if to == "peft":
         merged = run(folder, tmp_path / "merged", "hf", merge=source)
         assert checked(folder, merged, merge=source).misses == ()
         return
-    plain = np.asarray
-    monkeypatch.setattr(
-        gguf_adapter, "check_cast", lambda name, value, dtype: plain(value * (0.5 if "lora_b" in name else 1), dtype)
-    )
+    monkeypatch.setattr(gguf_adapter, "check_cast", lambda name, value, dtype: value / 2 if "lora_b" in name else value)
     with pytest.raises(SystemExit) as ended:
         cli.main(["convert", str(adapter), str(tmp_path / "b.gguf"), "--to", "gguf-lora", "--outtype", "f32", "--check"])
     assert ended.value.code == 1 and "verdict: missed" in capsys.readouterr().out
