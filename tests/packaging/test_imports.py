@@ -86,7 +86,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ),
     ("convert/report.py", NUMBERS | {"rich"}, ("convert", "foreign"), set()),
     ("convert/llama_cpp_worker.py", NUMBERS, (), {"xllamacpp"}),
-    ("convert/check_readers.py", NUMBERS, ("convert",), {"torch", "transformers", "peft"}),
+    ("convert/check_readers.py", NUMBERS, ("convert", "foreign"), {"torch", "transformers", "peft"}),
+    ("convert/gguf_tokenizer_reader.py", set(), ("convert",), {"tokenizers", "transformers"}),
     ("convert/check.py", NUMBERS, ("convert", "foreign", "extras"), set()),
     ("convert/check_report.py", {"rich"}, ("convert",), set()),
     (
