@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxsloth.convert.checkpoint import resolve_path
 from jaxsloth.convert.gguf_adapter import gguf_adapter, is_gguf_adapter
-from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter
+from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter, merging_adapter
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.spec import ModelSpec
 
@@ -40,3 +40,9 @@ def read_fitted(source: str | Path, spec: ModelSpec) -> tuple[ModelSpec, Values]
     """
     path = resolve_path(str(source))
     return gguf_adapter(path, spec) if is_gguf_adapter(path) else fitted_adapter(path, spec)
+
+
+def read_merging(source: Path, spec: ModelSpec) -> tuple[ModelSpec, Values]:
+    """`read_fitted` of an adapter that is merged, DoRA's too, as `merging_adapter` says."""
+    path = resolve_path(str(source))
+    return gguf_adapter(path, spec) if is_gguf_adapter(path) else merging_adapter(path, spec)

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from jaxsloth.convert.adapter_rules import AdapterConfig, check_values
 from jaxsloth.convert.checkpoint import resolve_path
 from jaxsloth.convert.files import whole_folder
+from jaxsloth.convert.merge import MAGNITUDE, magnitude_shapes
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
 from jaxsloth.foreign import Schema, Size, TextOrTexts, Texts, checked, read_object, shown, validated
 from jaxsloth.models.names import trainable_shapes
@@ -126,15 +127,18 @@ def peft_config(lora: Lora, base_model: str) -> dict[str, Any]:
     }
 
 
-def read_config(folder: Path) -> AdapterConfig:
+def read_config(folder: Path, *, dora: bool = False) -> AdapterConfig:
     """Reads adapter_config.json.
+
+    Args:
+        dora: DoRA's magnitudes are welcome, as where an adapter is merged.
 
     Raises:
         CheckpointError: the file is missing or not a LoRA's; a feature is used that no backend has (named).
     """
     file, config = Path(folder) / CONFIG, _read_object(folder)
     for name, off in _MUST_BE_OFF.items():
-        if config.get(name) not in (off, None):
+        if config.get(name) not in (off, None) and not (dora and name == "use_dora"):
             raise CheckpointError(f"{file}: {name} must be {shown(off)}, got {shown(config[name])}: it is not supported")
     begun = config.get("init_lora_weights", True)
     if begun not in _PLAIN_BEGINNINGS:
@@ -203,9 +207,10 @@ def _document(config: dict[str, Any], file: Path) -> AdapterDocument:
     return fields
 
 
-def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
-    """(its config, its tensors by PEFT name, float32). Whether they fit a model is the question of `AdapterConfig.fitted`."""
-    config, file = read_config(folder), Path(folder) / WEIGHTS
+def read_adapter(folder: Path, *, dora: bool = False) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
+    """(its config, its tensors by PEFT name, float32). Whether they fit a model is the question of `AdapterConfig.fitted`.
+    dora: as in `read_config`."""
+    config, file = read_config(folder, dora=dora), Path(folder) / WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder} is not a whole PEFT adapter: it has no {WEIGHTS}")
     source = SafetensorsFile(file)
@@ -220,3 +225,15 @@ def fitted_adapter(folder: Path, spec: ModelSpec) -> tuple[ModelSpec, dict[str, 
     """
     config, values = read_adapter(folder)
     return config.fitted(spec, values, str(folder))
+
+
+def merging_adapter(folder: Path, spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray]]:
+    """`fitted_adapter` of one that is merged: with DoRA's magnitudes among its values, `magnitude_name` -> ``[out]``."""
+    config, values = read_adapter(folder, dora=True)
+    found = {name: values.pop(name) for name in list(values) if name.endswith(MAGNITUDE)}
+    adapted, values = config.fitted(spec, values, str(folder))
+    if not found and not _read_object(folder).get("use_dora"):
+        return adapted, values
+    shapes = magnitude_shapes(adapted)
+    check_values(found, shapes, str(folder))
+    return adapted, values | found

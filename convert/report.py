@@ -58,7 +58,7 @@ def describe(name: str) -> dict[str, Any]:
     """
     folder = local_path(name, "the checkpoint")
     if (folder / CONFIG).is_file():
-        config, values = read_adapter(folder)
+        config, values = read_adapter(folder, dora=True)
         return {
             "kind": "PEFT adapter",
             "path": str(folder),

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsloth.backend import DtypeName
-from jaxsloth.convert.adapters import base_of_adapter, read_fitted
+from jaxsloth.convert.adapters import base_of_adapter, read_fitted, read_merging
 from jaxsloth.convert.bnb4bit_source import dequantized
 from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4bit_parts
 from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
@@ -28,7 +28,7 @@ from jaxsloth.convert.gguf_tokenizer import template_field, tokenizer_fields
 from jaxsloth.convert.gguf_types import OUT_TYPES, check_available
 from jaxsloth.convert.gguf_writer import plan_tensors, write_gguf
 from jaxsloth.convert.jax_layouts import LAYOUTS, leaves, notes_on
-from jaxsloth.convert.merge import is_trained, merged
+from jaxsloth.convert.merge import MAGNITUDE, is_trained, merged
 from jaxsloth.convert.orbax_source import write_model
 from jaxsloth.convert.peft_adapter import check_values, write_adapter
 from jaxsloth.convert.safetensors_writer import SHARD_BYTES, SafetensorsWriter
@@ -116,7 +116,7 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
     checkpoint = find_checkpoint(source, to_convert=True)
     spec, adapter = checkpoint.spec(), {}
     if options.merge is not None:
-        spec, adapter = read_fitted(options.merge, spec)
+        spec, adapter = read_merging(options.merge, spec)
     return plan_opened(checkpoint, spec, adapter, destination, to, options)
 
 
@@ -128,10 +128,11 @@ def plan_opened(
     to: Format,
     options: Options = Options(),
 ) -> Plan:
-    """`plan` of an opened checkpoint and an adapter's values, which are merged: every name of `trainable_shapes(spec)`, or
-    none."""
+    """`plan` of an opened checkpoint and an adapter's values, which are merged: every name of `trainable_shapes(spec)` (and
+    DoRA's magnitudes), or none."""
     _check_wanted(destination, to, options)
-    check_values(adapter, trainable_shapes(spec), "the adapter to merge")
+    plain = {name: value for name, value in adapter.items() if not name.endswith(MAGNITUDE)}
+    check_values(plain, trainable_shapes(spec), "the adapter to merge")
     notes = []
     if adapter and checkpoint.kind in ("bnb-4bit", "bnb-8bit", "fp8", "gguf"):
         notes.append("the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from jaxsloth.convert.run import Options, convert, plan
@@ -24,6 +24,8 @@ KINDS = {
     "saved": {"modules_to_save": ["lm_head", "embed_tokens"]},
     "biases": {"bias": "all"},
     "own biases": {"bias": "lora_only"},
+    "dora": {"use_dora": True},
+    "dora with patterns": {"use_dora": True, "rank_pattern": {"down_proj": 2}, "use_rslora": True},
 }
 
 
@@ -64,8 +66,14 @@ def kind_name(kind):
     return next(name for name, value in KINDS.items() if value is kind)
 
 
-def test_dora_is_refused_by_name(base, tmp_path):
+def test_dora_is_merged_only_and_whole(base, tmp_path):
+    """To be trained on it is refused; a magnitude that is missing is named."""
     _, folder = adapter(base, tmp_path / "adapter", use_dora=True)
     with pytest.raises(CheckpointError, match="use_dora must be false, got true: it is not supported"):
+        plan(str(folder), tmp_path / "out", "peft")
+    values = load_file(folder / "adapter_model.safetensors")
+    del values["base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"]
+    save_file(values, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks .*layers\.1\.mlp\.down_proj\.lora_magnitude_vector \(1 missing\)"):
         plan(str(base), tmp_path / "out", "hf", Options(merge=folder))
     assert not (tmp_path / "out").exists()
