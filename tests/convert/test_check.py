@@ -34,8 +34,10 @@ def checked(source, destination, **settings):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With a merge in its tokenizer, and a token added after the vocabulary, as chat models have."""
-    folder = with_merge(write_checkpoint(tmp_path_factory.mktemp("base") / "model"))
+    """With a merge in its tokenizer and a token added after the vocabulary, as chat models have, fewer tokens than rows of
+    the embedding, and a tied head."""
+    changes = {"vocab_size": 272, "tie_word_embeddings": True}
+    folder = with_merge(write_checkpoint(tmp_path_factory.mktemp("base") / "model", **changes))
     file = folder / "tokenizer.json"
     document = json.loads(file.read_text(encoding="utf-8"))
     document["added_tokens"].append(document["added_tokens"][0] | {"id": 259, "content": "<|turn|>"})
@@ -84,7 +86,7 @@ def test_a_merge_moves_as_the_adapter_does_and_one_that_did_nothing_is_caught(fo
     monkeypatch.setattr(conversion, "merged", lambda name, value, spec, adapter: value)
     broken = run(folder, tmp_path / "n", "bnb-4bit", merge=adapter)
     found = checked(folder, broken, merge=adapter)
-    assert any("as the adapter does" in miss for miss in found.misses) and abs(found.moved.share) < 0.3
+    assert any("as the adapter does" in miss for miss in found.misses) and abs(found.moved.share) < 0.4
 
 
 @pytest.mark.parametrize("to", ["gguf-lora", "peft"])

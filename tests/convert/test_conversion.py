@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -174,6 +177,31 @@ def test_a_conversion_that_is_stopped_leaves_the_destination_as_it_was(folder, t
             convert(plan(str(folder), destination, to, Options(overwrite=True)), stop)
         assert (destination / "mine" if to == "hf" else destination).read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "there.gguf"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from jaxsloth.convert.run import Options, convert, plan
+source, destination, to = sys.argv[1:]
+count = iter(range(5))
+killed = lambda _: next(count, None) is None and os.kill(os.getpid(), signal.SIGKILL)
+convert(plan(source, Path(destination), to, Options(overwrite=True)), killed)
+"""
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_conversion_that_is_killed_leaves_the_destination_as_it_was(to, folder, tmp_path):
+    """kill -9 behind the fifth tensor: what was there is there, and the next try is whole."""
+    destination = tmp_path / ("there.gguf" if to == "gguf" else "there")
+    kept = run(folder, destination, to, dtype="float16")
+    before = {name: value.copy() for name, value in tensors(kept).items()}
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(folder), str(destination), to], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert any(path.name.startswith(".tmp-") for path in tmp_path.iterdir())  # it was in the middle
+    assert all(np.array_equal(value, before[name]) for name, value in tensors(destination).items())
+    after = tensors(run(folder, destination, to, overwrite=True, outtype="f32"))
+    assert after.keys() == before.keys() and all(np.array_equal(value, after[name]) for name, value in tensors(folder).items())
 
 
 def test_what_cannot_be_written_is_refused_before_the_first_byte(folder, tmp_path, monkeypatch):

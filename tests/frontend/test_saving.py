@@ -15,14 +15,14 @@ from jaxsloth import FastLanguageModel
 from jaxsloth.convert.files import ExistsError, parse_size
 from jaxsloth.frontend.saving import HubError
 from tests.support.modules import BACKENDS, adapted, batch
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import with_merge, write_checkpoint
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return str(write_checkpoint(tmp_path_factory.mktemp("saving") / "model"))
+    return str(with_merge(write_checkpoint(tmp_path_factory.mktemp("saving") / "model")))
 
 
 def load(checkpoint, backend, **settings):
