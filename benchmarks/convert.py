@@ -26,7 +26,7 @@ import numpy as np
 from jaxsloth.convert.safetensors_writer import SafetensorsWriter
 from jaxsloth.models.names import tensor_shapes
 from jaxsloth.models.registry import spec_from_config
-from tests.support.tiny import CONFIG, byte_tokenizer
+from tests.support.tiny import CONFIG, byte_tokenizer, with_merge
 
 # hidden, intermediate, layers, heads, kv_heads, vocabulary
 SHAPES = {
@@ -34,6 +34,7 @@ SHAPES = {
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "3b": (3072, 8192, 28, 24, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
+    "8b-4": (4096, 14336, 4, 32, 8, 128256),  # the same with 4 layers
 }
 CONTENDERS = ("bnb-4bit", "q4_k_m", "libgguf", "transformers")
 
@@ -46,6 +47,7 @@ def write_model(folder: Path, shape: str) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     byte_tokenizer().save_pretrained(folder)
+    with_merge(folder)
     block = np.random.Generator(np.random.Philox(0)).normal(0, 0.02, 1 << 22).astype(ml_dtypes.bfloat16)
     shapes = tensor_shapes(spec_from_config(config))
     with SafetensorsWriter(folder, list(shapes)) as writer:
