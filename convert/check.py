@@ -258,7 +258,7 @@ def stored_as(checkpoint: Checkpoint) -> str:
         counts[kind] += int(np.prod(source.shape(name)))
     most = counts.most_common(1)[0][0]
     if isinstance(source, GgufSource):
-        kinds = {kind.file_type: kind.tensor_type("ffn_up", 1, 32) for kind in OUT_TYPES.values()}
+        kinds = {kind.file_type: kind.tensor_type("ffn_up", 1, 32, 1) for kind in OUT_TYPES.values()}
         said = source.file_type()
         most = most if said is None else kinds.get(said, most)
     if most not in BARS:

@@ -13,36 +13,40 @@ import numpy as np
 # Of the rows of a K-quant, what must divide them; of the older blocks.
 SUPER_BLOCK, BLOCK = 256, 32
 # Parts whose type may differ from the rest.
-_PARTS = ("attn_v", "attn_output", "ffn_down", "output", "token_embd", "ffn_up")
+_PARTS = ("attn_v", "attn_qkv", "attn_output", "ffn_down", "output", "token_embd", "ffn_up")
 _NATIVE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 # What a row that no super-block divides is stored as instead: llama.cpp's rule.
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+Rule = Callable[[str, int, int, int], str]
 
 
 @dataclass(frozen=True)
 class OutType:
     """A kind of file: its name, llama.cpp's number for it (general.file_type), and each tensor's type.
 
-    tensor_type: (part, layer, layers) -> a ggml type's name; part: "attn_v", "ffn_down", "output", "token_embd", …
+    tensor_type: (part, layer, layers, groups) -> a ggml type's name; part: "attn_v", "ffn_down", "output", "token_embd", …;
+    groups: query heads a key and value head.
     """
 
     name: str
     file_type: int
-    tensor_type: Callable[[str, int, int], str]
+    tensor_type: Rule
 
     @property
     def needs_libgguf(self) -> bool:
-        kinds = {self.tensor_type(part, layer, 32) for part in _PARTS for layer in range(32)}
+        kinds = {self.tensor_type(part, layer, 32, 1) for part in _PARTS for layer in range(32)}
         return not kinds <= set(_NATIVE)
 
 
-def _all(kind: str) -> Callable[[str, int, int], str]:
-    return lambda part, layer, layers: kind
+def _all(kind: str) -> Rule:
+    return lambda part, layer, layers, groups: kind
 
 
-def _mixed(kind: str, head: str = "Q6_K") -> Callable[[str, int, int], str]:
+def _mixed(kind: str, head: str = "Q6_K") -> Rule:
     """One kind throughout but for the head, which every token reads."""
-    return lambda part, layer, layers: head if part == "output" else kind
+    return lambda part, layer, layers, groups: head if part == "output" else kind
 
 
 def more_bits(layer: int, layers: int) -> bool:
@@ -50,32 +54,53 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def _medium(kind: str) -> Callable[[str, int, int], str]:
-    """Q4_K_M and Q5_K_M: values and down projections of some layers, and the head, in 6 bits."""
+def _medium(kind: str, fused: str) -> Rule:
+    """Q4_K_M and Q5_K_M: values and down projections of some layers, and the head, in 6 bits; fused: of queries, keys and
+    values in one tensor."""
 
-    def tensor_type(part: str, layer: int, layers: int) -> str:
+    def tensor_type(part: str, layer: int, layers: int, groups: int) -> str:
         if part == "output" or (part in ("attn_v", "ffn_down") and more_bits(layer, layers)):
             return "Q6_K"
-        return kind
+        return fused if part == "attn_qkv" else kind
 
     return tensor_type
 
 
-def _q4_k_s(part: str, layer: int, layers: int) -> str:
+def _q4_k_s(part: str, layer: int, layers: int, groups: int) -> str:
     if part == "output":
         return "Q6_K"
     wide = (part == "attn_v" and layer < 4) or (part == "ffn_down" and layer < layers // 8)
     return "Q5_K" if wide else "Q4_K"
 
 
-def _q3_k_m(part: str, layer: int, layers: int) -> str:
+def _q3_k_m(part: str, layer: int, layers: int, groups: int) -> str:
     if part == "output":
         return "Q6_K"
     if part == "attn_v":
         return "Q5_K" if layer < 2 else "Q4_K"
     if part == "ffn_down":
         return "Q5_K" if layer < layers // 16 else "Q4_K"
-    return "Q4_K" if part == "attn_output" else "Q3_K"
+    return "Q4_K" if part in ("attn_output", "attn_qkv") else "Q3_K"
+
+
+def _q2_k(part: str, layer: int, layers: int, groups: int) -> str:
+    if part == "output":
+        return "Q6_K"
+    if part == "attn_v":
+        return "Q4_K" if groups >= 4 else "Q3_K"
+    return "Q3_K" if part in ("ffn_down", "attn_output") else "Q2_K"
+
+
+def _iq4(kind: str) -> Rule:
+    """IQ4_NL and IQ4_XS: 5 bits for shared values and the first down projections."""
+
+    def tensor_type(part: str, layer: int, layers: int, groups: int) -> str:
+        if part == "output":
+            return "Q6_K"
+        wide = (part == "attn_v" and groups >= 4) or (part == "ffn_down" and layer < layers // 8)
+        return "Q5_K" if wide else kind
+
+    return tensor_type
 
 
 OUT_TYPES = {
@@ -89,12 +114,15 @@ OUT_TYPES = {
         OutType("q4_1", 3, _all("Q4_1")),
         OutType("q5_0", 8, _all("Q5_0")),
         OutType("q5_1", 9, _all("Q5_1")),
+        OutType("q2_k", 10, _q2_k),
         OutType("q3_k_m", 12, _q3_k_m),
         OutType("q4_k_s", 14, _q4_k_s),
-        OutType("q4_k_m", 15, _medium("Q4_K")),
+        OutType("q4_k_m", 15, _medium("Q4_K", "Q5_K")),
         OutType("q5_k_s", 16, _mixed("Q5_K")),
-        OutType("q5_k_m", 17, _medium("Q5_K")),
+        OutType("q5_k_m", 17, _medium("Q5_K", "Q6_K")),
         OutType("q6_k", 18, _mixed("Q6_K")),
+        OutType("iq4_nl", 25, _iq4("IQ4_NL")),
+        OutType("iq4_xs", 30, _iq4("IQ4_XS")),
     )
 }
 

@@ -33,13 +33,14 @@ def plan_tensors(spec: ModelSpec, kind: OutType) -> list[GgufTensor]:
         ValueError: as `family_of`.
     """
     family = family_of(spec)
-    found, layers = [], len(spec.layers)
+    found, layers, attention = [], len(spec.layers), spec.layers[0].attention
+    groups = attention.heads // attention.kv_heads
     for name, shape in tensor_shapes(spec).items():
         own = family.ggml_name(name)
         layer, part = (int(own.split(".")[1]), own.split(".")[2]) if own.startswith("blk.") else (0, own.split(".")[0])
         if part == "token_embd" and spec.head.tied:
             part = "output"  # it is the head too
-        stored = "F32" if len(shape) == 1 else fitting_type(kind.tensor_type(part, layer, layers), shape[-1])
+        stored = "F32" if len(shape) == 1 else fitting_type(kind.tensor_type(part, layer, layers, groups), shape[-1])
         found.append(GgufTensor(own, name, shape, stored, _bytes(stored, shape)))
     return found
 

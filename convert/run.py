@@ -158,6 +158,11 @@ def _plan_adapter(source: str, destination: Path, to: Format, options: Options) 
 
 
 def _check_wanted(destination: Path, to: Format, options: Options) -> None:
+    if to == "run-state":
+        raise ValueError(
+            "--to run-state takes the orbax tree of a run's checkpoint, with adapter_config.json, and the source is none: "
+            "a model has no optimizer's state; begin a run from it (FastLanguageModel.from_pretrained takes what it is)"
+        )
     if to not in get_args(Format):
         raise ValueError(f"the format must be one of {', '.join(get_args(Format))}; got {to!r}")
     if options.dtype not in (None, *get_args(DtypeName)):
@@ -251,7 +256,7 @@ def _planned(
         notes.extend(notes_on_gguf(spec))
         for tensor in plan_tensors(spec, kind):
             yield Planned(tensor.hf_name, tensor.shape, tensor.kind, tensor.nbytes)
-            if tensor.kind != "F32" and tensor.kind != kind.tensor_type("", 0, 1) and tensor.shape[-1] % 256:
+            if tensor.kind != "F32" and tensor.kind != kind.tensor_type("", 0, 1, 1) and tensor.shape[-1] % 256:
                 fallbacks.append(tensor.name)
         if fallbacks and kind.needs_libgguf:
             notes.append(

@@ -174,7 +174,9 @@ def convert(
     merge: Annotated[Path | None, typer.Option(help="An adapter (PEFT folder, GGUF) to add to the weights first.")] = None,
     base: Annotated[str | None, typer.Option(help="The model that a converted adapter belongs to.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")] = None,
-    outtype: Annotated[str, typer.Option(help="Of gguf: f32, f16, bf16, q8_0, q4_0 to q5_1, q3_k_m to q6_k.")] = "f16",
+    outtype: Annotated[
+        str, typer.Option(help="Of gguf: f32, f16, bf16, q8_0, q4_0 … q5_1, q2_k … q6_k, iq4_nl, iq4_xs.")
+    ] = "f16",
     shard_size: Annotated[str, typer.Option(help="The most that a file may hold, e.g. 4GB.")] = "4GiB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the destination.")] = False,

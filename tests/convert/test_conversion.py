@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
-from gguf.quants import dequantize
+from gguf.quants import quant_shape_to_byte_shape
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,24 +73,50 @@ def test_gguf_and_back_to_the_bit(changes, tmp_path):
     assert AutoTokenizer.from_pretrained(back)(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q5_1", "bf16", "q4_k_m"])
-def test_gguf_blocks_are_ggmls(kind, tmp_path):
-    """Judged by gguf's own dequantization, and the kinds of tensors by llama.cpp's rules: rows of 128 take Q5_0 for Q4_K."""
-    folder = checkpoint(tmp_path / "model", hidden_size=256, head_dim=64, intermediate_size=128)
-    file = run(folder, tmp_path / "model.gguf", "gguf", outtype=kind)
+def ggmls_blocks(value, kind):
+    """What llama.cpp itself forms of float32 rows: its library in xllamacpp's wheel, called past the wheel's bindings."""
+    form = ctypes.CDLL(find_spec("xllamacpp.xllamacpp").origin).ggml_quantize_chunk  # type: ignore[union-attr]
+    form.argtypes, form.restype = (
+        [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p],
+        ctypes.c_size_t,
+    )
+    blocks = np.zeros(quant_shape_to_byte_shape(value.shape, kind), np.uint8)
+    assert form(int(kind), value.ctypes.data, blocks.ctypes.data, 0, *value.shape, None) == blocks.nbytes
+    return blocks
+
+
+@pytest.mark.parametrize(
+    ("outtype", "up", "values", "down", "head"),
+    [
+        ("q8_0", "Q8_0", ["Q8_0"] * 4, ["Q8_0"] * 4, "Q8_0"),
+        ("q4_0", "Q4_0", ["Q4_0"] * 4, ["Q4_0"] * 4, "Q4_0"),
+        ("bf16", "BF16", ["BF16"] * 4, ["BF16"] * 4, "BF16"),
+        ("q2_k", "Q2_K", ["Q4_K"] * 4, ["IQ4_NL"] * 4, "Q6_K"),
+        ("q4_k_m", "Q4_K", ["Q4_K", "Q4_K", "Q6_K", "Q6_K"], ["Q5_0", "Q5_0", "Q8_0", "Q8_0"], "Q6_K"),
+        ("iq4_xs", "IQ4_XS", ["Q5_K"] * 4, ["IQ4_NL"] * 4, "Q6_K"),
+    ],
+)
+def test_gguf_blocks_are_ggmls_to_the_bit(outtype, up, values, down, head, tmp_path):
+    """The kinds of tensors are those of llama.cpp's rules: four query heads share a value, rows of 128 take smaller blocks."""
+    folder = checkpoint(tmp_path / "model", hidden_size=256, head_dim=64, intermediate_size=128, num_key_value_heads=1)
+    file = run(folder, tmp_path / "model.gguf", "gguf", outtype=outtype)
     before, found = tensors(folder), {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     kinds = {name: GGMLQuantizationType(tensor.tensor_type).name for name, tensor in found.items()}
-    if kind == "q4_k_m":
-        assert kinds["blk.1.attn_q.weight"] == "Q4_K" and kinds["output.weight"] == "Q6_K"
-        assert [kinds[f"blk.{layer}.attn_v.weight"] for layer in range(4)] == ["Q4_K", "Q4_K", "Q6_K", "Q6_K"]
-        assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in range(4)] == ["Q5_0", "Q5_0", "Q8_0", "Q8_0"]
-    else:
-        assert kinds["blk.0.ffn_up.weight"] == kind.upper()
-    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    assert (kinds["blk.1.ffn_up.weight"], kinds["output.weight"], kinds["blk.0.attn_norm.weight"]) == (up, head, "F32")
+    assert [kinds[f"blk.{layer}.attn_v.weight"] for layer in range(4)] == values
+    assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in range(4)] == down
     for hf, ggml in (("mlp.up_proj", "ffn_up"), ("self_attn.v_proj", "attn_v"), ("mlp.down_proj", "ffn_down")):
-        want, tensor = before[f"model.layers.0.{hf}.weight"], found[f"blk.0.{ggml}.weight"]
-        error = np.abs(dequantize(tensor.data, tensor.tensor_type).reshape(want.shape) - want).max() / np.abs(want).max()
-        assert error < {"q8_0": 0.006, "bf16": 0.004, "q4_0": 0.14, "q5_1": 0.06, "q4_k_m": 0.1}[kind]
+        tensor = found[f"blk.3.{ggml}.weight"]
+        blocks = ggmls_blocks(before[f"model.layers.3.{hf}.weight"], tensor.tensor_type)
+        np.testing.assert_array_equal(tensor.data.view(np.uint8), blocks, err_msg=tensor.name)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q5_1", "Q3_K", "Q5_K", "Q6_K", "IQ4_NL"])
+def test_every_kind_is_ggmls_to_the_bit(kind):
+    value = np.random.Generator(np.random.Philox(3)).standard_t(3, size=(16, 512)).astype(np.float32)
+    value[5], value[6, :300] = 0, 1e-9
+    blocks = ggmls_blocks(value, GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(gguf_types.encode(value, kind), blocks)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
@@ -212,6 +240,8 @@ def test_what_cannot_be_written_is_refused_before_the_first_byte(folder, tmp_pat
     (damaged / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"tokenizer.json: model.type must be BPE"):
         run(damaged, tmp_path / "x.gguf", "gguf")
+    with pytest.raises(ValueError, match="--to run-state takes the orbax tree of a run's checkpoint"):
+        run(folder, tmp_path / "checkpoint-3", "run-state")
     with pytest.raises(ValueError, match="outtype must be one of"):
         run(folder, tmp_path / "x.gguf", "gguf", outtype="q9")
     monkeypatch.setattr(gguf_types, "find_spec", lambda name: None)
