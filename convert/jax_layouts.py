@@ -22,6 +22,9 @@ Layout = Literal["orbax", "maxtext", "tunix"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 # The folder of the tree beside config.json: MaxText's is a step's `items`, which load_parameters_path names.
 FOLDERS: dict[Layout, str] = {"orbax": "params", "maxtext": "0/items", "tunix": "state"}
+# Whose decoders MaxText's and Tunix's llama computes; others have the same tensors' names and compute otherwise (Gemma 1 adds
+# 1 to its norms' weights, SmolLM3 turns no heads in some layers).
+_LLAMAS = ("llama", "mistral")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -65,8 +68,14 @@ def leaves(spec: ModelSpec, layout: Layout, dtype: DtypeName) -> tuple[Leaf, ...
     """The leaves of a model's tree, in the order of its layers.
 
     Raises:
-        CheckpointError: the layout has no place for some of the model's tensors.
+        CheckpointError: the layout has no place for some of the model's tensors, or none for its family.
     """
+    if layout != "orbax" and spec.family not in _LLAMAS:
+        raise CheckpointError(
+            f"{layout}'s trees are known here of the families {' and '.join(_LLAMAS)}, got a {spec.family} model: its decoder "
+            "there has other arrays, or computes otherwise with the same; take --to orbax, or --to hf and that project's own "
+            "conversion"
+        )
     found = {"orbax": _nnx, "maxtext": _maxtext, "tunix": _tunix}[layout](spec, dtype)
     placed = {part.name for leaf in found for part in leaf.parts}
     left = [name for name in tensor_shapes(spec) if name not in placed]

@@ -261,7 +261,11 @@ def test_what_does_not_fit_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="tree_metadata must be an object of at least one array"):
         open_checkpoint(written)
     biased = write_checkpoint(tmp_path / "biased", attention_bias=True)
+    shape = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}  # whose tensors have the names of a Llama's
+    gemma = write_checkpoint(tmp_path / "gemma", model_type="gemma", architectures=["GemmaForCausalLM"], **shape)
     for to in ("maxtext", "tunix"):
+        with pytest.raises(CheckpointError, match=rf"{to}'s trees are known here of .*, got a gemma model"):
+            run(gemma, tmp_path / "out", to)
         with pytest.raises(CheckpointError, match=rf"{to}'s tree .* no place for 16 .*q_proj\.bias"):
             run(biased, tmp_path / "out", to)
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
