@@ -219,7 +219,7 @@ class _Between:
         """q and k, normed and turned, and v, ``[batch, length, heads, head_dim]``, of the merged projection."""
         tables = self._flat_tables()
         if tables is not None:
-            q, k, v = rope_kernel.split(self._heads, qkv, *tables, self._norm_weights)
+            q, k, v = rope_kernel.split(self._heads, qkv, *tables, weights=self._norm_weights)
             return q.reshape(self._shape), k.reshape(self._shape), v.reshape(self._shape)
         q, k, v = self._cut(qkv)
         return *self.body._turn(q, k, self.run), v
@@ -229,7 +229,7 @@ class _Between:
         tables, tokens = self._flat_tables(), dq.shape[0] * dq.shape[1]
         if tables is not None:
             flat = (d.reshape(tokens, -1) for d in (dq, dk, dv))
-            return rope_kernel.merge(self._heads, pad, *flat, *tables, qkv, self._norm_weights)
+            return rope_kernel.merge(self._heads, pad, *flat, *tables, merged=qkv, weights=self._norm_weights)
         if self.body.spec.qk_norm is not None:
             q, k, _ = self._cut(qkv)
             dq, dk = jax.vjp(lambda q, k: self.body._turn(q, k, self.run), q, k)[1]((dq, dk))

@@ -90,11 +90,9 @@ def dpo_from_adapter(model: Any, folder: str, /, **changes: Any) -> Any:
 
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sft": (lambda model, *a, **k: sft(adapted(model), *a, **k), {}),
     "sft, accumulation 2": (lambda model, *a, **k: sft(adapted(model), *a, **k), {"gradient_accumulation_steps": 2}),
     "sft, packing": (lambda model, *a, **k: sft(adapted(model), *a, **k), {"packing": True, "gradient_accumulation_steps": 2}),
     "sft, padding-free": (lambda model, *a, **k: sft(adapted(model), *a, **k), {"padding_free": True, "max_length": None}),
-    "trainer": (lambda model, *a, **k: hugging_face(adapted(model), *a, **k), {}),
     "trainer, accumulation 2": (
         lambda model, *a, **k: hugging_face(adapted(model), *a, **k),
         {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
@@ -103,7 +101,6 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda model, *a, **k: hugging_face(adapted(model), *a, **k),
         {"label_smoothing_factor": 0.1},
     ),
-    "dpo": (dpo, {}),
     "dpo, accumulation 2": (dpo, {"gradient_accumulation_steps": 2}),
     "dpo, precomputed reference": (dpo, {"precompute_ref_log_probs": True}),
     "dpo, adapter as reference": (dpo_from_adapter, {}),
@@ -142,7 +139,10 @@ def test_losses_are_those_of_transformers_and_peft(case, backend, tmp_path, judg
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "backend"),
-    [("trainer, accumulation 2", "jax"), ("trainer, accumulation 2", "torch"), ("sft", "torch"), ("dpo", "torch")],
+    [
+        *(("trainer, accumulation 2", backend) for backend in BACKENDS),
+        *((f"{trainer}, accumulation 2", "torch") for trainer in ("sft", "dpo")),
+    ],
 )
 def test_the_fused_passes_train_as_transformers_and_peft(case, backend, tmp_path, judges_folder):
     judge = judged(case, judges_folder)
