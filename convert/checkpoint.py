@@ -95,7 +95,8 @@ def resolve_path(name: str, **hub: Any) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        folder = Path(snapshot_download(name, **{"allow_patterns": patterns} | hub))
+        wanted: dict[str, Any] = {"allow_patterns": patterns} | hub
+        folder = Path(snapshot_download(name, **wanted))
         if "allow_patterns" in hub or any(folder.glob("*.safetensors")):
             return folder
         return Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"], **hub))  # pickles alone

@@ -103,7 +103,7 @@ def _reader_class() -> Any:
                 return 12 + values.nbytes, [item, count, values], [2], types
             if kind != GGUFValueType.STRING:
                 return super()._get_field_parts(orig_offs, raw_type)
-            whole, end = memoryview(self.data), start
+            whole, end = memoryview(self.data), start  # type: ignore[arg-type]
             parts: list[Any] = [item, count]
             for _ in range(int(count[0])):
                 begin = end + 8

@@ -288,7 +288,9 @@ def _values(plan: Plan) -> Iterator[np.ndarray | NF4]:
 def _value(plan: Plan, tensor: Planned) -> np.ndarray | NF4:
     """A tensor's value, merged; NF4 where it stays as the checkpoint has it."""
     value, trained = plan.checkpoint.source.read(tensor.name), is_trained(tensor.name, plan.adapter)
-    if isinstance(value, NF4) and (tensor.stored_as != "NF4" or trained):
+    if isinstance(value, NF4):
+        if tensor.stored_as == "NF4" and not trained:
+            return value
         value = dequantized(value)
     return merged(tensor.name, value, plan.spec, plan.adapter) if trained else value
 
