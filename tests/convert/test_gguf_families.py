@@ -17,6 +17,8 @@ from jaxsloth.convert.gguf_families import family_of
 from jaxsloth.convert.gguf_fields import rope_factors
 from jaxsloth.convert.gguf_tokenizer import tokenizer_fields
 from jaxsloth.convert.gguf_tokenizer_reader import read_tokenizer
+from jaxsloth.convert.gguf_types import OUT_TYPES
+from jaxsloth.convert.gguf_writer import plan_tensors
 from jaxsloth.convert.run import Options, convert, plan
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.registry import spec_from_config
@@ -64,6 +66,17 @@ def run(source, destination, to, **options):
 def tensors(path):
     source = open_checkpoint(path).source
     return {name: np.asarray(source.read(name)) for name in source.names()}
+
+
+@pytest.mark.parametrize(
+    ("outtype", "fused", "up"),
+    [("q3_k_m", "Q4_K", "Q3_K"), ("q4_k_m", "Q5_K", "Q4_K"), ("q5_k_m", "Q6_K", "Q5_K"), ("iq4_xs", "IQ4_XS", "IQ4_XS")],
+)
+def test_fused_projections_take_llama_cpps_types(outtype, fused, up):
+    """Phi-3's attn_qkv by the rules of llama-quantize (llama-quant.cpp)."""
+    spec = spec_from_config(config("phi3", hidden_size=256, num_attention_heads=16))
+    kinds = {tensor.name: tensor.kind for tensor in plan_tensors(spec, OUT_TYPES[outtype])}
+    assert (kinds["blk.0.attn_qkv.weight"], kinds["blk.0.ffn_up.weight"]) == (fused, up)
 
 
 @every_family
