@@ -30,45 +30,18 @@ def summed_loss(
     structure: Any,
     trained: Any,
     frozen: Any,
-    frequencies: Any,
+    rope_frequencies: Any,
     batch: Any,
     rng_key: Any,
     plan: ProgramPlan,
     objective: Objective,
+    by_row: bool = False,
 ) -> Any:
-    """The cross-entropy summed over a batch's targets.
+    """The cross-entropy summed over a batch's targets, float32; or by row, ``[rows]``.
 
-    frequencies: (rotary settings, their frequencies). batch: (input_ids, targets, segments, positions, rows, and the arrays of
-    its documents where it is packed). rng_key: the step's key.
+    rope_frequencies: (rotary settings, their frequencies). batch: (input_ids, targets, segments, positions, rows, and the
+    arrays of its documents where it is packed). rng_key: the step's key.
     """
-    return _loss(structure, trained, frozen, frequencies, batch, rng_key, plan, False, objective)
-
-
-def row_losses(
-    structure: Any,
-    trained: Any,
-    frozen: Any,
-    frequencies: Any,
-    batch: Any,
-    rng_key: Any,
-    plan: ProgramPlan,
-    objective: Objective,
-) -> Any:
-    """The same, summed by row: float32 ``[rows]``."""
-    return _loss(structure, trained, frozen, frequencies, batch, rng_key, plan, True, objective).sum(axis=1)
-
-
-def _loss(
-    structure: Any,
-    trained: Any,
-    frozen: Any,
-    frequencies: Any,
-    batch: Any,
-    rng_key: Any,
-    plan: ProgramPlan,
-    per_token: bool,
-    objective: Objective,
-) -> Any:
     input_ids, targets, segments, positions, rows, *documents = batch
     decoder = nnx.merge(structure, trained, frozen)
     added, alpha = None, objective.noise
@@ -76,8 +49,12 @@ def _loss(
         key = jnp.stack([rng_key[0] ^ jnp.uint32(module_word(EMBEDDING)), rng_key[1]])
         added = embedding_noise(key, rows, segments, decoder.spec.hidden, alpha=alpha)
     dropout = None if rng_key is None else DropoutKey(rng_key, rows)
-    run = decoder.run(positions, segments, *frequencies, dropout=dropout, documents=documents_from(tuple(documents)))
-    return decoder.loss(input_ids, run, targets, plan, added, per_token, objective.smoothing)
+    run = decoder.run(positions, segments, *rope_frequencies, dropout=dropout, documents=documents_from(tuple(documents)))
+    loss = decoder.loss(input_ids, run, targets, plan, added, by_row, objective.smoothing)
+    return loss.sum(axis=1) if by_row else loss
+
+
+row_losses = partial(summed_loss, by_row=True)
 
 
 class Step:
@@ -201,7 +178,7 @@ class RowLosses:
         kept_for = partial(model.checkpointing, learns=False)
         plan, documents = make_plan(kept_for, model.unrolled, batch.targets[None], batch.segments[None], model.devices)
         own = (array[0] for array in documents)
-        arrays = (batch.input_ids, batch.targets, batch.segments, batch.positions, batch.rows, *own)
+        arrays = (*(getattr(batch, name) for name in FIELDS), *own)
         put = tuple(devices.put_batch(array, 0) for array in arrays)
         compiled_in = {"structure": model.structure, "ropes": ropes, "plan": plan, "objective": self._objective}
         with model.compiles():

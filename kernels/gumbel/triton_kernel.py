@@ -10,6 +10,7 @@ import triton.language as tl
 from jaxtyping import Float32, Int
 
 from jaxsloth.kernels.dropout.contract import MULTIPLIERS, ROUNDS, WEYL
+from jaxsloth.kernels.dropout.triton_parts import wide_product
 from jaxsloth.kernels.gumbel.contract import DOMAIN, MOST, SERIES, SERIES_BELOW, share_of
 
 BLOCK, WARPS = 1024, {"num_warps": 4}
@@ -20,14 +21,6 @@ _S2, _S3, _S4, _S5, _S6 = (tl.constexpr(value) for value in SERIES[1:])
 
 @triton.jit
 @no_type_check  # the tests' type checker would wrap the source that Triton reads
-def _wide_product(word, FACTOR: tl.constexpr):
-    """(upper, lower) 32 bits."""
-    product = word.to(tl.uint64) * FACTOR
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
-@no_type_check
 def _draw_kernel(
     scores, ids, keys, rows, positions, values, places, n, share, programs, LISTED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -42,8 +35,8 @@ def _draw_kernel(
     d = tl.zeros_like(a) + _DOMAIN
     k0, k1 = tl.load(keys + 2 * row).to(tl.uint32), tl.load(keys + 2 * row + 1).to(tl.uint32)
     for _ in tl.static_range(_ROUNDS):
-        a_high, a_low = _wide_product(a, _M0)
-        c_high, c_low = _wide_product(c, _M1)
+        a_high, a_low = wide_product(a, _M0)
+        c_high, c_low = wide_product(c, _M1)
         a, b, c, d = c_high ^ (b ^ k0), c_low, a_high ^ (d ^ k1), a_low
         k0 += _W0
         k1 += _W1

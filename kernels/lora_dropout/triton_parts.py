@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from jaxsloth.kernels.dropout.contract import MULTIPLIERS, ROUNDS, WEYL
+from jaxsloth.kernels.dropout.triton_parts import wide_product
 
 # Of the pair $1 of 16-bit values those that are kept: all sixteen bits each become the decision's own, the sign of byte 1 (the
 # lower half of a word) or 3 of the words $2 and $3.
@@ -29,14 +30,6 @@ _ROUNDS, _LOWER, _UPPER, _ZERO, _TWO_ZEROS = (tl.constexpr(value) for value in (
 
 @triton.jit
 @no_type_check  # the tests' type checker would wrap the source that Triton reads
-def _wide_product(word, FACTOR: tl.constexpr):
-    """(upper, lower) 32 bits."""
-    product = word.to(tl.uint64) * FACTOR
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
-
-
-@triton.jit
-@no_type_check
 def _decide(word, BAR: tl.constexpr):
     """Both halves of a word compared with the threshold at once: bits 15 and 31 are set where they reach it."""
     compared = (word & 0x7FFF7FFF) + (0x8000 - BAR % 0x8000) * 0x10001
@@ -54,8 +47,8 @@ def _decisions(key, module, place, first_token, rows, token, tokens, length, zer
     a, b, c = place[None, :].to(tl.uint32), ((first_token + token) % length)[:, None].to(tl.uint32), row[:, None].to(tl.uint32)
     d = tl.zeros_like(a)
     for ROUND in tl.static_range(_ROUNDS):
-        a_high, a_low = _wide_product(a, _M0)
-        c_high, c_low = _wide_product(c, _M1)
+        a_high, a_low = wide_product(a, _M0)
+        c_high, c_low = wide_product(c, _M1)
         a, b, c, d = c_high ^ (b ^ k0), c_low, a_high ^ (d ^ k1), a_low
         if ROUND == 1:  # from here on they are as wide as a tile
             a, c = a ^ zeros, c ^ zeros
