@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend.adapters import base_of
-from jaxsloth.frontend.module.passes import Pass, to_torch
+from jaxsloth.frontend.module.passes import ModulePass, to_torch
 from tests.support.modules import (
     BACKENDS,
     TRAINING,
@@ -142,7 +142,7 @@ def test_what_is_trained_whole_may_be_written_when_a_pass_has_returned(backend):
     rows, weight = batch((250,) * 6), model.get_output_embeddings().weight
     prepared = base_of(model).prepare(rows["input_ids"], rows["attention_mask"], None)
     groups = prepared.functional.groups(list(prepared.active.adapters))
-    asked = Pass(
+    asked = ModulePass(
         prepared.functional,
         "logits",
         groups,
