@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,11 @@ QUESTION = (
     "A baker bakes 12 loaves in the morning and twice as many in the afternoon. She sells 30 loaves. How many loaves are left?"
 )
 BAR = 1e-4
-SHORTER = ("steps=20", "accumulation=1")  # than the recipe: with the installation within six minutes on two cores
+# Than the recipe: with the installation within six minutes on two cores. One length is one program to compile.
+SHORTER = (
+    *("steps=12", "accumulation=1", "data.limit=32", "data.validation_fraction=0.0"),
+    *("data.max_length=160", "data.pad_to_multiple_of=160"),
+)
 
 
 def main() -> int:
@@ -83,13 +88,14 @@ def _answers(console: Console, output: Path) -> None:
     """Greedy answers of the base and of the torch-trained adapter, both on the torch backend."""
     from jaxsloth import FastLanguageModel
 
-    recipe = load_recipe(RECIPE)
+    adapter = str(output / "torch" / "adapter")
+    model, tokenizer = FastLanguageModel.from_pretrained(adapter, backend="torch", load_in_4bit=True, dtype="float32")
     messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     console.print(f"[bold]question[/] {QUESTION}")
-    for label, name in (("before", recipe.model), ("after", str(output / "torch" / "adapter"))):
-        model, tokenizer = FastLanguageModel.from_pretrained(name, backend="torch", load_in_4bit=True, dtype="float32")
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        answer = model.generate([prompt], max_new_tokens=48)[0]
+    for label, adapters in (("before", model.disable_adapter()), ("after", nullcontext())):
+        with adapters:
+            answer = model.generate([prompt], max_new_tokens=48)[0]
         console.print(f"[bold]{label}[/] {answer.strip()}")
 
 
