@@ -33,7 +33,7 @@ from jaxsloth.frontend.language_model import FastModelForCausalLM
 from jaxsloth.frontend.metrics import asks_for_logits, check_best, predictions, token_metrics
 from jaxsloth.frontend.module.peft_adoption import check_wrappers
 from jaxsloth.frontend.optimizer_view import BackendOptimizer, optimizer_options, scheduler_of
-from jaxsloth.frontend.peft_models import adopted, set_checkpointing
+from jaxsloth.frontend.peft_models import set_checkpointing, wrapped_by
 from jaxsloth.frontend.rows import Held, all_of, check_rows, each, one_of, rows_needed
 from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights
 from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
@@ -96,10 +96,8 @@ class BaseTrainer(TrainerSurface):
                 setattr(self.args, name, value)
         check_precision(self.args, self.base.engine.model.options.dtype)
         if peft_config is not None:
-            import peft
-
-            model = peft.get_peft_model(model, peft_config)
-        self.model: Any = adopted(model)
+            model = wrapped_by(model, peft_config)
+        self.model: Any = model
         if self.args.gradient_checkpointing and self.base.engine.model.options.gradient_checkpointing == "none":
             set_checkpointing(model, "full")
         self.processing_class = processing_class or self.base.tokenizer
@@ -291,7 +289,8 @@ class BaseTrainer(TrainerSurface):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """The held-out loss and the trainer's other metrics; logged, and told to the callbacks. Of several data sets by name
-        one after the other, as ``eval_NAME_loss``; eval_dataset may name one of the trainer's own."""
+        one after the other, as ``eval_NAME_loss``; eval_dataset may name one of the trainer's own. As in TRL the trainer's own
+        metrics are called ``eval_…`` whatever the data set, and the last one's are returned."""
         several = self.held_out if eval_dataset is None else eval_dataset
         if isinstance(several, Mapping):
             metrics: dict[str, float] = {}
@@ -300,7 +299,7 @@ class BaseTrainer(TrainerSurface):
                 metrics |= self.evaluate(own, ignore_keys, f"{metric_key_prefix}_{name}")  # type: ignore[arg-type]
             return metrics
         held_out = one_of(self.held_out, eval_dataset, self._encode)
-        metrics = self._measured(held_out, metric_key_prefix, predicts=self.compute_metrics is not None)[0]
+        metrics = self._measured(held_out, metric_key_prefix, "eval", predicts=self.compute_metrics is not None)[0]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -311,14 +310,18 @@ class BaseTrainer(TrainerSurface):
         """The logits of every row through the module, its labels, and the metrics that `evaluate` would find."""
         del ignore_keys
         examples = self._encode(test_dataset, "test_dataset")
-        metrics, seen = self._measured(examples, metric_key_prefix, predicts=not self.args.prediction_loss_only)
+        predicts = not self.args.prediction_loss_only
+        metrics, seen = self._measured(examples, metric_key_prefix, metric_key_prefix, predicts)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         if seen is None:
             return PredictionOutput(None, None, metrics)  # type: ignore[arg-type]
         return PredictionOutput(seen.predictions, seen.label_ids, metrics)
 
-    def _measured(self, examples: list[Example], prefix: str, predicts: bool) -> tuple[dict[str, float], EvalPrediction | None]:
-        """(the metrics of examples, what compute_metrics was given: None where it does not predict)."""
+    def _measured(
+        self, examples: list[Example], prefix: str, own: str, predicts: bool
+    ) -> tuple[dict[str, float], EvalPrediction | None]:
+        """(the metrics of examples, what compute_metrics was given: None where it does not predict). own: the prefix of the
+        trainer's metrics beside the loss."""
         push_for_inference(self.base)
         start = time.perf_counter()
         batches = self._eval_batches(examples, self._eval_rows())
@@ -326,9 +329,10 @@ class BaseTrainer(TrainerSurface):
         if asks_for_logits(self.args.metric_for_best_model, pairs=self.group_size == 2):
             found |= token_metrics(self.model, batches, pairs=self.group_size == 2)
         seen = predictions(self.model, batches, self.preprocess_logits_for_metrics) if predicts else None
+        metrics = {f"{prefix if name == 'loss' else own}_{name}": value for name, value in found.items()}
         if self.compute_metrics is not None and seen is not None:
-            found |= self.compute_metrics(seen)
-        metrics = {name if name.startswith(prefix) else f"{prefix}_{name}": value for name, value in found.items()}
+            asked = self.compute_metrics(seen).items()
+            metrics |= {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in asked}
         seconds = time.perf_counter() - start
         metrics[f"{prefix}_runtime"] = round(seconds, 4)
         metrics[f"{prefix}_samples_per_second"] = round(len(examples) / self.group_size / seconds, 3)

@@ -44,9 +44,11 @@ def asks_for_logits(metric: str | None, pairs: bool) -> bool:
 
 
 def check_best(metric: str, own: Sequence[str], pairs: bool, data_sets: Sequence[str]) -> None:
-    """ValueError where an evaluation of these data sets (none: of one without a name) will not have the metric."""
-    names = [*own, *_OF_TOKENS, *(_OF_ANSWERS if pairs else ()), *_OF_SPEED]
-    names = [f"{data_set}_{name}" for data_set in data_sets for name in names] or names
+    """ValueError where an evaluation of these data sets (none: of one without a name) will not have the metric. TRL's own
+    metrics are called alike for every data set."""
+    by_set = ("loss", *_OF_SPEED)
+    names = [f"{data_set}_{name}" for data_set in data_sets for name in by_set] or list(by_set)
+    names += [*(name for name in own if name != "loss"), *_OF_TOKENS, *(_OF_ANSWERS if pairs else ())]
     if metric.removeprefix("eval_") not in names:
         raise ValueError(f"metric_for_best_model is {metric!r}, and evaluations here have: {', '.join(names)}")
 

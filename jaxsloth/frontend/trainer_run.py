@@ -183,7 +183,7 @@ class TrainerRun:
             self._evaluate()  # as in transformers, it is no candidate for the best
         loop = Loop(self, args.seed)
         loop.run(first)
-        self._all_losses += sum(item.loss for item in loop.unlogged if not item.skipped)
+        self._all_losses += sum(item.loss for item in loop.unlogged if math.isfinite(item.loss))
         self._load_best()
         done, seconds = state.global_step - first, time.perf_counter() - start
         loss = self._all_losses / max(done, 1)
@@ -254,14 +254,14 @@ class TrainerRun:
         return whole + rest * self.step_batches.accumulation / self.step_batches.batches_per_epoch
 
     def log(self, items: Sequence[Dispatched]) -> None:
-        done = [item for item in items if not item.skipped]
-        self._all_losses += sum(item.loss for item in done)
+        losses = [item.loss for item in items if math.isfinite(item.loss)]  # of a step that fp16 skipped it may not be
+        self._all_losses += sum(losses)
         own = {
-            "loss": float(np.mean([item.loss for item in done])),
+            "loss": float(np.mean(losses)) if losses else math.nan,
             "grad_norm": items[-1].grad_norm,
             "learning_rate": items[-1].rate,
         }
-        measured = [metrics for item in done for metrics in self.owner.measure(item.result)]
+        measured = [metrics for item in items for metrics in self.owner.measure(item.result)]
         self._logged = self.state.global_step
         self._log(own | means(measured) | {"num_tokens": float(self.state.num_input_tokens_seen)})
 

@@ -14,10 +14,13 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
+from jaxsloth.backend import StepResult
 from jaxsloth.frontend import arguments
+from jaxsloth.frontend.module.placeholders import Placeholder
 from jaxsloth.frontend.saving import HubError
 from jaxsloth.frontend.trainer_surface import _CALLED, _OF_ARGS, _OF_TRL, _ONCE, ABSENT, NotHereError, _theirs, refuse_overrides
 from tests.support.modules import BACKENDS, TRAINING
@@ -235,6 +238,21 @@ def test_cards_and_the_hub(checkpoint, tmp_path, monkeypatch):
         trainer.push_to_hub()
 
 
+def test_a_run_whose_every_step_fp16_skips_still_logs(checkpoint, tmp_path, monkeypatch):
+    """As in transformers the losses of skipped steps count where they are finite."""
+    floats = StepResult.floats
+    expected = [entry["loss"] for entry in trained_history(made(checkpoint, tmp_path, settings={"learning_rate": 0.0}))]
+    for loss in (None, float("inf")):
+        monkeypatch.setattr(StepResult, "floats", lambda self, own=loss: (own or floats(self)[0], float("inf"), True))
+        found = [entry["loss"] for entry in trained_history(made(checkpoint, tmp_path, settings={"learning_rate": 0.0}))]
+        assert len(found) == 2 and (found == expected if loss is None else np.isnan(found).all())
+
+
+def trained_history(trainer: Any) -> list[dict[str, float]]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 def test_data_given_later_is_trained(checkpoint, tmp_path):
     trainer = made(checkpoint, tmp_path)
     trainer.train_dataset = ROWS.select(range(2))
@@ -242,15 +260,78 @@ def test_data_given_later_is_trained(checkpoint, tmp_path):
     assert len(trainer.train_dataset) == 2 and len(trainer.get_train_dataloader()) == 1 and "eval_loss" in trainer.evaluate()
 
 
-def test_a_model_that_peft_wrapped_saves_in_the_format_that_is_asked_for(checkpoint, tmp_path):
-    """peft.get_peft_model's own drops save_format in silence, which ours can't help until a trainer has the model."""
-    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, backend="torch", load_in_4bit=False, max_seq_length=64)
-    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    args = SFTConfig(str(tmp_path), **SETTINGS)
-    trainer = SFTTrainer(wrapped, args=args, train_dataset=ROWS, processing_class=tokenizer)
-    assert trainer.model is wrapped
+def held(model: Any) -> dict[str, Any]:
+    """What a change of adapters that fails must leave alone."""
+    parts = {
+        name: (id(p), p.requires_grad, None if isinstance(p, Placeholder) else p.detach().clone())
+        for name, p in model.named_parameters()
+    }
+    modules = {name: type(module) for name, module in model.named_modules()}
+    named = {"configs": list(getattr(model, "peft_config", {})), "active": getattr(model, "active_adapter", None)}
+    return {"parts": parts, "modules": modules, **named}
+
+
+def assert_held(model: Any, before: dict[str, Any]) -> None:
+    now = held(model)
+    assert {k: v for k, v in now.items() if k != "parts"} == {k: v for k, v in before.items() if k != "parts"}
+    assert now["parts"].keys() == before["parts"].keys()
+    for name, (number, flag, value) in before["parts"].items():
+        assert now["parts"][name][:2] == (number, flag), name
+        assert value is None or torch.equal(now["parts"][name][2], value), name
+
+
+def spoilt(folder: Path) -> Path:
+    """The adapter saved in a folder, with a NaN in its last tensor."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_change_of_adapters_that_fails_changes_nothing(backend, checkpoint, tmp_path):
+    """A model that PEFT itself wrapped, with a task and without one, as FastLanguageModel's: it also saves in the format that
+    is asked for."""
+    model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, backend=backend, load_in_4bit=False, max_seq_length=64)
+    bare = held(model)
+    with pytest.raises(ValueError, match="use_dora"):
+        SFTTrainer(
+            model,
+            args=SFTConfig(str(tmp_path), **SETTINGS),
+            train_dataset=ROWS,
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"),
+        )
+    assert_held(model, bare)
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert isinstance(wrapped, peft.PeftModel) and not isinstance(wrapped, peft.PeftModelForCausalLM)
     wrapped.save_pretrained(str(tmp_path / "merged"), save_format="merged_16bit")
     assert (tmp_path / "merged" / "model.safetensors").is_file() and (tmp_path / "merged" / "config.json").is_file()
+    wrapped.unload()
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    with pytest.raises(ValueError, match="save_format must be one of"):
+        wrapped.save_pretrained(str(tmp_path / "bad"), save_format="merged_3bit")
+    wrapped.save_pretrained(str(tmp_path / "first"))
+    wrapped.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    wrapped.save_pretrained(str(tmp_path / "saved"), selected_adapters=["other"])
+    before, logits = held(wrapped), wrapped(torch.arange(2, 9)[None]).logits
+    changes: list[tuple[Any, type[Exception], str]] = [
+        (lambda: wrapped.load_adapter(spoilt(tmp_path / "first"), "fresh"), ValueError, "must hold finite values"),
+        (lambda: wrapped.load_adapter(tmp_path / "first", "fresh", is_trainable=True), ValueError, "must hold finite values"),
+        (lambda: wrapped.load_adapter(tmp_path / "first", "default"), ValueError, "must hold finite values"),
+        (lambda: wrapped.load_adapter(tmp_path / "saved" / "other", "default"), RuntimeError, "size mismatch"),
+        (lambda: wrapped.add_adapter("fresh", peft.LoraConfig(target_modules=["q_proj", "norm"])), ValueError, "supported"),
+        (lambda: wrapped.set_adapter("nobody"), ValueError, "not found"),
+    ]
+    for change, kind, message in changes:
+        with pytest.raises(kind, match=message):
+            change()
+        assert_held(wrapped, before)
+    assert torch.equal(wrapped(torch.arange(2, 9)[None]).logits, logits)
 
 
 def test_a_hook_around_the_blocks_is_refused_by_training(checkpoint, tmp_path):

@@ -480,7 +480,7 @@ def test_the_best_of_a_run_that_was_moved(backend, checkpoint, tmp_path):
     assert again.state.global_step == 6
 
 
-BEST = {"SFT": "b_mean_token_accuracy", "DPO": "eval_b_logits/chosen"}
+BEST = {"SFT": "mean_token_accuracy", "DPO": "eval_logits/chosen"}
 
 
 @cache
@@ -505,10 +505,9 @@ def evaluated(kind: str, model: Any, tokenizer: Any, folder: Path, best: str, ou
     trainer.train()
     found = {}
     for entry in trainer.state.log_history:
-        own = next((own for own in ("eval_a_", "eval_b_") if f"{own}loss" in entry), None)
-        if own is not None:  # TRL calls its own metrics alike for every data set
-            names = {name: own + name.removeprefix("eval_") if not name.startswith(own) else name for name in entry}
-            found |= {names[name]: value for name, value in entry.items() if name not in ("step", "epoch")}
+        data_set = next((own for own in "ab" if f"eval_{own}_loss" in entry), None)
+        if data_set is not None:
+            found |= {f"{data_set}: {name}": value for name, value in entry.items() if "preparation" not in name}
     return trainer, found
 
 
@@ -519,15 +518,17 @@ def test_evaluations_of_several_data_sets_are_trls(kind, backend, checkpoint, tm
     expected = judged_evaluations(kind, checkpoint, judges_folder)
     model, tokenizer = native_model(checkpoint, backend, **TARGETS)
     trainer, found = evaluated(kind, model, tokenizer, tmp_path, BEST[kind], ours=True)
-    assert expected.keys() <= found.keys() and "eval_a_loss" in found and f"eval_{BEST[kind].removeprefix('eval_')}" in found
+    best = "eval_" + BEST[kind].removeprefix("eval_")
+    assert expected.keys() == found.keys() and {"a: eval_a_loss", f"b: {best}"} <= found.keys()
     for name, value in expected.items():
-        if "per_second" not in name and "runtime" not in name and "preparation" not in name:
+        if "per_second" not in name and "runtime" not in name:
             assert found[name] == pytest.approx(value, abs=2e-5), name
-    assert trainer.state.best_metric == found["eval_" + BEST[kind].removeprefix("eval_")]
+    assert trainer.state.best_metric == found[f"b: {best}"] != found[f"a: {best}"]
     again = trainer.evaluate()
-    assert again["eval_a_loss"] == found["eval_a_loss"] != trainer.evaluate("b", metric_key_prefix="own")["own_loss"]
+    assert again["eval_a_loss"] == found["a: eval_a_loss"] != trainer.evaluate("b", metric_key_prefix="own")["own_loss"]
+    assert again[best] == found[f"b: {best}"]  # TRL's own metrics are called alike for every data set
     assert len(trainer.get_eval_dataloader("b").dataset) == len(trainer.eval_dataset["b"]) == 5
-    assert trainer.evaluate({"c": ROWS[:3] if kind == "SFT" else PAIRS[:3]})["eval_c_loss"] == found["eval_a_loss"]
+    assert trainer.evaluate({"c": ROWS[:3] if kind == "SFT" else PAIRS[:3]})["eval_c_loss"] == found["a: eval_a_loss"]
     for wrong, message in (("d", r"name one of the trainer's own \(a, b\), got 'd'"), ({}, "got none")):
         with pytest.raises(ValueError, match=message):
             trainer.get_eval_dataloader(wrong)

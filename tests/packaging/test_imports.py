@@ -139,7 +139,8 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/trainer_surface.py", {"torch", "transformers"}, ("*",), {"huggingface_hub"}),
     ("jaxsloth/frontend/decoding.py", NUMBERS | {"torch", "transformers"}, ("*",), set()),
     ("jaxsloth/frontend/language_model.py", {"torch"}, ("*",), set()),
-    ("jaxsloth/frontend/peft_models.py", {"peft"}, ("*",), set()),
+    ("jaxsloth/frontend/peft_models.py", {"peft", "torch"}, ("*",), set()),
+    ("jaxsloth/frontend/as_before.py", {"torch"}, ("*",), set()),
     ("jaxsloth/frontend/saving.py", NUMBERS | {"torch"}, ("*",), {"huggingface_hub"}),
     ("jaxsloth/frontend/fast_model.py", set(), ("*",), {"torch"}),
     ("jaxsloth/frontend/metrics.py", NUMBERS | {"torch", "transformers"}, ("*",), set()),
@@ -147,7 +148,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/dpo_trainer.py", NUMBERS | {"torch"}, ("*",), set()),
     ("jaxsloth/frontend/trainer_run.py", NUMBERS | {"torch", "transformers", "safetensors", "pydantic"}, ("*",), set()),
     ("jaxsloth/frontend/optimizer_view.py", {"torch", "transformers"}, ("*",), set()),
-    ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), {"peft"}),
+    ("jaxsloth/frontend/base_trainer.py", NUMBERS | {"transformers"}, ("*",), set()),
     ("jaxsloth/frontend/*.py", NUMBERS, ("*",), set()),
     ("jaxsloth/frontend/module/cached_rows.py", NUMBERS | {"torch"}, ("frontend.module", "backend", "batch"), set()),
     (
