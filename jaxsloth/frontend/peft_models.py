@@ -15,7 +15,7 @@ from jaxsloth.backend import CheckpointingName
 from jaxsloth.convert.peft_adapter import fitted_adapter
 from jaxsloth.frontend.adapters import base_of, native_spec, pull
 from jaxsloth.frontend.as_before import as_before
-from jaxsloth.frontend.language_model import FastModelForCausalLM
+from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from jaxsloth.frontend.module.peft_adoption import active_parts
 from jaxsloth.frontend.module.placeholders import PlaceholderWriteError
 from jaxsloth.frontend.saving import save_as
@@ -67,7 +67,7 @@ def _adopt(wrapper: nn.Module, name: str, tuner: nn.Module | None) -> None:
     """
     if name != "base_model" or type(wrapper) not in _OURS or not isinstance(tuner, nn.Module):
         return
-    if isinstance(vars(tuner)["_modules"].get("model", tuner), FastModelForCausalLM):
+    if isinstance(vars(tuner)["_modules"].get("model", tuner), JaxslothForCausalLM):
         wrapper.__class__ = _OURS[type(wrapper)]
         tuner.merge_and_unload = _refuse_merge  # type: ignore[assignment]
 
