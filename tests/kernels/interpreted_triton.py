@@ -95,8 +95,7 @@ def test_dequantize(case, dtype, nested):
     [
         pytest.param(case, dtype, nested, id=f"{case.name}-{dtype}-{nested}")
         for place, case in enumerate(part("nf4", "cases").MATVEC_CASES)
-        for dtype, nested in ((("float32", False), ("float16", True)) if place == 0 else ())
-        + (("float32", True),)
+        for dtype, nested in ((("float32", False), ("float16", True)) if place == 0 else ()) + (("float32", True),)
     ],
 )
 def test_matvec(case, dtype, nested):
