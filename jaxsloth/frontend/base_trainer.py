@@ -158,6 +158,10 @@ class BaseTrainer(TrainerSurface):
     def _make_step(self, options: OptimizerOptions) -> Step:
         raise NotImplementedError
 
+    def _deciding(self) -> dict[str, Any]:
+        """What decides a run's numbers beside its base and its data, for checkpoints to know."""
+        return deciding(self.args)
+
     def measure(self, result: Any) -> Sequence[Metrics]:
         """What is logged of a step's result beside its loss: a dict a micro-batch."""
         del result
@@ -247,7 +251,7 @@ class BaseTrainer(TrainerSurface):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         model, backend, name = self.base.engine.model, self.base.loaded.backend, self.base.config.name_or_path or ""
         marks = fingerprints(
-            self.base.loaded.checkpoint, self.processing_class, None, self.examples, all_of(self.held_out), deciding(self.args)
+            self.base.loaded.checkpoint, self.processing_class, None, self.examples, all_of(self.held_out), self._deciding()
         )
         optimizer = BackendOptimizer(options, self.args.learning_rate, weights.held)
         self._run = TrainerRun(self, model, backend, weights, optimizer, self._step_batches(), name, marks, anyway)
@@ -288,9 +292,8 @@ class BaseTrainer(TrainerSurface):
         ignore_keys: Sequence[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The held-out loss and the trainer's other metrics; logged, and told to the callbacks. Of several data sets by name
-        one after the other, as ``eval_NAME_loss``; eval_dataset may name one of the trainer's own. As in TRL the trainer's own
-        metrics are called ``eval_…`` whatever the data set, and the last one's are returned."""
+        """The held-out loss and the trainer's other metrics; logged, and told to the callbacks. Of several data sets one after
+        the other, as ``eval_NAME_loss`` (TRL's own metrics stay ``eval_…``); eval_dataset may name one of the trainer's."""
         several = self.held_out if eval_dataset is None else eval_dataset
         if isinstance(several, Mapping):
             metrics: dict[str, float] = {}
@@ -310,8 +313,7 @@ class BaseTrainer(TrainerSurface):
         """The logits of every row through the module, its labels, and the metrics that `evaluate` would find."""
         del ignore_keys
         examples = self._encode(test_dataset, "test_dataset")
-        predicts = not self.args.prediction_loss_only
-        metrics, seen = self._measured(examples, metric_key_prefix, metric_key_prefix, predicts)
+        metrics, seen = self._measured(examples, metric_key_prefix, metric_key_prefix, not self.args.prediction_loss_only)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         if seen is None:
             return PredictionOutput(None, None, metrics)  # type: ignore[arg-type]

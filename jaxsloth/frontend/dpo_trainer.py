@@ -10,10 +10,11 @@ from torch import nn
 
 from jaxsloth.backend import OptimizerOptions, Step
 from jaxsloth.batch import Batch
+from jaxsloth.convert.digest import base_digest, values_digest
 from jaxsloth.data.encode import Example
 from jaxsloth.data.step_batches import eval_batches
 from jaxsloth.frontend import base_trainer
-from jaxsloth.frontend.adapters import native_adapter, push_for_inference, scaled
+from jaxsloth.frontend.adapters import folded_adapter, native_adapter, push_for_inference, scaled
 from jaxsloth.frontend.base_trainer import PAD, BaseTrainer, Rows, RowSets, check_collator, longest, ours, real_rows
 from jaxsloth.frontend.dpo_config import FORMER_REFUSED, FORMER_UNUSED, RULES, DPOConfig, objective_of
 from jaxsloth.frontend.dpo_data import ANSWERS, REFERENCES, encode_pairs
@@ -148,6 +149,15 @@ class DPOTrainer(BaseTrainer):
             self._references.of([self.examples[row] for step in steps for row in step_batches.rows_of(step)])
         step = self.base.engine.model.step(self._objective, options)
         return ReferredStep(step, step_batches, self.examples, self._references)
+
+    def _deciding(self) -> dict[str, Any]:
+        return super()._deciding() | {"reference": self._reference_digest()}
+
+    def _reference_digest(self) -> str:
+        if self.ref_model is not None:
+            reference = ours(self.ref_model, "DPOTrainer")
+            return f"{base_digest(reference.loaded.checkpoint)} {values_digest(folded_adapter(reference)[1])}"
+        return "the base" if self._starting is None else f"{values_digest(self._starting)} {self._scale}"
 
     def measure(self, result: Compared) -> Sequence[Metrics]:
         return result.metrics(self._objective.beta)

@@ -92,17 +92,19 @@ class SavedState(Schema):
     num_input_tokens_seen: Count = 0
 
 
-# Arguments that decide a run's numbers; how many steps it has may change, as scripts go on with more of them.
-_DECIDING = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "seed", "data_seed", "optim", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "packing", "beta", "loss_type"),
+# Arguments that decide a run's numbers, beside what becomes of the data and of the adapter; how many steps it has may change,
+# as scripts go on with more of them.
+DECIDING = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy", "optim", "weight_decay", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "packing"),
+    *("beta", "loss_type", "label_smoothing", "disable_dropout"),
 )
 
 
 def deciding(args: Any) -> dict[str, Any]:
     """The arguments that decide a run's numbers, as plain values."""
-    values = {name: getattr(args, name, None) for name in _DECIDING}
+    values = {name: getattr(args, name, None) for name in DECIDING}
     plain = {name: getattr(value, "value", value) for name, value in values.items() if value is not None}
     return plain | {"optim": OPTIMIZERS.get(str(plain.get("optim")), plain.get("optim"))}
 

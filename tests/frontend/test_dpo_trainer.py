@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel
+from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.data.encode import Example
 from jaxsloth.frontend import arguments, dpo_config
 from jaxsloth.frontend.preference import References
@@ -200,6 +201,15 @@ def test_a_resumed_run_goes_on_alike(checkpoint, tmp_path, backend):
     for name in ("loss", "rewards/margins"):
         expected = logged(whole.state.log_history, name)
         assert logged(again.state.log_history, name) == pytest.approx(expected, abs=1e-6) and len(expected) == 6
+    other, _ = started(checkpoint, backend, True)
+    for changes, message in (
+        ({"ref_model": other}, "settings have changed: reference: "),
+        ({"label_smoothing": 0.1, "lr_scheduler_type": "constant"}, r"label_smoothing: 0.0 -> 0.1, lr_scheduler_type"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            small(checkpoint, tmp_path, backend, **changes).train(
+                resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-3")
+            )
 
 
 @both

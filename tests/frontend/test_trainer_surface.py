@@ -19,9 +19,10 @@ from transformers import Trainer, TrainerCallback
 
 from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.backend import StepResult
-from jaxsloth.frontend import arguments
+from jaxsloth.frontend import arguments, dpo_config, sft_config
 from jaxsloth.frontend.module.placeholders import Placeholder
 from jaxsloth.frontend.saving import HubError
+from jaxsloth.frontend.trainer_run import DECIDING
 from jaxsloth.frontend.trainer_surface import _CALLED, _OF_ARGS, _OF_TRL, _ONCE, ABSENT, NotHereError, _theirs, refuse_overrides
 from tests.support.modules import BACKENDS, TRAINING
 from tests.support.native import native_model
@@ -101,6 +102,24 @@ def test_every_method_that_a_subclass_may_override_is_called_or_refused(theirs, 
         else:
             with pytest.raises(ValueError, match=rf"Mine has its own {name}, which would never be called"):
                 refuse_overrides(mine)
+
+
+# What becomes of the data, the adapter and the base is in a checkpoint's other fingerprints.
+FREE = {
+    *("output_dir", "per_device_eval_batch_size", "num_train_epochs", "max_steps", "bf16", "fp16", "activation_checkpointing"),
+    *("gradient_checkpointing", "logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm", "report_to"),
+    *("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps"),
+    *("eval_delay", "eval_on_start", "prediction_loss_only", "save_strategy", "save_steps", "save_total_limit"),
+    *("save_only_model", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "use_cpu"),
+    *("include_num_input_tokens_seen", "dataset_text_field", "dataset_num_proc", "max_length", "completion_only_loss"),
+    *("assistant_only_loss", "pad_to_multiple_of", "chat_template_path", "eos_token", "max_prompt_length", "truncation_mode"),
+    *("precompute_ref_log_probs", "precompute_ref_batch_size"),
+}
+
+
+def test_a_checkpoint_knows_every_argument_that_decides_numbers():
+    used = sft_config.USED | dpo_config.USED
+    assert set(DECIDING) | FREE == used and not set(DECIDING) & FREE
 
 
 @pytest.mark.parametrize("kind", [SFTTrainer, DPOTrainer])
