@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.convert.fitting import check_cast
+from jaxsloth.convert.fitting import check_cast, not_numbers
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
 
 _SCALE, _FORMAT = "SCB", "weight_format"
@@ -104,9 +104,11 @@ def bnb8bit_parts(name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
     """bitsandbytes' tensors of one weight ``[out, in]``: int8 codes, float32 SCB ``[out]``, and the layout's number.
 
     Raises:
-        CheckpointError: a value is too large for float16.
+        CheckpointError: a value is too large for float16, or no number.
     """
     codes, scale = quantized_rows(check_cast(name, weight, np.float16))
+    if not np.isfinite(scale).all():
+        raise not_numbers(name, "int8")
     module = name.removesuffix(".weight")
     return {name: codes, f"{module}.{_SCALE}": scale, f"{module}.{_FORMAT}": np.array(_ROW_MAJOR, np.uint8)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,14 +131,37 @@ def check_tensors(source: CheckpointSource, expected: Mapping[str, tuple[int, ..
             )
 
 
+_AT_ONCE = 1 << 22  # values that are looked at together
+
+
 def check_cast(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
-    """The tensor in `dtype`; `cast_error` where finite values do not stay so."""
-    with np.errstate(over="ignore"):
-        cast = tensor.astype(dtype)
-    lost = np.isfinite(tensor) & ~np.isfinite(cast)
-    if lost.any():
-        raise cast_error(name, int(lost.sum()), float(tensor[lost][0]), np.dtype(dtype).name)
+    """The tensor in `dtype`, itself where it is so already; `cast_error` where finite values do not stay so.
+
+    Beyond the result it takes a few temporaries of a slice.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    cast = np.empty(tensor.shape, dtype)
+    rows, into = np.atleast_1d(tensor), np.atleast_1d(cast)
+    step, count, first = max(1, _AT_ONCE // max(1, math.prod(rows.shape[1:]))), 0, 0.0
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        with np.errstate(over="ignore"):
+            into[start : start + step] = part
+        lost = np.isfinite(part) & ~np.isfinite(into[start : start + step])
+        if lost.any():
+            first = first if count else float(part[lost][0])
+            count += int(lost.sum())
+    if count:
+        raise cast_error(name, count, first, np.dtype(dtype).name)
     return cast
+
+
+def not_numbers(name: str, kind: str) -> ValueError:
+    """What a weight is refused with whose NaN or infinite values `kind`'s blocks can't hold."""
+    return CheckpointError(
+        f"tensor {name} holds NaN or infinite values, which {kind} can't; the checkpoint is damaged (--to hf keeps it as it is)"
+    )
 
 
 def cast_error(name: str, count: int, value: float, dtype: str) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
+
+from jaxsloth.convert.fitting import cast_error, check_cast, not_numbers
 
 # Of the rows of a K-quant, what must divide them; of the older blocks.
 SUPER_BLOCK, BLOCK = 256, 32
@@ -141,24 +144,62 @@ def check_available(kind: OutType) -> None:
 
 
 _VALUES_A_THREAD = 1 << 18
+_AT_ONCE = 1 << 22  # values that a core has in float32 at a time
+_LARGEST = float(np.finfo(np.float16).max)  # of values in blocks, whose scales are float16
 
 
-def encode(value: np.ndarray, kind: str) -> np.ndarray:
-    """float32 ``[rows, columns]`` as ggml's bytes, uint8 ``[rows, bytes]`` (F32 and F16 as themselves)."""
+def encode(value: np.ndarray, kind: str, name: str = "to encode") -> np.ndarray:
+    """Floats ``[rows, columns]`` of any dtype as ggml's bytes, uint8 ``[rows, bytes]`` (F32 and F16 as themselves).
+
+    Beyond the result it takes float32 temporaries of some rows.
+
+    Raises:
+        CheckpointError: values of the tensor `name` are too large for F16 or for blocks' scales, or are no numbers there.
+    """
     from gguf import GGMLQuantizationType
 
+    if kind in ("F32", "F16"):
+        return np.ascontiguousarray(check_cast(name, value, np.dtype(np.float32 if kind == "F32" else np.float16)))
     number = GGMLQuantizationType[kind]
-    if find_spec("libgguf") is not None and kind not in ("F32", "F16", "BF16"):
-        import libgguf
+    if find_spec("libgguf") is not None and kind != "BF16":
+        from libgguf import quantize_rows as quantize
+    else:
+        from gguf.quants import quantize
 
-        def encode_rows(rows: np.ndarray) -> np.ndarray:
-            return libgguf.quantize_rows(np.ascontiguousarray(rows, np.float32), number)
+    rows = value.reshape(-1, value.shape[-1])
+    found = np.empty((len(rows), stored_bytes(kind, rows.shape[1:])), np.uint8)
 
-        parts = min(os.cpu_count() or 1, value.size // _VALUES_A_THREAD, value.shape[0])
-        if parts < 2:
-            return encode_rows(value)
+    def encode_rows(start: int) -> None:
+        part = np.ascontiguousarray(rows[start : start + step], np.float32)
+        if kind != "BF16":
+            _check_blocks(part, kind, name)
+        found[start : start + step] = quantize(part, number)
+
+    parts = min(os.cpu_count() or 1, value.size // _VALUES_A_THREAD, len(rows))
+    step = max(1, min(_AT_ONCE // rows.shape[1], -(-len(rows) // max(1, parts))))
+    starts = range(0, len(rows), step)
+    if parts < 2:
+        for start in starts:
+            encode_rows(start)
+    else:
         with ThreadPoolExecutor(parts) as threads:  # libgguf's calls leave Python's lock
-            return np.concatenate(list(threads.map(encode_rows, np.array_split(value, parts))))
-    from gguf.quants import quantize
+            list(threads.map(encode_rows, starts))
+    return found.reshape(*value.shape[:-1], -1)
 
-    return quantize(np.ascontiguousarray(value, np.float32), number)
+
+def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """What a tensor takes as a ggml type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return math.prod(shape) // block * size
+
+
+def _check_blocks(part: np.ndarray, kind: str, name: str) -> None:
+    low, high = part.min(), part.max()
+    if -_LARGEST <= low and high <= _LARGEST:
+        return
+    if not np.isfinite((low, high)).all():
+        raise not_numbers(name, kind)
+    lost = np.abs(part) > _LARGEST
+    raise cast_error(name, int(lost.sum()), float(part[lost][0]), f"the float16 scales of {kind}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxsloth.convert.gguf_families import family_of
-from jaxsloth.convert.gguf_types import OutType, encode, fitting_type
+from jaxsloth.convert.gguf_types import OutType, encode, fitting_type, stored_bytes
 from jaxsloth.models.names import tensor_shapes
 from jaxsloth.models.spec import ModelSpec
 
@@ -41,15 +41,8 @@ def plan_tensors(spec: ModelSpec, kind: OutType) -> list[GgufTensor]:
         if part == "token_embd" and spec.head.tied:
             part = "output"  # it is the head too
         stored = "F32" if len(shape) == 1 else fitting_type(kind.tensor_type(part, layer, layers, groups), shape[-1])
-        found.append(GgufTensor(own, name, shape, stored, _bytes(stored, shape)))
+        found.append(GgufTensor(own, name, shape, stored, stored_bytes(stored, shape)))
     return found
-
-
-def _bytes(kind: str, shape: tuple[int, ...]) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return int(np.prod(shape)) // block * size
 
 
 def write_gguf(
@@ -92,13 +85,12 @@ def write_gguf(
     for tensor, (name, value) in zip(tensors, values, strict=True):
         if name != tensor.hf_name:
             raise ValueError(f"{tensor.hf_name} must come next, got {name}")
-        value = np.asarray(value, np.float32)
         projection = name.split(".")[-2]
         if projection in heads:
             value = permute(value, heads[projection])
         elif family.norm_offset and family.is_norm(name):
-            value = value + np.float32(family.norm_offset)
-        writer.write_tensor_data(encode(value, tensor.kind))
+            value = np.asarray(value, np.float32) + np.float32(family.norm_offset)
+        writer.write_tensor_data(encode(value, tensor.kind, tensor.hf_name))
         yield tensor.nbytes
     writer.close()
 

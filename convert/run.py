@@ -19,7 +19,7 @@ from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4b
 from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
 from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.files import ExistsError, whole_folder, write_whole
-from jaxsloth.convert.fitting import check_cast
+from jaxsloth.convert.fitting import check_cast, not_numbers
 from jaxsloth.convert.gguf_adapter import adapter_bytes, check_gguf_adapter, write_gguf_adapter
 from jaxsloth.convert.gguf_fields import model_fields, rope_factors
 from jaxsloth.convert.gguf_fields import notes_on as notes_on_gguf
@@ -297,7 +297,9 @@ def _value(plan: Plan, tensor: Planned) -> np.ndarray | NF4:
 
 def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4) -> list[tuple[str, np.ndarray]]:
     if tensor.stored_as == "NF4":
-        nf4 = value if isinstance(value, NF4) else _quantize(np.ascontiguousarray(value, np.float32))
+        nf4 = value if isinstance(value, NF4) else _quantize(value)
+        if nf4.nested is not None and not np.isfinite(float(nf4.nested.offset)):  # the mean of the blocks' maxima
+            raise not_numbers(tensor.name, "NF4")
         return list(bnb4bit_parts(tensor.name, nf4, plan.dtype).items())
     assert isinstance(value, np.ndarray)
     if tensor.stored_as == "INT8":
@@ -314,7 +316,10 @@ def _quantize(weight: np.ndarray) -> NF4:
 
         from jaxsloth.kernels.nf4.torch_ops import quantize
 
-        return quantize(torch.from_numpy(np.array(weight)), nested=True)
+        own = np.array(weight, order="C")
+        if own.dtype == ml_dtypes.bfloat16:  # which torch does not take from numpy
+            return quantize(torch.from_numpy(own.view(np.uint16)).view(torch.bfloat16), nested=True)
+        return quantize(torch.from_numpy(own), nested=True)
     import jax.numpy as jnp
 
     from jaxsloth.kernels.nf4.xla_ops import quantize
