@@ -123,7 +123,8 @@ def _run_one(what: str, source: Path, out: Path) -> None:
     convert_one(what, source, out)
     seconds = time.perf_counter() - start
     found = {"what": what, "seconds": seconds, "gb_per_s": size / seconds / 1e9, "anonymous_gib": peak.stop()}
-    print(json.dumps(found | {"resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps(found | {"resident_gib": used.ru_maxrss / 2**20, "cpu_seconds": used.ru_utime + used.ru_stime}))
 
 
 class _Peak:

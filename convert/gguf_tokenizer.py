@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsloth.convert.safetensors_source import CheckpointError
-from jaxsloth.foreign import read_object
+from jaxsloth.foreign import read_object, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 SPACE = "▁"
@@ -56,9 +56,8 @@ def tokenizer_fields(folder: Path, vocab: int, ids: Mapping[str, int | None]) ->
     if not isinstance(model, dict) or model.get("type") != "BPE":
         kind = model.get("type") if isinstance(model, dict) else None
         raise CheckpointError(f"{file}: model.type must be BPE, got {kind!r}; others can't be written to GGUF")
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    if not merges:
-        raise CheckpointError(f"{file}: model.merges must hold at least one merge, as llama.cpp loads no tokenizer without any")
+    _check_model(document, file)
+    merges = [_pair(merge) for merge in model["merges"]]
     tokens: list[str | None] = [None] * vocab
     types = [UNUSED] * vocab
     pieces = bool(model.get("byte_fallback"))
@@ -76,6 +75,31 @@ def tokenizer_fields(folder: Path, vocab: int, ids: Mapping[str, int | None]) ->
     for name, place in (("bos", 0), ("eos", -1)):
         fields[f"tokenizer.ggml.add_{name}_token"] = _adds(document, settings, name, place)
     return fields | template_field(folder)
+
+
+def _check_model(document: Mapping[str, Any], file: Path) -> None:
+    """That tokenizer.json's vocabulary, merges and added tokens are what their names say."""
+    model, added = document["model"], document.get("added_tokens", [])
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not all(type(index) is int for index in vocab.values()):
+        raise CheckpointError(f"{file}: model.vocab must be an object of tokens and their ids, got {shown(vocab)}")
+    if not isinstance(merges, list) or not merges:
+        raise CheckpointError(
+            f"{file}: model.merges must hold at least one merge, as llama.cpp loads no tokenizer without any; got "
+            f"{shown(merges)}"
+        )
+    wrong = next((merge for merge in merges if len(_pair(merge)) != 2), None)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: each of model.merges must be two tokens, got {shown(wrong)}")
+    if not isinstance(added, list) or not all(
+        isinstance(token, dict) and type(token.get("id")) is int and isinstance(token.get("content"), str) for token in added
+    ):
+        raise CheckpointError(f"{file}: added_tokens must be a list of objects with id and content, got {shown(added)}")
+
+
+def _pair(merge: Any) -> tuple[str, ...]:
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    return tuple(parts) if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else ()
 
 
 def _bytes(document: Mapping[str, Any], merges: list[tuple[str, ...]], file: Path) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 def _check_blocks(part: np.ndarray, kind: str, name: str) -> None:
     low, high = part.min(), part.max()
-    if -_LARGEST <= low and high <= _LARGEST:
+    if low >= -_LARGEST and high <= _LARGEST:
         return
     if not np.isfinite((low, high)).all():
         raise not_numbers(name, kind)

@@ -25,6 +25,9 @@ FOLDERS: dict[Layout, str] = {"orbax": "params", "maxtext": "0/items", "tunix": 
 # Whose decoders MaxText's and Tunix's llama computes; others have the same tensors' names and compute otherwise (Gemma 1 adds
 # 1 to its norms' weights, SmolLM3 turns no heads in some layers).
 _LLAMAS = ("llama", "mistral")
+# MaxText's LLaMARotaryEmbedding has these written into it, whatever the model's config says.
+_MAXTEXT_SCALING = (8.0, 1.0, 4.0, 8192)
+_TUNIX_THETA = 1_000_000  # what Tunix's llama3 turns by: its Attention does not hand its config's rope_theta on
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -68,7 +71,7 @@ def leaves(spec: ModelSpec, layout: Layout, dtype: DtypeName) -> tuple[Leaf, ...
     """The leaves of a model's tree, in the order of its layers.
 
     Raises:
-        CheckpointError: the layout has no place for some of the model's tensors, or none for its family.
+        CheckpointError: the layout has no place for some of the model's tensors, or its decoder computes otherwise.
     """
     if layout != "orbax" and spec.family not in _LLAMAS:
         raise CheckpointError(
@@ -76,6 +79,9 @@ def leaves(spec: ModelSpec, layout: Layout, dtype: DtypeName) -> tuple[Leaf, ...
             "there has other arrays, or computes otherwise with the same; take --to orbax, or --to hf and that project's own "
             "conversion"
         )
+    reason = None if layout == "orbax" else _refusal(spec, layout)
+    if reason is not None:
+        raise CheckpointError(f"{layout}'s {spec.family} decoder {reason}; or take --to orbax, or --to hf")
     found = {"orbax": _nnx, "maxtext": _maxtext, "tunix": _tunix}[layout](spec, dtype)
     placed = {part.name for leaf in found for part in leaf.parts}
     left = [name for name in tensor_shapes(spec) if name not in placed]
@@ -85,6 +91,42 @@ def leaves(spec: ModelSpec, layout: Layout, dtype: DtypeName) -> tuple[Leaf, ...
             f"{', '.join(left[:20])}{', …' if len(left) > 20 else ''}"
         )
     return found
+
+
+def _refusal(spec: ModelSpec, layout: Layout) -> str | None:
+    """What a llama's config asks for that the layout's decoder has not, and what to do; None where it has all."""
+    attention, activation = spec.layers[0].attention, spec.layers[0].mlp.activation
+    rope = attention.rope
+    assert rope is not None
+    if attention.window is not None and attention.window < spec.max_positions:
+        return (
+            f"has no windows, and this model sees {attention.window} of {spec.max_positions} positions (sliding_window); where "
+            f"no text is longer than {attention.window} tokens, set sliding_window to null in config.json"
+        )
+    scaling = rope.scaling
+    if scaling is not None and layout == "tunix":
+        return (
+            f"has no scaled rotary frequencies, and this model's are ({scaling.kind}); to compute without, as Tunix does, set "
+            "rope_type to default in config.json"
+        )
+    if scaling is not None:
+        numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_positions)
+        if scaling.kind != "llama3" or numbers != _MAXTEXT_SCALING:
+            said = numbers if scaling.kind == "llama3" else scaling.kind
+            known = _shown(_MAXTEXT_SCALING)
+            return f"has one scaling of rotary frequencies, Llama 3.1's ({known}), and this model's is {_shown(said)}"
+    if activation != "silu":
+        return f"computes silu in the MLP, and this model {activation} (hidden_act)"
+    if rope.rotary_dim != attention.head_dim:
+        return f"turns whole heads, and this model {rope.rotary_dim} of {attention.head_dim} values (partial_rotary_factor)"
+    return None
+
+
+def _shown(scaling: tuple[float | None, ...] | str) -> str:
+    if isinstance(scaling, str):
+        return scaling
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return ", ".join(f"{name} {value:g}" for name, value in zip(names, scaling, strict=True) if value is not None)
 
 
 def _whole(path: tuple[str, ...], name: str, shape: tuple[int, ...], change: Change, dtype: DtypeName) -> Leaf:
@@ -159,6 +201,12 @@ def interleaves(spec: ModelSpec) -> bool:
 
 def notes_on(spec: ModelSpec, layout: Layout, dtype: DtypeName) -> list[str]:
     """What a user must know to run the tree."""
+    rope = spec.layers[0].attention.rope
+    if layout == "tunix" and rope is not None and rope.theta != _TUNIX_THETA:
+        return [
+            f"this model's rotary base is {rope.theta:g}, and Tunix's llama3 as published passes none and takes "
+            f"{_TUNIX_THETA:,}: compare its logits with the source's, and pass config.rope_theta to apply_rope if they differ"
+        ]
     if layout != "maxtext":
         return []
     rope = "rope_type=llama3.1" if interleaves(spec) else "rope_type=default"

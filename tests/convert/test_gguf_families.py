@@ -236,6 +236,10 @@ def test_tokenizers_are_llama_cpps(kind, tmp_path):
         ({"normalizer": {"type": "Lowercase"}}, "normalizer must be none"),
         ({"model": {"type": "Unigram"}}, "model.type must be BPE, got 'Unigram'"),
         ({"model": {"merges": []}}, "must hold at least one merge"),
+        ({"model": {"merges": None}}, "must hold at least one merge"),
+        ({"model": {"merges": ["a b c"]}}, "must be two tokens, got 'a b c'"),
+        ({"model": {"vocab": ["a"]}}, "model.vocab must be an object"),
+        ({"added_tokens": [{"content": "a"}]}, "added_tokens must be a list of objects with id and content"),
         ({"model": {"byte_fallback": True}, "pre_tokenizer": {"type": "Whitespace"}}, "SentencePiece's spaces alone"),
     ],
 )

@@ -25,6 +25,7 @@ from tests.support.small_models import LLAMA3
 from tests.support.tiny import CONFIG, write_checkpoint
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, EPS = 4, 2, 16, 4, CONFIG["rms_norm_eps"]
+LLAMA31 = LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
 IDS = np.arange(40)[None] % 260
 
 
@@ -54,13 +55,13 @@ def close(got, want):
     [
         ("float32", {}),
         ("bfloat16", {"tie_word_embeddings": True, "head_dim": 32}),
-        ("float16", {"rope_parameters": LLAMA3}),
+        ("float16", {"rope_parameters": LLAMA31}),
     ],
     ids=["float32", "tied bfloat16", "float16"],
 )
 def test_there_and_back_to_the_bit(to, dtype, changes, tmp_path):
     """Also where MaxText divides queries by a root that 16 bits can't take."""
-    folder = write_checkpoint(tmp_path / "model", **changes)
+    folder = write_checkpoint(tmp_path / "model", **(changes if to != "tunix" or dtype != "float16" else {}))
     (folder / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 1}')
     if dtype != "float32":
         folder = run(folder, tmp_path / "stored", "hf", dtype=dtype)
@@ -142,7 +143,7 @@ def neighbours(x, frequencies):
     return x * np.cos(angles) + shifted * np.sin(angles) * np.where(odd, 1, -1)
 
 
-@pytest.mark.parametrize(("changes", "rope"), [({}, halves), ({"rope_parameters": LLAMA3}, neighbours)], ids=["", "llama3"])
+@pytest.mark.parametrize(("changes", "rope"), [({}, halves), ({"rope_parameters": LLAMA31}, neighbours)], ids=["", "llama3"])
 def test_maxtext_s_decoder_runs_it(changes, rope, tmp_path):
     """Its LlamaDecoderLayer, scanned over axis 1: attention divides nothing, the queries' kernel has been divided."""
     folder = write_checkpoint(tmp_path / "model", **changes)
@@ -260,15 +261,65 @@ def test_what_does_not_fit_is_named(folder, tmp_path, monkeypatch):
     (written / "params" / "_METADATA").write_text('{"tree_metadata": []}')
     with pytest.raises(CheckpointError, match="tree_metadata must be an object of at least one array"):
         open_checkpoint(written)
-    biased = write_checkpoint(tmp_path / "biased", attention_bias=True)
-    shape = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}  # whose tensors have the names of a Llama's
-    gemma = write_checkpoint(tmp_path / "gemma", model_type="gemma", architectures=["GemmaForCausalLM"], **shape)
-    for to in ("maxtext", "tunix"):
-        with pytest.raises(CheckpointError, match=rf"{to}'s trees are known here of .*, got a gemma model"):
-            run(gemma, tmp_path / "out", to)
-        with pytest.raises(CheckpointError, match=rf"{to}'s tree .* no place for 16 .*q_proj\.bias"):
-            run(biased, tmp_path / "out", to)
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs orbax, which is not installed; run: pip install 'jaxsloth\[orbax\]'"):
         run(folder, tmp_path / "out", "orbax")
     assert not (tmp_path / "out").exists()
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+GEMMA = {
+    "model_type": "gemma",
+    "architectures": ["GemmaForCausalLM"],
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "maxtext", "tunix"),
+    [
+        (
+            GEMMA,
+            "maxtext's trees are known here of .*, got a gemma model",
+            "tunix's trees are known here of .*, got a gemma model",
+        ),
+        ({"attention_bias": True}, r"maxtext's tree .* no place for 16 .*q_proj\.bias", r"tunix's tree .* no place for 16 "),
+        ({"mlp_bias": True}, r"no place for 12 .*gate_proj\.bias", r"no place for 12 .*gate_proj\.bias"),
+        ({"hidden_act": "gelu"}, r"computes silu in the MLP, and this model gelu \(hidden_act\)", "computes silu"),
+        (
+            MISTRAL | {"sliding_window": 40},
+            "has no windows, and this model sees 40 of 256 .* sliding_window to null",
+            "no windows",
+        ),
+        (MISTRAL | {"sliding_window": 256}, None, None),
+        (
+            {"rope_parameters": LLAMA31},
+            None,
+            r"no scaled rotary frequencies, and this model's are \(llama3\).* rope_type to default",
+        ),
+        (
+            {"rope_parameters": LLAMA31 | {"factor": 32.0}},
+            "Llama 3.1's .*, and this model's is factor 32, low",
+            "no scaled rotary",
+        ),
+        ({"rope_parameters": YARN}, "and this model's is yarn", r"this model's are \(yarn\)"),
+    ],
+    ids=["gemma", "attention bias", "mlp bias", "gelu", "window", "window of all", "llama3.1", "llama3.2", "yarn"],
+)
+def test_what_a_layouts_decoder_has_not_is_refused_by_name(changes, maxtext, tunix, tmp_path):
+    """Before the first byte, and where such a tree is read with such a config.json too; plain orbax takes all."""
+    folder = write_checkpoint(tmp_path / "model", **changes)
+    for to, message in (("maxtext", maxtext), ("tunix", tunix)):
+        if message is None:
+            assert plan(str(folder), tmp_path / "out", to).tensors
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                plan(str(folder), tmp_path / "out", to)
+    assert plan(str(folder), tmp_path / "out", "orbax").tensors
+    written = run(write_checkpoint(tmp_path / "plain"), tmp_path / "maxtext", "maxtext")
+    shutil.copyfile(folder / "config.json", written / "config.json")
+    if maxtext is not None:
+        with pytest.raises(CheckpointError, match=maxtext):
+            open_checkpoint(written)
