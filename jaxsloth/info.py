@@ -20,6 +20,7 @@ from jaxsloth.models.buildable import decode_refusal
 from jaxsloth.models.registry import families
 from jaxsloth.models.spec import ModelSpec
 from jaxsloth.recipe import Recipe
+from jaxsloth.training.initialize import with_adapters
 from jaxsloth.transforms import add_lora
 
 PACKAGES = (
@@ -80,7 +81,7 @@ def model_passes(model: str | None, recipe: Recipe | None) -> dict[str, Any]:
     """
     name = model or (recipe.model if recipe is not None else "")
     spec = described_model(name)
-    spec = add_lora(spec, r=16, alpha=16) if recipe is None else recipe.apply(spec)
+    spec = add_lora(spec, r=16, alpha=16) if recipe is None else with_adapters(recipe, spec)[0]
     assert spec.lora is not None
     lora, backends = spec.lora, {}
     for backend in BACKENDS:

@@ -57,6 +57,17 @@ class LoraRecipe(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     init: Literal["kaiming", "gaussian"] = Field(default="kaiming", description="A's distribution; B starts at zero")
     modules_to_save: Texts = ()
+    adapter: str | None = Field(
+        default=None, description="a PEFT folder, or a GGUF adapter, to begin from: it says all of the above but dropout"
+    )
+
+    @model_validator(mode="after")
+    def _adapter_decides(self) -> LoraRecipe:
+        fields = {name: field for name, field in type(self).model_fields.items() if name not in ("adapter", "dropout")}
+        other = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if self.adapter is not None and other:
+            raise ValueError(f"adapter says its {', '.join(other)} itself; leave {'them' if len(other) > 1 else 'it'} out")
+        return self
 
 
 class DataRecipe(Section):
@@ -180,11 +191,13 @@ class Recipe(Section):
             raise ValueError("give data.validation_path or data.validation_fraction, not both")
         return self
 
+    def quantized(self, spec: ModelSpec) -> ModelSpec:
+        """The spec of the recipe's base."""
+        return spec if self.quantization == "none" else quantize(spec, nested=self.quantization == "nf4-nested")
+
     def apply(self, spec: ModelSpec) -> ModelSpec:
-        """The spec of the model that this recipe trains: quantized and with its adapters."""
-        if self.quantization != "none":
-            spec = quantize(spec, nested=self.quantization == "nf4-nested")
-        lora = self.lora
+        """The spec of the model that a recipe without lora.adapter trains: quantized and with its adapters."""
+        spec, lora = self.quantized(spec), self.lora
         return add_lora(
             spec,
             r=lora.r,

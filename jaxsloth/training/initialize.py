@@ -5,12 +5,28 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
+from jaxsloth.convert.adapters import read_fitted
 from jaxsloth.models.names import lora_names, own_name, trainable_shapes
 from jaxsloth.models.spec import ModelSpec
+from jaxsloth.recipe import Recipe
+
+
+def with_adapters(recipe: Recipe, spec: ModelSpec) -> tuple[ModelSpec, dict[str, np.ndarray] | None]:
+    """(the spec of the model that a recipe trains, the values of its lora.adapter; None where they begin from the seed).
+
+    Raises:
+        CheckpointError: the adapter can't be read, or is not one of this model.
+    """
+    if recipe.lora.adapter is None:
+        return recipe.apply(spec), None
+    adapted, values = read_fitted(recipe.lora.adapter, recipe.quantized(spec))
+    assert adapted.lora is not None
+    return replace(adapted, lora=replace(adapted.lora, dropout=recipe.lora.dropout)), values
 
 
 def initial_adapters(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class RunPlan:
     total_steps: int
     resume: SavedRun | None
     fingerprints: Fingerprints | None = None
+    start: Mapping[str, np.ndarray] | None = None  # the values of the recipe's lora.adapter
     goes_on: bool = False  # a run of the folder's, though perhaps one that was killed before its first checkpoint
 
     @property

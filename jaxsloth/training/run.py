@@ -38,7 +38,7 @@ from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import SavedRun, check_lora
 from jaxsloth.training.fingerprints import check_fingerprints, check_kinds, fingerprints
 from jaxsloth.training.fit import Callback, Fit, FitOptions, Progress
-from jaxsloth.training.initialize import initial_adapters
+from jaxsloth.training.initialize import initial_adapters, with_adapters
 from jaxsloth.training.lock import LOCK, check_free, lock
 from jaxsloth.training.log import Entry
 from jaxsloth.training.progress import ProgressBar
@@ -106,16 +106,15 @@ def make_plan(recipe: Recipe, opened: Checkpoint, *, resume: bool = False, resum
     if anyway and not resume:
         raise RunError("--resume-anyway says what may have changed since a run that is resumed; give --resume too")
     saved = check_output(recipe, resume, anyway)
-    spec = recipe.apply(opened.spec())
+    spec, start = with_adapters(recipe, opened.spec())
     tokenizer = load_tokenizer(opened.path)
     train_examples, held_out = prepare(recipe.data, tokenizer, recipe.seed, spec.embedding.vocab)
     now = fingerprints(opened, tokenizer, recipe.data.template, train_examples, held_out)
     if saved is not None:
         check_lora(saved.folder, saved.config, spec)
         check_fingerprints(saved.folder, now, {"adapter": saved.adapter, "optimizer": saved.optimizer}, anyway)
-    return replace(
-        plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved), fingerprints=now, goes_on=resume
-    )
+    plan = plan_from_examples(recipe, spec, opened.name, train_examples, held_out, saved)
+    return replace(plan, fingerprints=now, start=start, goes_on=resume)
 
 
 def plan_from_examples(
@@ -196,12 +195,14 @@ def _check_recipe(before: Recipe, recipe: Recipe, anyway: Collection[str]) -> No
 
 
 def build_model(plan: RunPlan, opened: Checkpoint) -> Model:
-    """Builds the base on the backend and adds the adapters: the saved ones, or fresh ones from the seed."""
+    """Builds the base on the backend and adds the adapters: the saved ones, the recipe's own, or fresh ones from the seed."""
     recipe = plan.recipe
     options = BuildOptions(plan.dtype, recipe.gradient_checkpointing, recipe.implementations or None, recipe.compute)
     model = plan.backend.build(replace(plan.spec, lora=None), opened.source, options)
     if plan.resume is not None:
         values = plan.resume.adapter
+    elif plan.start is not None:
+        values = plan.start
     else:
         values = initial_adapters(plan.spec, recipe.lora.init, recipe.seed, model.base_tensor)
     model.add_adapters(plan.spec, values)

@@ -64,7 +64,7 @@ def convert_state(source: Path, destination: Path, to: StateFormat, *, overwrite
     if to == "run-state" and not whole:
         raise CheckpointError(
             f"{source} must hold an optimizer's state and {TRAINER_STATE} to become a run's state, and is an adapter alone; "
-            "train from it instead (FastLanguageModel.from_pretrained takes its folder)"
+            f"begin a run from it instead: jaxsloth train RECIPE lora.adapter={_as_peft(source)}"
         )
     if to == "run-state":
         file = source / TRAINER_STATE
@@ -85,6 +85,11 @@ def convert_state(source: Path, destination: Path, to: StateFormat, *, overwrite
         if to == "run-state" and noted is not None:  # of an older version, it knows nothing of its files
             noted.write(temporary, values)
     return destination
+
+
+def _as_peft(source: Path) -> str:
+    tree = (source / TREE / METADATA).is_file()
+    return f"FOLDER, where FOLDER is what jaxsloth convert {source} FOLDER --to peft writes" if tree else str(source)
 
 
 def _read(source: Path) -> dict[str, dict[str, np.ndarray]]:

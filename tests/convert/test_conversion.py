@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import quant_shape_to_byte_shape
 from peft import PeftModel
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jaxsloth import cli
@@ -33,7 +33,9 @@ from jaxsloth.models.names import trainable_shapes
 from jaxsloth.parity.subjects import SMOLLM2
 from jaxsloth.transforms import add_lora
 from tests.support.small_models import LLAMA3
-from tests.support.tiny import with_merge, write_checkpoint
+from tests.support.tiny import random_weights, with_merge, write_checkpoint
+
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def run(source, destination, to, **options):
@@ -252,6 +254,35 @@ def test_what_cannot_be_written_is_refused_before_the_first_byte(folder, tmp_pat
     with pytest.raises(OSError, match="GiB left"):
         run(folder, tmp_path / "out", "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "value", "message"),
+    [
+        ("bnb-8bit", {}, 1e6, r"up_proj\.weight holds 1 value too large for float16"),
+        ("bnb-8bit", {}, np.nan, r"up_proj\.weight holds NaN or infinite values, which int8 can't"),
+        ("bnb-4bit", {}, np.nan, r"up_proj\.weight holds NaN or infinite values, which NF4 can't"),
+        ("bnb-4bit", {}, np.inf, r"up_proj\.weight holds NaN or infinite values, which NF4 can't"),
+        ("gguf", {"outtype": "f16"}, 1e6, r"up_proj\.weight holds 1 value too large for float16 \(the first is 1e\+06\)"),
+        (
+            "gguf",
+            {"outtype": "q8_0"},
+            -1e6,
+            r"up_proj\.weight holds 1 value too large for the float16 scales of Q8_0",
+        ),
+        ("gguf", {"outtype": "q4_0"}, np.nan, r"up_proj\.weight holds NaN or infinite values, which Q4_0 can't"),
+        ("hf", {"dtype": "float16"}, 1e6, r"up_proj\.weight holds 1 value too large for float16"),
+        ("maxtext", {"dtype": "float16"}, 1e6, r"up_proj\.weight holds 1 value too large for float16"),
+    ],
+)
+def test_values_that_a_format_can_not_hold_are_refused(to, options, value, message, tmp_path):
+    folder = checkpoint(tmp_path / "model", num_hidden_layers=2)
+    weights = random_weights(json.loads((folder / "config.json").read_text()), 0)
+    weights[UP][0, 0] = value
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        run(folder, tmp_path / "out", to, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_commands(folder, tmp_path, capsys):

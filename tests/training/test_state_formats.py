@@ -7,20 +7,23 @@ import shutil
 
 import numpy as np
 import orbax.checkpoint as ocp
+import peft
 import pytest
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from jaxsloth import cli
 from jaxsloth.convert.files import ExistsError
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.registry import spec_from_config
+from jaxsloth.recipe import RecipeError, make_recipe
 from jaxsloth.training import checkpoint as checkpoints
 from jaxsloth.training.checkpoint import TrainerState
 from jaxsloth.training.fingerprints import Fingerprints, Rows
 from jaxsloth.training.initialize import initial_adapters
 from jaxsloth.training.state_formats import convert_state
 from jaxsloth.transforms import add_lora
-from tests.support.tiny import CONFIG
+from tests.support.tiny import CONFIG, recipe_values
 
 SPEC = add_lora(spec_from_config(CONFIG), r=2, alpha=4, targets=["q_proj"])
 ADAPTER = initial_adapters(SPEC, "kaiming", 0, lambda name: np.empty(0))
@@ -80,9 +83,35 @@ def test_a_peft_adapter_there_and_back_to_the_bit(tmp_path):
     again = convert_state(convert_state(adapter, tmp_path / "alone", "orbax"), tmp_path / "again", "peft")
     equal(folder, again, FILES[:1])
     assert (again / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
-    with pytest.raises(CheckpointError, match=r"must hold an optimizer's state and trainer_state.json"):
+    with pytest.raises(CheckpointError, match=r"train RECIPE lora.adapter=FOLDER, where .* convert .*alone FOLDER --to peft"):
         convert_state(tmp_path / "alone", tmp_path / "checkpoint-3", "run-state")
     assert not (tmp_path / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_run_that_begins_from_an_adapter_holds_it(backend, tiny, tmp_path):
+    """As the refusal says to; warm-up's first step has the rate 0, so that what is saved behind it is the adapter itself."""
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, use_rslora=True, target_modules=["k_proj", "down_proj"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny.model), config).eval()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(CheckpointError, match=r"must hold an optimizer's state and trainer_state.json") as refused:
+        convert_state(tmp_path / "adapter", tmp_path / "checkpoint-1", "run-state")
+    *_, override = str(refused.value).split()
+    schedule = {"kind": "constant", "warmup_steps": 1}
+    values = recipe_values(tiny.model, tiny.rows, tmp_path / "run", lora={}, schedule=schedule, steps=1, backend=backend)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", str(tmp_path / "recipe.yaml"), override, "--quiet"])
+    assert ended.value.code == 0
+    tree = convert_state(tmp_path / "run" / "checkpoint-1", tmp_path / "tree", "orbax")
+    state = convert_state(tree, tmp_path / "again" / "checkpoint-1", "run-state")
+    equal(
+        tmp_path / "adapter", convert_state(convert_state(state, tmp_path / "t", "orbax"), tmp_path / "back", "peft"), FILES[:1]
+    )
+    with pytest.raises(RecipeError, match="adapter says its r, targets itself; leave them out"):
+        make_recipe(values | {"lora": {"adapter": "a", "r": 4, "dropout": 0.1, "targets": ["q_proj"]}})
 
 
 def test_what_is_damaged_or_there_is_refused(tmp_path):
