@@ -12,11 +12,63 @@ from pathlib import Path
 from jaxsloth.foreign import check_writable_folder
 
 TEMPORARY_PREFIX = ".tmp-"
+_SPARE = 16 << 20  # bytes that stay free
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class ExistsError(FileExistsError, ValueError):
     """Something would be overwritten without having been asked."""
+
+
+class WriteError(OSError, ValueError):
+    """A place has too little room, or stopped taking what is written."""
+
+
+def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
+    """That something may be written in a place: nothing is there, or what may be overwritten and is of the same kind.
+
+    Raises:
+        ExistsError: it may not be.
+    """
+    kind = "folder" if folder else "file"
+    if target.is_symlink() and (folder or not target.exists()):
+        raise ExistsError(f"{target} is a link; name the {kind} that it is to lead to")
+    if not target.exists():
+        return
+    if target.is_dir() != folder:
+        raise ExistsError(
+            f"{target} is a {'file' if folder else 'folder'}, and a {kind} is to be written; choose another place"
+        )
+    if not overwrite:
+        raise ExistsError(f"{target} exists already; choose another place, or ask for it to be overwritten (--overwrite)")
+
+
+def check_room(target: Path, nbytes: int) -> None:
+    """WriteError where the disk has no room for so many bytes."""
+    place = target.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes + _SPARE:
+        raise WriteError(
+            f"{target} needs {_size(nbytes)}, of which {_size(_SPARE)} must stay free, and the disk has {_size(free)} left"
+        )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+@contextmanager
+def _said(target: Path, temporary: Path) -> Iterator[None]:
+    """A disk that is full, or takes no more, is told as such: the system's errors name no file, or the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ValueError) or (error.filename is not None and temporary.name not in str(error.filename)):
+            raise
+        reason = error.strerror or f"{error} bytes; is the disk full?"
+        raise WriteError(f"{target} could not be written: {reason}; what was there before is as it was") from error
 
 
 @contextmanager
@@ -26,28 +78,29 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Every file is flushed to disk before the rename, and the parent folder after it.
 
     Raises:
-        ExistsError: target exists and overwrite is False; nothing is written.
+        ExistsError: as `check_target`; nothing is written.
+        WriteError: the disk is full.
         ForeignError: the folder that it is to lie in can't be written.
     """
     target = Path(target)
-    if target.exists() and not overwrite:
-        raise ExistsError(f"{target} exists already; choose another folder or ask for it to be overwritten")
+    check_target(target, folder=True, overwrite=overwrite)
     check_writable_folder(target.parent, f"the folder of {target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                flush(file)
-        flush(temporary)
-        old = _move_aside(target) if target.exists() else None
-        temporary.rename(target)
-        flush(target.parent)
-        if old is not None:
-            shutil.rmtree(old)
+        with _said(target, temporary):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    flush(file)
+            flush(temporary)
+            old = _move_aside(target) if target.exists() else None
+            temporary.rename(target)
+            flush(target.parent)
+            if old is not None:
+                shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -58,18 +111,18 @@ def write_whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """`whole_folder` of one file: a temporary file's path, which becomes `target` when the block ends well.
 
     Raises:
-        ExistsError: target exists and overwrite is False; nothing is written.
+        ExistsError: as `check_target`; nothing is written. WriteError: the disk is full.
     """
-    if target.exists() and not overwrite:
-        raise ExistsError(f"{target} exists already; choose another file or ask for it to be overwritten")
+    check_target(target, folder=False, overwrite=overwrite)
     check_writable_folder(target.parent, f"the folder of {target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
     try:
-        yield temporary
-        flush(temporary)
-        temporary.replace(target)
-        flush(target.parent)
+        with _said(target, temporary):
+            yield temporary
+            flush(temporary)
+            temporary.replace(target)
+            flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ def write_tree(folder: Path, arrays: Iterable[Lazy], file_bytes: int) -> None:
     One array is in memory at a time, and its compressed bytes. file_bytes: about what one file holds.
 
     Raises:
-        MissingExtraError: orbax is not installed.
+        MissingExtraError: orbax is not installed. OSError: the disk is full.
     """
     require("orbax", "an orbax checkpoint")
     import jax
@@ -66,20 +68,24 @@ def write_tree(folder: Path, arrays: Iterable[Lazy], file_bytes: int) -> None:
         (Lazy, OneAtATime(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _without_progress(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
-        writer.save(
-            folder.absolute(),
-            args=ocp.args.PyTreeSave(tree, save_args=settings, ocdbt_target_data_file_size=file_bytes),
-        )
+    wanted = ocp.args.PyTreeSave(tree, save_args=settings, ocdbt_target_data_file_size=file_bytes)
+    try:
+        with _without_progress(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
+            writer.save(folder.absolute(), args=wanted)
+    except ValueError as error:  # what tensorstore makes of the system's errors
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 class _without_progress:
-    """absl's and orbax's accounts of every save, which go to stderr, are left out; errors are not."""
+    """absl's and orbax's accounts of every save, which go to stderr, are left out; so are those of errors, which are raised."""
 
     def __enter__(self) -> None:
         self._logger = logging.getLogger("absl")
         self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
+        self._logger.setLevel(logging.CRITICAL)
 
     def __exit__(self, *_: object) -> None:
         self._logger.setLevel(self._level)

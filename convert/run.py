@@ -18,7 +18,7 @@ from jaxsloth.convert.bnb4bit_source import dequantized
 from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4bit_parts
 from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
 from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
-from jaxsloth.convert.files import ExistsError, whole_folder, write_whole
+from jaxsloth.convert.files import check_room, check_target, whole_folder, write_whole
 from jaxsloth.convert.fitting import check_cast, not_numbers
 from jaxsloth.convert.gguf_adapter import adapter_bytes, check_gguf_adapter, write_gguf_adapter
 from jaxsloth.convert.gguf_fields import model_fields, rope_factors
@@ -173,15 +173,14 @@ def _check_wanted(destination: Path, to: Format, options: Options) -> None:
         check_available(OUT_TYPES[options.outtype])
     if to in LAYOUTS:
         require("orbax", f"writing {to}", ValueError)
-    if destination.exists() and not options.overwrite:
-        raise ExistsError(f"{destination} exists already; choose another place, or ask for it to be overwritten (--overwrite)")
+    check_target(destination, folder=to not in ("gguf", "gguf-lora"), overwrite=options.overwrite)
 
 
 def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) -> Path:
     """Carries a plan out; the destination appears whole or not at all. on_written is told the bytes of each tensor.
 
     Raises:
-        OSError: there is too little room on the disk, told before the first byte.
+        WriteError: there is too little room on the disk, told before the first byte; or it stopped taking what is written.
         CheckpointError: a tensor is damaged, or a value is too large for the dtype.
     """
     check_room(plan.destination, plan.nbytes)
@@ -236,16 +235,6 @@ def _write_tree(plan: Plan, folder: Path, on_written: Callable[[int], None]) -> 
         on_written(tensors[name].nbytes)
 
     write_model(folder, plan.spec, plan.to, plan.dtype, read, told, plan.options.shard_bytes)
-
-
-def check_room(destination: Path, nbytes: int) -> None:
-    """OSError where the disk has no room for so many bytes."""
-    place = destination.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < nbytes + (16 << 20):
-        raise OSError(f"{destination} needs {nbytes / 2**30:.2f} GiB, and the disk has {free / 2**30:.2f} GiB left")
 
 
 def _planned(

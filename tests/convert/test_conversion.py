@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from jaxsloth import cli
 from jaxsloth.convert import gguf_types
 from jaxsloth.convert.check import check
 from jaxsloth.convert.checkpoint import described_model, open_checkpoint
-from jaxsloth.convert.files import ExistsError, parse_size
+from jaxsloth.convert.files import ExistsError, WriteError, parse_size
 from jaxsloth.convert.peft_adapter import write_adapter
 from jaxsloth.convert.report import describe
 from jaxsloth.convert.run import Options, convert, plan
@@ -210,6 +211,31 @@ def test_a_conversion_that_is_stopped_leaves_the_destination_as_it_was(folder, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "there.gguf"]
 
 
+@pytest.mark.parametrize("to", ["hf", "bnb-8bit", "gguf", "orbax"])
+def test_a_disk_that_is_full_is_told_and_leaves_the_destination_as_it_was(to, folder, tmp_path):
+    """A limit on the size of files stands for it; then what must not be replaced, whatever was asked for."""
+    destination = tmp_path / "there"
+    destination.mkdir() if to != "gguf" else destination.write_text("kept")
+    planned = plan(str(folder), destination, to, Options(overwrite=True))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"there could not be written: .*; what was there before is as it was"):
+            convert(planned)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"] and destination.is_dir() == (to != "gguf")
+    (tmp_path / "link").symlink_to(folder)
+    wrong = {"link": "is a link; name the folder", "file": "is a file, and a folder is to be written"}
+    (tmp_path / "file").write_text("kept")
+    if to == "gguf":
+        (tmp_path / "folder").mkdir()
+        wrong = {"folder": "is a folder, and a file is to be written"}
+    for name, message in wrong.items():
+        with pytest.raises(ExistsError, match=message):
+            run(folder, tmp_path / name, to, overwrite=True)
+
+
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -251,7 +277,9 @@ def test_what_cannot_be_written_is_refused_before_the_first_byte(folder, tmp_pat
     with pytest.raises(ValueError, match=r"jaxsloth\[gguf\]"):
         run(folder, tmp_path / "x.gguf", "gguf", outtype="q4_k_m")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(OSError, match="GiB left"):
+    with pytest.raises(
+        WriteError, match=r"out needs 0\.7 MiB, of which 16\.0 MiB must stay free, and the disk has 0\.0 MiB left"
+    ):
         run(folder, tmp_path / "out", "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
