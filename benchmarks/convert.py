@@ -100,7 +100,7 @@ def _ggml(source: Path, out: Path) -> None:
                 rows = np.array_split(value, cores)
                 parts = list(threads.map(lambda part, kind=kind: libgguf.quantize_rows(part, kind), rows))
             for part in parts:
-                file.write(part)
+                part.tofile(file)
         file.flush()
         os.fsync(file.fileno())
 

@@ -50,9 +50,7 @@ def check_room(target: Path, nbytes: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < nbytes + _SPARE:
-        raise WriteError(
-            f"{target} needs {_size(nbytes)}, of which {_size(_SPARE)} must stay free, and the disk has {_size(free)} left"
-        )
+        raise WriteError(f"{target} needs {_size(nbytes)} and {_size(_SPARE)} to spare, and the disk has {_size(free)} left")
 
 
 def _size(nbytes: int) -> str:
