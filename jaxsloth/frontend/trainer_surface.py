@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, trainer_pt_utils
 
 from jaxsloth.batch import Batch
+from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.metrics import module_inputs
 from jaxsloth.frontend.saving import upload
 from jaxsloth.frontend.shared_weights import ELSEWHERE
@@ -44,6 +45,8 @@ _CALLED = {
 }
 # What a trainer has to be read, and nobody gives it.
 _READ = {"optimizer", "lr_scheduler"}
+# Models, which stay those that a trainer was made with.
+_MADE_WITH = ("model", "ref_model")
 # What TRL's trainers read of themselves at every step, having taken it from args.
 _OF_ARGS = frozenset(
     {
@@ -143,6 +146,15 @@ class TrainerSurface:
     save_state = trainer_pt_utils.save_state
     metrics_format = trainer_pt_utils.metrics_format
     get_num_trainable_parameters = trainer_pt_utils.get_num_trainable_parameters
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = vars(self)
+        if name in _MADE_WITH and name in own and base_of(value) is not base_of(own[name]):
+            raise ValueError(
+                f"trainer.{name} can't be replaced by another model: the trainer's optimizer, data and reference "
+                "belong to the one that it was made with; make a new trainer"
+            )
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         own = type(self).__name__

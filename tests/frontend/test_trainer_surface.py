@@ -277,6 +277,11 @@ def test_data_given_later_is_trained(checkpoint, tmp_path):
     trainer.train_dataset = ROWS.select(range(2))
     trainer.eval_dataset = ROWS.select(range(1))
     assert len(trainer.train_dataset) == 2 and len(trainer.get_train_dataloader()) == 1 and "eval_loss" in trainer.evaluate()
+    trainer.model = trainer.model
+    other, preferring = made(checkpoint, tmp_path), made(checkpoint, tmp_path, kind=DPOTrainer)
+    for mine, name in ((trainer, "model"), (preferring, "model"), (preferring, "ref_model")):
+        with pytest.raises(ValueError, match=rf"trainer\.{name} can't be replaced by another model"):
+            setattr(mine, name, other.model)
 
 
 def held(model: Any) -> dict[str, Any]:
