@@ -218,7 +218,8 @@ class BaseTrainer(TrainerSurface):
         resume_anyway: Collection[str] = (),
     ) -> TrainOutput:
         """Trains what requires a gradient of the active adapter, up to args.max_steps or for args.num_train_epochs. A second
-        call goes on with the optimizer of the first, as transformers' does.
+        call goes on with the moments of the first, as transformers' does, by the arguments as they are then (transformers also
+        keeps the first call's rate, betas, decay and batch size).
 
         Args:
             resume_anyway: of "data", "base", "template", "recipe" (the arguments) and "files" (the checkpoint's own), what may
