@@ -51,6 +51,7 @@ class OptimizerOptions:
     name: "adamw_8bit" keeps the moments of tensors of 4096 values and more in 8 bits, as bitsandbytes' AdamW8bit does.
     max_grad_norm: global-norm clipping by ``max_norm / (norm + 1e-6)`` where the norm is larger; None turns it off.
     loss_scaling: fp16 dynamic loss scaling (start 65536, halved on a non-finite gradient, doubled after 2000 good steps).
+    embedding_rate: what the learning rate is multiplied by for the embedding and the head where they are trained whole.
     """
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -59,6 +60,7 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     loss_scaling: bool = False
+    embedding_rate: float = 1.0
 
 
 class TensorSource(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,24 @@ from torch import nn
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.kernels.adamw_8bit.contract import check_stored
+from jaxsloth.models.names import is_embedding
 from jaxsloth.torch_backend.devices import sum_over_processes
 
 LOSS_SCALE_START, LOSS_SCALE_GROWTH_INTERVAL = 65536.0, 2000
+PARTS = 3
 
 
 class Flat:
-    """The trained tensors, by PEFT name, as views of one float32 buffer; those that weight decay spares come last."""
+    """The trained tensors, by PEFT name, as views of one float32 buffer: the embedding and the head, the adapters, and last
+    the biases, which weight decay spares.
+
+    ends: where each of the three parts ends.
+    """
 
     def __init__(self, values: Mapping[str, np.ndarray], device: torch.device) -> None:
         names = sorted(values, key=_place)  # a stable sort: the order within each part stays
-        self.decayed = sum(values[name].size for name in names if not _has_no_decay(name))
+        sizes = [sum(values[name].size for name in names if _part(name) == part) for part in range(PARTS)]
+        self.ends = tuple(accumulate(sizes))
         self.buffer = torch.empty(sum(values[name].size for name in names), dtype=torch.float32, device=device)
         self.gradient = torch.zeros_like(self.buffer)
         self.parameters: dict[str, nn.Parameter] = {}
@@ -35,6 +43,9 @@ class Flat:
             self.parameters[name] = parameter
             start += values[name].size
         self.load(self.buffer, values)
+
+    def places(self) -> tuple[slice, ...]:
+        return tuple(slice(start, end) for start, end in zip((0, *self.ends), self.ends, strict=False))
 
     def view(self, buffer: torch.Tensor, name: str) -> torch.Tensor:
         start, shape = self._places[name]
@@ -67,14 +78,22 @@ _SIBLINGS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 def _place(name: str) -> tuple[Any, ...]:
-    """Where a tensor stands in the buffer: decayed ones first, layer by layer, siblings' A before their B."""
+    """Where a tensor stands in the buffer: by part, layer by layer, siblings' A before their B."""
     parts = [_SIBLINGS.get(part, part) for part in name.split(".")]
-    return _has_no_decay(name), tuple(int(part) for part in parts if part.isdigit()), parts
+    return _part(name), tuple(int(part) for part in parts if part.isdigit()), parts
 
 
-def _has_no_decay(name: str) -> bool:
-    """Biases are not decayed, as in Hugging Face's Trainer."""
-    return name.endswith(".bias")
+def _part(name: str) -> int:
+    """0: the embedding or the head; 1: an adapter; 2: a bias."""
+    if name.endswith(".bias"):
+        return 2
+    return 0 if is_embedding(name.split(".")) else 1
+
+
+def rates_and_decays(options: OptimizerOptions, learning_rate: float) -> tuple[tuple[float, float], ...]:
+    """(learning rate, weight decay) of each part of the buffer. Biases are not decayed, as in Hugging Face's Trainer."""
+    decay = options.weight_decay
+    return (learning_rate * options.embedding_rate, decay), (learning_rate, decay), (learning_rate, 0.0)
 
 
 def total_norm(gradient: torch.Tensor) -> torch.Tensor:
@@ -143,22 +162,23 @@ class AdamW:
         if flat.buffer.is_cuda:
             self._update_in_one_pass(learning_rate)
             return
-        flat.buffer[: flat.decayed].mul_(1.0 - learning_rate * self.options.weight_decay)
         self.exp_avg.lerp_(flat.gradient, 1.0 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(flat.gradient, flat.gradient, value=1.0 - beta2)
         correction1, correction2 = 1.0 - beta1**self.count, 1.0 - beta2**self.count
         denominator = (self.exp_avg_sq.sqrt() / correction2**0.5).add_(self.options.eps)
-        flat.buffer.addcdiv_(self.exp_avg, denominator, value=-learning_rate / correction1)
+        for place, (rate, decay) in zip(flat.places(), rates_and_decays(self.options, learning_rate), strict=True):
+            flat.buffer[place].mul_(1.0 - rate * decay)
+            flat.buffer[place].addcdiv_(self.exp_avg[place], denominator[place], value=-rate / correction1)
 
     def _update_in_one_pass(self, learning_rate: float) -> None:
         """torch's fused kernel: the buffers are read and written once."""
         beta1, beta2 = self.options.betas
         buffers = (self.flat.buffer, self.flat.gradient, self.exp_avg, self.exp_avg_sq)
         steps = torch.full((1,), float(self.count), device=self.flat.buffer.device)
-        for part, decay in ((slice(0, self.flat.decayed), self.options.weight_decay), (slice(self.flat.decayed, None), 0.0)):
-            if buffers[0][part].numel() == 0:
+        for place, (rate, decay) in zip(self.flat.places(), rates_and_decays(self.options, learning_rate), strict=True):
+            if place.start == place.stop:
                 continue
-            parameter, gradient, first, second = (buffer[part] for buffer in buffers)
+            parameter, gradient, first, second = (buffer[place] for buffer in buffers)
             torch._fused_adamw_(
                 [parameter],
                 [gradient],
@@ -166,7 +186,7 @@ class AdamW:
                 [second],
                 [],
                 [steps],
-                lr=learning_rate,
+                lr=rate,
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=decay,

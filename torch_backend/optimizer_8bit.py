@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -12,17 +13,17 @@ import torch
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, SMALLEST, Moments, blocks_of, check_stored, step_factors
 from jaxsloth.kernels.registry import Target, resolve
-from jaxsloth.torch_backend.optimizer import AdamW, Flat
+from jaxsloth.torch_backend.optimizer import PARTS, AdamW, Flat, rates_and_decays
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Tensors that lie one after another in the buffer, decay alike, and are stored alike: in 8 bits, or in float32, without
+    """Tensors that lie one after another in one part of the buffer, and are stored alike: in 8 bits, or in float32, without
     maxima."""
 
     shapes: dict[str, torch.Size]
     place: slice
-    no_decay: bool
+    part: int
     moments: Moments
 
     def parts(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -44,14 +45,14 @@ class StoredRun:
 def _runs(flat: Flat) -> list[StoredRun]:
     found, ends = [], accumulate(parameter.numel() for parameter in flat.parameters.values())
     placed = [(name, parameter.shape, end) for (name, parameter), end in zip(flat.parameters.items(), ends, strict=True)]
-    for (no_decay, small), group in groupby(placed, lambda item: (item[2] > flat.decayed, item[1].numel() < SMALLEST)):
+    for (part, small), group in groupby(placed, lambda item: (bisect_left(flat.ends, item[2]), item[1].numel() < SMALLEST)):
         items = list(group)
         sizes, stop = [shape.numel() for _, shape, _ in items], items[-1][2]
         place = slice(stop - sum(sizes), stop)
         kept = torch.zeros_like(flat.buffer[place], dtype=torch.float32 if small else torch.uint8)
         absmax = None if small else flat.buffer.new_zeros(sum(map(blocks_of, sizes)))
         moments = Moments(kept, absmax, kept.clone(), None if absmax is None else absmax.clone())
-        found.append(StoredRun({name: shape for name, shape, _ in items}, place, no_decay, moments))
+        found.append(StoredRun({name: shape for name, shape, _ in items}, place, part, moments))
     return found
 
 
@@ -61,16 +62,16 @@ class AdamW8bit(AdamW):
     def __init__(self, flat: Flat, options: OptimizerOptions, implementation: str | None = None) -> None:
         super().__init__(flat, options)
         self._step = resolve(ADAMW_8BIT, "torch", Target(flat.buffer.device.type), implementation)  # type: ignore[arg-type]
-        # Row 0 is for what decays, row 1 for what is not: read from the device, so that a graph can hold the update.
-        self._factors = torch.zeros(2, 3, dtype=torch.float32, device=flat.buffer.device)
+        # A row a part of the buffer: read from the device, so that a graph can hold the update.
+        self._factors = torch.zeros(PARTS, 3, dtype=torch.float32, device=flat.buffer.device)
 
     def _make_moments(self) -> None:
         self._all = _runs(self.flat)
 
     def _update(self, learning_rate: float) -> None:
         self.count += 1
-        decays = (self.options.weight_decay, 0.0)
-        factors = [step_factors(learning_rate, self.count, self.options.betas, decay) for decay in decays]
+        parts = rates_and_decays(self.options, learning_rate)
+        factors = [step_factors(rate, self.count, self.options.betas, decay) for rate, decay in parts]
         self._factors.copy_(torch.tensor(factors, dtype=torch.float32))
         self.apply()
 
@@ -80,7 +81,7 @@ class AdamW8bit(AdamW):
         options = self.options
         for run in self._all:
             parameter, gradient = self.flat.buffer[run.place], self.flat.gradient[run.place]
-            factors = self._factors[int(run.no_decay)]
+            factors = self._factors[run.part]
             if run.moments.exp_avg_absmax is None:
                 _step_whole(parameter, gradient, run.moments, factors, options)
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxsloth.data.catalogue import TEMPLATES, template_name, template_source
@@ -17,6 +17,35 @@ _EXAMPLE = [
     {"role": role, "content": content}
     for role, content in (("user", "How many?"), ("assistant", "Sixteen."), ("user", "Why?"), ("assistant", "Ducks."))
 ]
+
+
+class _Templates(Mapping[str, tuple[str, str]]):
+    """Name -> (Jinja text, the token that ends an answer; "eos_token" is the tokenizer's own)."""
+
+    def __getitem__(self, name: str) -> tuple[str, str]:
+        try:
+            found = template_name(name)
+        except DataError as error:
+            raise KeyError(name) from error
+        return template_source(found), TEMPLATES[found].stop or _OWN_EOS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TEMPLATES)
+
+    def __len__(self) -> int:
+        return len(TEMPLATES)
+
+
+CHAT_TEMPLATES: Mapping[str, tuple[str, str]] = _Templates()
+
+
+def create_stopping_criteria(tokenizer: Any, stop_word: str = "eos_token") -> Any:
+    """For ``model.generate(stopping_criteria=…)``: a row ends with stop_word ("eos_token": the tokenizer's EOS)."""
+    from transformers import EosTokenCriteria, StoppingCriteriaList, StopStringCriteria
+
+    if stop_word == _OWN_EOS:
+        return StoppingCriteriaList([EosTokenCriteria(tokenizer.eos_token_id)])
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, stop_word)])
 
 
 def get_chat_template(

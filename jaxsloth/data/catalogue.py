@@ -84,10 +84,11 @@ def template_name(name: str) -> str:
     return known
 
 
-def template_source(name: str, tokenizer: Any) -> str:
+def template_source(name: str, tokenizer: Any = None) -> str:
     """The Jinja text of a template of the catalogue.
 
-    It refuses what it would not write: other roles, and functions where it has none. Mistral's depends on the tokenizer.
+    It refuses what it would not write: other roles, and functions where it has none. Mistral's depends on the tokenizer; for
+    None it is that of a vocabulary without tokens for turns.
     """
     known = TEMPLATES[name]
     text = files("jaxsloth.data").joinpath("jinja", f"{name}.jinja").read_text(encoding="utf-8")
@@ -119,7 +120,7 @@ def _mistral_style(tokenizer: Any) -> dict[str, str]:
     system: "first" and "last" put the system message before the first or the last question, "tags" into its own. Tekken files
     of v3 and v7 may hold the same tokens, so a template that came with the tokenizer tells more than they do.
     """
-    vocab = tokenizer.get_vocab()
+    vocab = {} if tokenizer is None else tokenizer.get_vocab()
     if "[INST]" not in vocab:
         return {"open": " [INST] ", "close": " [/INST]", "answer": " ", "system": "first"}
     space = " " if "▁" in vocab else ""  # SentencePiece puts a space before every piece of text; Tekken has none

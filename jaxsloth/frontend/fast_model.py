@@ -197,7 +197,7 @@ class FastLanguageModel:
         use_rslora: bool = False,
         modules_to_save: Sequence[str] | None = None,
         init_lora_weights: bool | str = True,
-        loftq_config: Mapping[str, Any] | None = None,
+        loftq_config: Any = None,
         use_dora: bool = False,
         finetune_language_layers: bool = True,
         finetune_attention_modules: bool = True,
@@ -221,7 +221,7 @@ class FastLanguageModel:
             ValueError: a target matches nothing, the model has adapters already, what is to be trained whole is tied, or an
                 argument is refused.
         """
-        given = {**others, "use_dora": use_dora, "loftq_config": dict(loftq_config or {})}
+        given = {**others, "use_dora": use_dora, "loftq_config": loftq_config or {}}
         _check(FastLanguageModel.get_peft_model, given, _ADAPT_REFUSED, _ADAPT_UNUSED)
         if hasattr(r, "peft_type"):
             raise TypeError(f"get_peft_model takes LoRA's settings by name here, got a {type(r).__name__}; {_BY_PEFT}")
@@ -280,13 +280,6 @@ def is_bfloat16_supported() -> bool:
 
         return torch.cuda.is_bf16_supported()
     return platform != "cpu"
-
-
-def PatchDPOTrainer() -> None:
-    """Unsloth's scripts call it before they import TRL."""
-    warn_once(
-        "PatchDPOTrainer: nothing needs patching; jaxsloth.DPOTrainer trains these models, and TRL's drives them as it is"
-    )
 
 
 def _renamed(others: dict[str, Any], former: str, today: str) -> Any:

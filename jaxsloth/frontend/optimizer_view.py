@@ -14,6 +14,7 @@ from transformers import get_scheduler
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.frontend.arguments import warn_once
+from jaxsloth.models.names import is_embedding
 
 _ELSEWHERE = "TRL's trainer drives this module with torch's own optimizer"
 OPTIMIZERS = {
@@ -37,11 +38,25 @@ def optimizer_options(args: Any, dtype: str) -> OptimizerOptions:
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm or None,
         loss_scaling=dtype == "float16",
+        embedding_rate=_embedding_rate(args),
     )
 
 
+def _embedding_rate(args: Any) -> float:
+    rate = getattr(args, "embedding_learning_rate", None)
+    if rate is None:
+        return 1.0
+    if not isinstance(rate, int | float) or not math.isfinite(rate) or rate < 0 or args.learning_rate <= 0:
+        raise ValueError(
+            f"embedding_learning_rate must be a finite number from 0 on, beside a learning_rate over 0, got {rate!r} and "
+            f"{args.learning_rate!r}"
+        )
+    return rate / args.learning_rate
+
+
 class BackendOptimizer(torch.optim.Optimizer):
-    """The groups that transformers' Trainer makes: what decays, and the biases. Their "lr" is the next step's rate, whoever
+    """The groups that transformers' Trainer makes: what decays, and the biases; where they have a rate of their own
+    (`OptimizerOptions.embedding_rate`), the embedding and the head come last. Their "lr" is the next step's rate, whoever
     wrote it; whatever else is written is refused when that step begins.
 
     parameters: what is trained, by PEFT name.
@@ -49,12 +64,18 @@ class BackendOptimizer(torch.optim.Optimizer):
 
     def __init__(self, options: OptimizerOptions, learning_rate: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self._made = False
-        no_decay = [own for name, own in parameters.items() if name.endswith("bias")]
-        decayed = [own for name, own in parameters.items() if not name.endswith("bias")]
+        apart = {name for name in parameters if is_embedding(name.split("."))} if options.embedding_rate != 1.0 else set()
+        no_decay = {name for name in parameters if name.endswith("bias")}
         groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": options.weight_decay},
-            {"params": no_decay, "weight_decay": 0.0},
+            {"params": [parameters[name] for name in parameters if name not in apart | no_decay]},
+            {"params": [parameters[name] for name in no_decay], "weight_decay": 0.0},
         ]
+        self._factors = [1.0, 1.0]
+        if apart:
+            groups.append({"params": [parameters[name] for name in apart], "lr": learning_rate * options.embedding_rate})
+            self._factors.append(options.embedding_rate)
+        for group in groups:
+            group.setdefault("weight_decay", options.weight_decay)
         super().__init__(groups, {"lr": learning_rate, "betas": options.betas, "eps": options.eps})
         self._made, self._opt_called = True, True  # the second: schedulers warn where no step came before theirs
         self._begun = [_fixed(group) for group in self.param_groups]
@@ -94,11 +115,15 @@ class BackendOptimizer(torch.optim.Optimizer):
                         f"optimizer.param_groups: {name} was {begun.get(name)} when train() began and is {now.get(name)}; of a "
                         f"group only its lr can be written here. {_ELSEWHERE}"
                     )
-        rates = [float(group["lr"]) for group in self.param_groups if group["params"]]
-        if len(set(rates)) > 1 or not math.isfinite(rates[0]) or rates[0] < 0:
+        groups = [item for item in zip(self.param_groups, self._factors, strict=True) if item[0]["params"]]
+        rates, factors = [float(group["lr"]) for group, _ in groups], [factor for _, factor in groups]
+        if not all(math.isfinite(rate) and rate >= 0 for rate in rates) or not all(
+            math.isclose(rate * factors[0], rates[0] * factor, rel_tol=1e-9)
+            for rate, factor in zip(rates, factors, strict=True)
+        ):
             raise ValueError(
-                "optimizer.param_groups: all groups must have one lr, a finite number from 0 on, got "
-                f"{', '.join(map(str, rates))}"
+                "optimizer.param_groups: the groups' lr must be finite numbers from 0 on, to each other as "
+                f"{' : '.join(map(str, factors))}, got {', '.join(map(str, rates))}"
             )
         return rates[0]
 

@@ -11,6 +11,7 @@ from jaxsloth.frontend.trainer_config import NativeArguments, Reasons, Rules
 USED = trainer_config.USED | {
     *("dataset_text_field", "dataset_num_proc", "max_length", "packing", "completion_only_loss", "assistant_only_loss"),
     *("pad_to_multiple_of", "chat_template_path", "eos_token", "neftune_noise_alpha"),
+    "embedding_learning_rate",
     "label_smoothing_factor",
 }
 REFUSED: Reasons = trainer_config.REFUSED | {
@@ -63,6 +64,7 @@ class _Fields(NativeArguments):
     model_init_kwargs: dict[str, Any] | None = None
     trust_remote_code: bool = False
     router_aux_loss_coef: float | None = None
+    embedding_learning_rate: float | None = None
 
 
 _FORMER = ("dataset_batch_size", "num_of_sequences", "chars_per_token")
@@ -80,6 +82,8 @@ class SFTConfig(_Fields):
     """What a supervised run is: transformers' and TRL's fields of today, and the former names of some.
 
     max_length: rows are cut there; None takes the model's max_seq_length.
+    embedding_learning_rate: of the embedding and the head, where they are trained whole (modules_to_save), in place of
+        learning_rate, whose schedule it follows; Unsloth's UnslothTrainingArguments has it.
 
     Raises:
         TypeError: a field that it does not have, with the nearest one that it has.

@@ -98,7 +98,7 @@ DECIDING = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy", "optim", "weight_decay", "adam_beta1"),
     *("adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "packing"),
-    *("beta", "loss_type", "label_smoothing", "disable_dropout"),
+    *("beta", "loss_type", "label_smoothing", "disable_dropout", "embedding_learning_rate"),
 )
 
 

@@ -12,6 +12,7 @@ import optax
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.kernels.adamw_8bit.contract import check_stored
+from jaxsloth.models.names import is_embedding
 
 LOSS_SCALE_START, LOSS_SCALE_GROWTH_INTERVAL = 65536.0, 2000
 
@@ -52,13 +53,18 @@ class AdamW:
     def _update(self, parameters: Any, adam: Any, gradients: Any, learning_rate: Any) -> tuple[Any, Any]:
         """(new parameters, new moments) by gradients that are ready."""
         updates, adam = self._adam.update(gradients, adam)
-        decay = 1.0 - learning_rate * self.options.weight_decay
 
         def apply(path: Any, parameter: Any, update: Any) -> Any:
-            kept = parameter if is_spared(path) else parameter * decay
-            return kept - learning_rate * update
+            rate, decay = self.rate_and_decay(path, learning_rate)
+            return parameter * decay - rate * update
 
         return jax.tree_util.tree_map_with_path(apply, parameters, updates), adam
+
+    def rate_and_decay(self, path: Any, learning_rate: Any) -> tuple[Any, Any]:
+        """(its learning rate, what decay multiplies it by) of a parameter. Biases are not decayed, as in HF's Trainer."""
+        names = names_of(path)
+        rate = learning_rate * self.options.embedding_rate if is_embedding(names) else learning_rate
+        return rate, 1.0 if "bias" in names else 1.0 - rate * self.options.weight_decay
 
     def step(
         self, parameters: Any, state: OptimizerState, gradients: Any, learning_rate: Any, frozen: Any = None
@@ -93,11 +99,6 @@ def _adapt_scale(state: OptimizerState, finite: Any) -> tuple[Any, Any]:
     grows = good == LOSS_SCALE_GROWTH_INTERVAL
     scale = jnp.where(finite, jnp.where(grows, state.loss_scale * 2, state.loss_scale), state.loss_scale / 2)
     return scale, jnp.where(grows, 0, good)
-
-
-def is_spared(path: Any) -> bool:
-    """Biases are not decayed, as in Hugging Face's Trainer."""
-    return "bias" in names_of(path)
 
 
 def names_of(path: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.jax_backend import devices
-from jaxsloth.jax_backend.optimizer import AdamW, is_spared, names_of
+from jaxsloth.jax_backend.optimizer import AdamW, names_of
 from jaxsloth.kernels.adamw_8bit.contract import ADAMW_8BIT, SMALLEST, Moments, blocks_of, check_stored
 from jaxsloth.kernels.jax_platform import platform
 from jaxsloth.kernels.registry import Target, resolve
@@ -70,13 +70,14 @@ class AdamW8bit(AdamW):
     def _update_here(
         self, parameters: Any, trees: dict[str, Any], gradients: Any, learning_rate: Any, count: Any
     ) -> tuple[Any, dict[str, Any]]:
-        (beta1, beta2), decay = self.options.betas, self.options.weight_decay
-        step_size, root = learning_rate / _correction(beta1, count), jnp.sqrt(_correction(beta2, count))
+        beta1, beta2 = self.options.betas
+        correction, root = _correction(beta1, count), jnp.sqrt(_correction(beta2, count))
         paths, structure = jax.tree_util.tree_flatten_with_path(parameters)
         others = [jax.tree.leaves(tree) for tree in (gradients, *trees.values())]
         done = []
         for (path, parameter), gradient, *kept in zip(paths, *others, strict=True):
-            factors = jnp.stack([1.0 if is_spared(path) else 1.0 - learning_rate * decay, step_size, root])
+            rate, decay = self.rate_and_decay(path, learning_rate)
+            factors = jnp.stack([decay, rate / correction, root])
             moments = Moments(**dict(zip(trees, kept, strict=True)))
             step = self._step_8_bits if _in_8_bits(path, parameter) else self._step_whole
             after, moments = step(path, parameter, gradient, moments, factors)

@@ -6,12 +6,19 @@ adapters and in error messages.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from jaxsloth.models.spec import Attention, Linear, ModelSpec, Norm
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 LM_HEAD = "lm_head"
 PEFT_PREFIX = "base_model.model."
+
+
+def is_embedding(parts: Iterable[str]) -> bool:
+    """Whether a trained tensor, its name cut at the dots, is the embedding or the head, which no adapter trains."""
+    return not {EMBEDDING.rpartition(".")[2], LM_HEAD}.isdisjoint(parts)
 
 
 def layer_prefix(index: int) -> str:

@@ -13,14 +13,16 @@ import pytest
 import torch
 
 import jaxsloth
-from jaxsloth import FastLanguageModel, FastModel, PatchDPOTrainer, is_bfloat16_supported, memory_stats, set_backend
+from jaxsloth import FastLanguageModel, FastModel, is_bfloat16_supported, memory_stats, set_backend
 from jaxsloth.backend import DeviceInfo
+from jaxsloth.chat_templates import CHAT_TEMPLATES, create_stopping_criteria
+from jaxsloth.data.catalogue import TEMPLATES, template_source
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend import fast_model as tables
 from jaxsloth.frontend.backends import resolve_backend
 from jaxsloth.frontend.loading import named_device
 from tests.support.modules import BACKENDS
-from tests.support.tiny import write_checkpoint
+from tests.support.tiny import byte_tokenizer, write_checkpoint
 
 both = pytest.mark.parametrize("backend", BACKENDS)
 # Unsloth's public signatures (FastLanguageModel and FastModel), each with a value that asks for something.
@@ -125,7 +127,7 @@ ADAPT_REFUSED: dict[str, Any] = {
     "use_dora": True,
     "modules_to_save": ["norm"],
     "bias": "some",
-    "loftq_config": {"loftq_bits": 4},
+    "loftq_config": peft.LoftQConfig(loftq_bits=4),
     "init_lora_weights": "pissa",
     "target_parameters": ["x"],
     "qat_scheme": "int4",
@@ -263,8 +265,8 @@ def test_unknown_arguments_name_the_nearest(checkpoint):
         load(checkpoint, load_in_4bits=True)
     with pytest.raises(TypeError, match="did you mean 'lora_alpha'"):
         FastLanguageModel.get_peft_model(load(checkpoint), lora_alhpa=3)
-    with pytest.raises(AttributeError, match="has no attribute 'FastVisionModel'"):
-        _ = jaxsloth.FastVisionModel
+    with pytest.raises(AttributeError, match="has no attribute 'FastLangageModel'"):
+        _ = jaxsloth.FastLangageModel
 
 
 def test_adapters_start_alike_on_both_backends(checkpoint):
@@ -329,7 +331,22 @@ def test_memory_and_the_like(checkpoint, backend):
     assert 0 < stats.peak_bytes < stats.total_bytes and stats.peak_gib == round(stats.peak_bytes / 2**30, 3)
     assert is_bfloat16_supported() is False
     with pytest.warns(UserWarning, match="nothing needs patching"):
-        PatchDPOTrainer()
+        jaxsloth.PatchDPOTrainer()
+        jaxsloth.PatchFastRL("GRPO", FastLanguageModel)
+
+
+def test_names_that_scripts_import():
+    for name in ("FastVisionModel", "GRPOConfig", "KTOTrainer", "add_new_tokens"):
+        with pytest.raises(ImportError, match=f"{name} is not here yet: .+"):
+            getattr(jaxsloth, name)
+    tokenizer = byte_tokenizer()
+    for name, (template, stop) in CHAT_TEMPLATES.items():
+        assert (template, stop) == (template_source(name), TEMPLATES[name].stop or "eos_token")
+    assert CHAT_TEMPLATES["llama3"] == CHAT_TEMPLATES["llama-3"] and "fantasy" not in CHAT_TEMPLATES
+    rows = tokenizer(["one end", "one eno"], return_tensors="pt", add_special_tokens=False).input_ids
+    assert create_stopping_criteria(tokenizer, "end")(rows, None).tolist() == [True, False]
+    rows[1, -1] = tokenizer.eos_token_id
+    assert create_stopping_criteria(tokenizer)(rows, None).tolist() == [False, True]
 
 
 def test_every_keyword_of_peft_is_walked():

@@ -15,7 +15,16 @@ from datasets import Dataset
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from jaxsloth import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer
+from jaxsloth import (
+    DPOConfig,
+    DPOTrainer,
+    FastLanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    UnslothTrainer,
+    UnslothTrainingArguments,
+    unsloth_train,
+)
 from jaxsloth.frontend import arguments
 from jaxsloth.frontend.adapters import base_of
 from jaxsloth.frontend.module.passes import ModulePass, to_torch
@@ -162,7 +171,8 @@ def test_what_is_trained_whole_may_be_written_when_a_pass_has_returned(backend):
 
 @both
 def test_native_training_is_trls_and_peft_reads_what_is_saved(backend, checkpoint, tmp_path):
-    """From Unsloth's way of asking to a folder: losses, weights, files, answers, and what a merged model is."""
+    """From Unsloth's way of asking to a folder: losses, weights, files, answers, and what a merged model is. The embedding and
+    the head have a learning rate of their own, as in its continued pretraining."""
     model, tokenizer = FastLanguageModel.from_pretrained(checkpoint, backend=backend, load_in_4bit=False, max_seq_length=64)
     before = logits(model)
     with pytest.warns(UserWarning, match=r"trained whole \(modules_to_save\).*lm_head"):
@@ -171,15 +181,24 @@ def test_native_training_is_trls_and_peft_reads_what_is_saved(backend, checkpoin
         )
     theirs = under_their_peft(model, their_base())
     assert sorted(theirs.peft_config["default"].modules_to_save) == BOTH_ENDS
+    groups = [
+        {"params": [p for n, p in theirs.named_parameters() if p.requires_grad and ("lora_" in n) == adapter], "lr": rate}
+        for adapter, rate in ((True, SETTINGS["learning_rate"]), (False, 1e-3))
+    ]
     judge = trl.SFTTrainer(
         theirs,
         args=trl.SFTConfig(str(tmp_path / "judge"), **SETTINGS | JUDGES),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.1), None),
     )
     judge.train()
-    trainer = SFTTrainer(model, args=SFTConfig(str(tmp_path / "ours"), **SETTINGS), train_dataset=ROWS)
-    trainer.train()
+    own = {"embedding_learning_rate": 1e-3, "weight_decay": 0.1}
+    args = UnslothTrainingArguments(str(tmp_path / "ours"), **SETTINGS | own)
+    trainer = UnslothTrainer(model, args=args, train_dataset=ROWS)
+    unsloth_train(trainer)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert len(rates) == 3 and rates[2] == pytest.approx(rates[0] / 5)
     losses = logged(judge.state.log_history, "loss")
     assert np.abs(logged(trainer.state.log_history, "loss") - losses).max() < BAR and np.ptp(losses) > 0.3
     assert_close(trained(model), trained(theirs), 1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,20 +37,22 @@ def test_fifty_steps_of_the_flat_buffer_are_bitsandbytes():
         "d.weight": (65, 128),
         "e.bias": (64,),
         "f.weight": (4097,),
+        "model.embed_tokens.weight": (64, 65),
+        "lm_head.weight": (8, 9),
     }
     start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     flat = Flat({name: value.numpy() for name, value in start.items()}, torch.device("cpu"))
-    ours = make_optimizer(flat, OptimizerOptions(name="adamw_8bit", weight_decay=0.1, max_grad_norm=None))
+    ours = make_optimizer(flat, OptimizerOptions(name="adamw_8bit", weight_decay=0.1, max_grad_norm=None, embedding_rate=0.25))
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     groups = [
-        {"params": [p for n, p in parameters.items() if n.endswith(".bias") == bias], "weight_decay": decay}
-        for bias, decay in ((False, 0.1), (True, 0.0))
+        {"params": [p for n, p in parameters.items() if n[0] in letters], "weight_decay": decay}
+        for letters, decay in (("acdf", 0.1), ("be", 0.0), ("lm", 0.1))
     ]
     judge = Judge(groups, betas=(0.9, 0.999), eps=1e-8)
     for step in range(50):
         rate = 1e-2 / (step + 1)
-        for group in judge.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(judge.param_groups, (1.0, 1.0, 0.25), strict=True):
+            group["lr"] = rate * factor
         for name, parameter in parameters.items():
             parameter.grad = torch.randn(parameter.shape, generator=generator) + parameter.detach()
             flat.view(flat.gradient, name).copy_(parameter.grad)
@@ -69,12 +73,19 @@ def test_fifty_steps_of_the_flat_buffer_are_bitsandbytes():
 
 @both
 def test_each_step_is_bitsandbytes_adamw8bit_on_peft(backend):
-    """From the judge's own state every time: a code that falls on the other side of a tie would change what follows."""
-    model, spec, weights, values = build(backend, lora=LORA)
-    step_batches, ours = stream(examples(40, VOCAB)), model.step(CausalLoss(), OPTIONS)
+    """From the judge's own state every time: a code that falls on the other side of a tie would change what follows. The head
+    has a rate of its own."""
+    model, spec, weights, values = build(backend, lora=LORA | {"modules_to_save": ["lm_head"]})
+    step_batches, ours = stream(examples(40, VOCAB)), model.step(CausalLoss(), replace(OPTIONS, embedding_rate=0.25))
     judge = peft_model(CONFIG, weights, spec, values)
-    parameters = {n.replace(".default.", "."): p for n, p in judge.named_parameters() if p.requires_grad}
-    optimizer = Judge(list(parameters.values()), lr=1e-2, weight_decay=0.1)
+    parameters = {
+        n.replace(".modules_to_save", "").replace(".default.", "."): p for n, p in judge.named_parameters() if p.requires_grad
+    }
+    groups = [
+        {"params": [p for n, p in parameters.items() if ("lm_head" in n) == head], "lr": rate}
+        for head, rate in ((False, 1e-2), (True, 2.5e-3))
+    ]
+    optimizer = Judge(groups, weight_decay=0.1)
     assert {p.numel() >= SMALLEST for p in parameters.values()} == {True, False}
     for step in range(6):
         got = ours(step_batches.batch(step), learning_rate=1e-2, step=step, seed=9).floats()[0]
