@@ -143,11 +143,10 @@ def test_accumulation_layouts(backend):
     """With dropout; without it the trainers' accumulation is TRL's (tests/frontend/test_trainer.py)."""
     rows = examples(21, VOCAB)  # the third step, the last of the epoch, is short
     curves = []
-    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        model, *_ = build(backend, lora={"dropout": 0.3})
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        model, *_ = build(backend, lora={"dropout": 0.3, "targets": ["q_proj", "down_proj"]})
         curves.append(losses_of(model, stream(rows, batch_size=batch_size, accumulation=accumulation), 3)[0])
     assert max_abs(curves[1], curves[0]) <= 1e-5
-    assert max_abs(curves[2], curves[0]) <= 1e-5
 
 
 def test_dropout_is_the_same_on_both_backends_and_does_something():
