@@ -34,7 +34,9 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "jaxsloth needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# --no-compile: byte code of all that torch and JAX bring takes as long as their installation; what is imported is compiled then.
+# --no-compile: byte code of all that torch and JAX bring takes as long as their installation; what is imported is compiled and
+# kept then, whatever the environment says of that.
+unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/.demo: constraints.txt pyproject.toml | $(VENV)/bin/python
 	@start=$$(date +%s) && set -x && \
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[demo]' && \
