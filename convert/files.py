@@ -65,7 +65,7 @@ def _said(target: Path, temporary: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, ValueError) or (error.filename is not None and temporary.name not in str(error.filename)):
             raise
-        reason = error.strerror or f"{error} bytes; is the disk full?"
+        reason = error.strerror or f"{error} (is the disk full?)"
         raise WriteError(f"{target} could not be written: {reason}; what was there before is as it was") from error
 
 
