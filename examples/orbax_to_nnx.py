@@ -48,7 +48,7 @@ def logits(model, ids, config):
     return model.lm_head(x) if hasattr(model, "lm_head") else base.embed_tokens.attend(x)
 
 
-folder, prompt = Path(sys.argv[1]).absolute(), sys.argv[2]
+folder, prompt = Path(sys.argv[1]).absolute(), " ".join(sys.argv[2:]) or "The capital of France is"
 config, tokenizer = json.loads((folder / "config.json").read_text()), AutoTokenizer.from_pretrained(folder)
 model = module(ocp.StandardCheckpointer().restore(folder / "params"), config["rms_norm_eps"])
 last = logits(model, jnp.array([tokenizer(prompt)["input_ids"]]), config)[0, -1]
