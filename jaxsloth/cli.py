@@ -252,24 +252,33 @@ def info(
     overrides: Annotated[list[str] | None, typer.Argument(help="With --recipe: key=value, e.g. lora.dropout=0.05")] = None,
     model: Annotated[str | None, typer.Option(help="What generate takes: how its blocks train, by its config alone.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe, whose model and settings count.")] = None,
+    families: Annotated[bool, typer.Option("--families", help="What each family's blocks have, and how they train.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Versions, devices, model families, what trains and decodes here, and each op's implementation; or, of a model or a
-    recipe, how each kind of block trains on each backend."""
-    from jaxsloth.info import collect, model_passes, show, show_model
+    """Versions, devices, model families, what trains and decodes here, and each op's implementation; or, of a model, a recipe
+    or every family, how each kind of block trains on each backend."""
+    from jaxsloth.info import collect, model_passes, show, show_families, show_model
     from jaxsloth.recipe import RecipeError, load_recipe
 
     if overrides and recipe is None:
         raise RecipeError(f"{overrides[0]} changes a recipe; name it with --recipe")
     chosen = None if recipe is None else load_recipe(recipe, overrides or [])
     of_model = model is not None or chosen is not None
-    found = model_passes(model, chosen) if of_model else collect()
+    if families and of_model:
+        raise RecipeError("--families lists all of them; leave it out with --model or --recipe")
+    if families:
+        from jaxsloth.extras import require
+
+        require("frontend", "jaxsloth info --families")
+        from jaxsloth.frontend.family_table import family_passes
+
+        found, shown = family_passes(), show_families
+    else:
+        found, shown = (model_passes(model, chosen), show_model) if of_model else (collect(), show)
     if as_json:
         print(json.dumps(found, indent=2))
-    elif of_model:
-        show_model(found, console())
     else:
-        show(found, console())
+        shown(found, console())
 
 
 @app.command()

@@ -86,7 +86,7 @@ def model_passes(model: str | None, recipe: Recipe | None) -> dict[str, Any]:
     lora, backends = spec.lora, {}
     for backend in BACKENDS:
         missing = missing_packages(backend)
-        backends[backend] = {"error": f"needs {', '.join(missing)}"} if missing else _passes_of(backend, spec, recipe)
+        backends[backend] = {"error": f"needs {', '.join(missing)}"} if missing else passes_of(backend, spec, recipe)
     return {
         "model": name,
         "family": spec.family,
@@ -98,7 +98,44 @@ def model_passes(model: str | None, recipe: Recipe | None) -> dict[str, Any]:
     }
 
 
-def _passes_of(backend: str, spec: ModelSpec, recipe: Recipe | None) -> dict[str, Any]:
+def features(spec: ModelSpec) -> list[str]:
+    """What distinguishes a model's blocks from Llama's, in the words of the field."""
+    attentions, block = [layer.attention for layer in spec.layers], spec.layers[0]
+    attention, mlp = block.attention, block.mlp
+    windows = [one.window for one in attentions if one.window is not None]
+    where = "" if len(windows) == len(attentions) else f" in {len(windows)} of {len(attentions)} blocks"
+    turned = [one.rope for one in attentions if one.rope is not None]
+    named = {
+        "biases of q, k, v": attention.qkv_bias,
+        "a bias of o": attention.out_bias,
+        "norms of q and k": attention.qk_norm is not None,
+        f"a window of {max(windows, default=0)} tokens{where}": bool(windows),
+        "soft caps": attention.soft_cap is not None or spec.head.soft_cap is not None,
+        "norms behind the parts too": any(branch.post_norm is not None for branch in block.branches),
+        "norms of 1 + weight": any(norm.weight_offset for branch in block.branches for norm in branch.norms.values()),
+        "fused projections": attention.fused_qkv or mlp.fused,
+        f"no rotary positions in {len(attentions) - len(turned)} of {len(attentions)} blocks": len(turned) < len(attentions),
+        f"{len(set(turned))} rotary embeddings": len(set(turned)) > 1,
+        f"{mlp.activation} for silu": mlp.activation != "silu",
+        "scaled embeddings": spec.embedding.scale != 1.0,
+        "a tied head": spec.head.tied,
+    }
+    return [name for name, has in named.items() if has]
+
+
+def show_families(found: dict[str, Any], console: Console) -> None:
+    table = Table(title="families; how their blocks train, LoRA on every linear layer")
+    backends = list(next(iter(found.values()))["trains"])
+    for column in ("family", "models", "beside Llama's", *backends):
+        table.add_column(column, overflow="fold")
+    for name, family in found.items():
+        trains = ["\n".join(blocks) if isinstance(blocks, list) else blocks for blocks in family["trains"].values()]
+        has = "; ".join(family["has"]) or "–"
+        table.add_row(f"{name}\n{family['architecture']}", family["covers"], has, *(Text(text) for text in trains))
+    console.print(table)
+
+
+def passes_of(backend: str, spec: ModelSpec, recipe: Recipe | None) -> dict[str, Any]:
     engine = load_backend(backend)
     platform_name = engine.devices().platform
     dtype: DtypeName = "float32" if platform_name == "cpu" else "bfloat16"

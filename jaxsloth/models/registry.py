@@ -47,6 +47,11 @@ def families() -> dict[str, str]:
     return {name: family.covers for name, family in _FAMILIES.items()}
 
 
+def architectures() -> dict[str, str]:
+    """Every supported family and Hugging Face's class of it."""
+    return {name: family.architecture for name, family in _FAMILIES.items()}
+
+
 def spec_from_config(config: Mapping[str, Any], where: str | Path = "config.json") -> ModelSpec:
     """The spec of a checkpoint's Hugging Face config (a dict, as in config.json).
 

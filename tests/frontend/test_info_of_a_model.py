@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import transformers
 import yaml
 
 from jaxsloth.backend import BuildOptions, load_backend
 from jaxsloth.cli import main
 from jaxsloth.convert.checkpoint import described_model
+from jaxsloth.models.registry import families
 from tests.support.small_models import BACKENDS, build
 from tests.support.tiny import CONFIG, recipe_values, write_checkpoint, write_rows
 
@@ -81,9 +83,27 @@ def test_of_a_recipe(tmp_path, capsys):
     assert "it needs dtype bfloat16; got float32" in found["backends"]["torch"]["error"]
 
 
+def test_of_every_family(capsys):
+    assert run("info", "--families", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == list(families())
+    assert found["llama"]["has"] == [] and found["qwen2"]["has"] == ["biases of q, k, v"]
+    assert found["qwen3"]["has"] == ["norms of q and k"] and found["phi3"]["has"] == ["fused projections"]
+    assert {"a window of 4096 tokens in 13 of 26 blocks", "soft caps"} <= set(found["gemma2"]["has"])
+    assert "2 rotary embeddings" in found["gemma3_text"]["has"]
+    for family in found.values():
+        assert getattr(transformers, family["architecture"]) and family["covers"]
+        trains = {backend: [line.split(": ", 1)[1] for line in lines] for backend, lines in family["trains"].items()}
+        assert trains == {backend: ["self_attn: written; mlp: written"] for backend in BACKENDS}
+    assert run("info", "--families") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--families", "--model", "x"], "--families lists all of them"),
         (["--model", "/nowhere/at/all"], "no file or folder at /nowhere/at/all"),
         (["lora.r=4"], "lora.r=4 changes a recipe; name it with --recipe"),
         (["--model", "package:none/x.gguf"], "no package 'none' is installed"),

@@ -141,6 +141,7 @@ RULES: list[tuple[str, set[str] | None, tuple[str, ...], set[str]]] = [
     ("jaxsloth/frontend/language_model.py", {"torch"}, ("*",), set()),
     ("jaxsloth/frontend/peft_models.py", {"peft", "torch"}, ("*",), set()),
     ("jaxsloth/frontend/as_before.py", {"torch"}, ("*",), set()),
+    ("jaxsloth/frontend/family_table.py", {"transformers"}, ("*",), set()),
     ("jaxsloth/frontend/saving.py", NUMBERS | {"torch"}, ("*",), {"huggingface_hub"}),
     ("jaxsloth/frontend/fast_model.py", set(), ("*",), {"torch"}),
     ("jaxsloth/frontend/metrics.py", NUMBERS | {"torch", "transformers"}, ("*",), set()),
