@@ -33,6 +33,17 @@ def use_device(index: int) -> None:
     jax.config.update("jax_default_device", in_use()[0])
 
 
+def check_one_process() -> None:
+    """ValueError where torchrun or its like started several processes, each of which would do all of the work by itself."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started not in ("", "1") and jax.process_count() == 1:
+        raise ValueError(
+            f"{started} processes were started (WORLD_SIZE, which torchrun and accelerate set), and each would train the whole "
+            "run by itself: one process of JAX drives all the devices that it sees; start the script by python alone, or take "
+            "backend='torch'"
+        )
+
+
 def torch_device() -> str:
     """What torch calls the device that a model on a single one lies on."""
     return platform() if CHOICE.index is None or platform() == "cpu" else f"{platform()}:{CHOICE.index}"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxsloth.jax_backend import devices
+from tests.support.small_models import build
 
 
 @pytest.fixture
@@ -28,6 +29,15 @@ def test_programs_are_kept_for_a_gpu(monkeypatch, tmp_path, configured, where, c
     devices.keep_compiled_programs()
     found = jax.config.jax_compilation_cache_dir
     assert found == (str(tmp_path / expected) if expected == "jaxsloth/xla" else expected)
+
+
+def test_several_processes_do_not_each_train_the_whole_run(monkeypatch):
+    for started in ("", "1"):
+        monkeypatch.setenv("WORLD_SIZE", started)
+        build("jax", {"num_hidden_layers": 1})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started .* start the script by python alone"):
+        build("jax", {"num_hidden_layers": 1})
 
 
 @pytest.mark.parametrize("size", [16, 1 << 20])
