@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from jaxsloth.foreign import check_writable_folder
+
+logger = logging.getLogger("jaxsloth.convert")
 
 TEMPORARY_PREFIX = ".tmp-"
 _SPARE = 16 << 20  # bytes that stay free
@@ -69,6 +73,49 @@ def _said(target: Path, temporary: Path) -> Iterator[None]:
         raise WriteError(f"{target} could not be written: {reason}; what was there before is as it was") from error
 
 
+def _remove_leftovers(target: Path) -> None:
+    """Removes what a killed process left beside `target` when it wrote that; what can't be removed, or may be the only whole
+    copy, is told. What is being written now is locked by its process, however long that takes."""
+    mine = re.compile(re.escape(f"{TEMPORARY_PREFIX}{target.name}-") + r"(old-)?\d+")
+    for entry in target.parent.glob(f"{TEMPORARY_PREFIX}*"):
+        found = mine.fullmatch(entry.name)
+        if found is None or entry.is_symlink():
+            continue
+        try:
+            if found[1] and not target.exists():  # killed between two renames
+                raise OSError(f"it is what {target.name} was before")
+            with _locked(entry):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except (BlockingIOError, FileNotFoundError):  # another process is at it
+            continue
+        except OSError as error:
+            logger.warning("%s is left over from a conversion that was killed, and stays: %s", entry, error.strerror or error)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file or folder against `_remove_leftovers` of other processes; the lock ends with this one, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it. OSError: the file system knows no locks.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _being_written(temporary: Path) -> Iterator[None]:
+    """`_locked` where that can be: where it can't, nobody can lock what is left over either, and it stays."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked(temporary))
+        yield
+
+
 @contextmanager
 def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that becomes it when the block ends well, and is removed when it does not.
@@ -84,11 +131,12 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_target(target, folder=True, overwrite=overwrite)
     check_writable_folder(target.parent, f"the folder of {target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with _said(target, temporary):
+        with _said(target, temporary), _being_written(temporary):
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
@@ -114,13 +162,16 @@ def write_whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_target(target, folder=False, overwrite=overwrite)
     check_writable_folder(target.parent, f"the folder of {target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
     try:
         with _said(target, temporary):
-            yield temporary
-            flush(temporary)
-            temporary.replace(target)
-            flush(target.parent)
+            temporary.touch()
+            with _being_written(temporary):
+                yield temporary
+                flush(temporary)
+                temporary.replace(target)
+                flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
