@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsloth.convert.fitting import check_cast, not_numbers
+from jaxsloth.convert.fitting import Clamped, check_cast, not_numbers
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsSource
 
 _SCALE, _FORMAT = "SCB", "weight_format"
@@ -100,13 +100,13 @@ def bnb8bit_config(dtype: str) -> dict[str, Any]:
     }
 
 
-def bnb8bit_parts(name: str, weight: np.ndarray) -> dict[str, np.ndarray]:
+def bnb8bit_parts(name: str, weight: np.ndarray, clamped: Clamped | None = None) -> dict[str, np.ndarray]:
     """bitsandbytes' tensors of one weight ``[out, in]``: int8 codes, float32 SCB ``[out]``, and the layout's number.
 
     Raises:
-        CheckpointError: a value is too large for float16, or no number.
+        CheckpointError: a value is too large for float16 (and `clamped` is none, in which they are counted), or no number.
     """
-    codes, scale = quantized_rows(check_cast(name, weight, np.float16))
+    codes, scale = quantized_rows(check_cast(name, weight, np.float16, clamped))
     if not np.isfinite(scale).all():
         raise not_numbers(name, "int8")
     module = name.removesuffix(".weight")

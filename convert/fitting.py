@@ -7,8 +7,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from jaxsloth.backend import TensorSource
@@ -132,10 +134,13 @@ def check_tensors(source: CheckpointSource, expected: Mapping[str, tuple[int, ..
 
 
 _AT_ONCE = 1 << 22  # values that are looked at together
+Clamped = dict[str, int]  # of values that were too large and became the largest: how many, by tensor
+_counting = Lock()
 
 
-def check_cast(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
-    """The tensor in `dtype`, itself where it is so already; `cast_error` where finite values do not stay so.
+def check_cast(name: str, tensor: np.ndarray, dtype: Any, clamped: Clamped | None = None) -> np.ndarray:
+    """The tensor in `dtype`, itself where it is so already; `cast_error` where finite values do not stay so, unless `clamped`
+    is given: then they become the largest that there is, and are counted in it.
 
     Beyond the result it takes a few temporaries of a slice.
     """
@@ -152,9 +157,34 @@ def check_cast(name: str, tensor: np.ndarray, dtype: Any) -> np.ndarray:
         if lost.any():
             first = first if count else float(part[lost][0])
             count += int(lost.sum())
+            largest = float(ml_dtypes.finfo(dtype).max)
+            into[start : start + step][lost] = np.where(part[lost] > 0, largest, -largest)
     if count:
-        raise cast_error(name, count, first, np.dtype(dtype).name)
+        _refuse_or_count(name, count, first, np.dtype(dtype).name, clamped)
     return cast
+
+
+def clamp_rows(name: str, rows: np.ndarray, largest: float, what: str, clamped: Clamped | None) -> np.ndarray:
+    """float32 rows that lie within ±largest, which `what` (in words) holds; as `check_cast` where they do not."""
+    lost = np.abs(rows) > largest
+    _refuse_or_count(name, int(lost.sum()), float(rows[lost][0]), what, clamped)
+    return np.clip(rows, -largest, largest)
+
+
+def _refuse_or_count(name: str, count: int, first: float, what: str, clamped: Clamped | None) -> None:
+    if clamped is None:
+        raise cast_error(name, count, first, what)
+    with _counting:  # blocks are formed on all cores
+        clamped[name] = clamped.get(name, 0) + count
+
+
+def tell_clamped(clamped: Clamped) -> None:
+    """Says how many values are others than the source's."""
+    if clamped:
+        shown = ", ".join(f"{name} ({count})" for name, count in list(clamped.items())[:_SHOWN])
+        more = f", … ({len(clamped)} tensors)" if len(clamped) > _SHOWN else ""
+        total = sum(clamped.values())
+        logger.warning("%d of the values were too large and became the largest there is, by tensor: %s%s", total, shown, more)
 
 
 def not_numbers(name: str, kind: str) -> ValueError:
@@ -168,5 +198,6 @@ def cast_error(name: str, count: int, value: float, dtype: str) -> ValueError:
     """What a weight is refused with that `dtype` can't hold."""
     return CheckpointError(
         f"tensor {name} holds {count} value{'s' if count > 1 else ''} too large for {dtype} (the first is {value:g}): they "
-        "would become infinite; take bfloat16 or float32"
+        "would become infinite; take bfloat16 or float32, or write the largest number in their place (jaxsloth convert "
+        "--allow-overflow)"
     )

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from jaxsloth.convert.adapter_rules import AdapterConfig
-from jaxsloth.convert.fitting import check_cast
+from jaxsloth.convert.fitting import Clamped
 from jaxsloth.convert.gguf_config import open_gguf, values_of
 from jaxsloth.convert.gguf_families import family_of
 from jaxsloth.convert.gguf_source import unpermute
@@ -128,11 +128,13 @@ def check_gguf_adapter(spec: ModelSpec, outtype: str) -> None:
         )
 
 
-def write_gguf_adapter(file: Path, spec: ModelSpec, values: Mapping[str, np.ndarray], outtype: str, name: str) -> None:
+def write_gguf_adapter(
+    file: Path, spec: ModelSpec, values: Mapping[str, np.ndarray], outtype: str, name: str, clamped: Clamped | None = None
+) -> None:
     """Writes the adapter's file; values: every name of `trainable_shapes(spec)`.
 
     Raises:
-        CheckpointError: a value is too large for the outtype.
+        CheckpointError: a value is too large for the outtype, and `clamped` is none, in which they are counted.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -151,10 +153,8 @@ def write_gguf_adapter(file: Path, spec: ModelSpec, values: Mapping[str, np.ndar
             if ending == ".lora_b" and projection in heads:
                 value = permute(value, heads[projection])
             own = family.ggml_name(f"{module}.weight") + ending
-            if outtype == "bf16":
-                writer.add_tensor(own, encode(value, "BF16"), raw_dtype=GGMLQuantizationType.BF16)
-            else:
-                writer.add_tensor(own, check_cast(own, value, np.float16 if outtype == "f16" else np.float32))
+            encoded = encode(value, outtype.upper(), own, clamped)
+            writer.add_tensor(own, encoded, raw_dtype=GGMLQuantizationType.BF16 if outtype == "bf16" else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from jaxsloth.convert.fitting import cast_error, check_cast, not_numbers
+from jaxsloth.convert.fitting import Clamped, check_cast, clamp_rows, not_numbers
 
 # Of the rows of a K-quant, what must divide them; of the older blocks.
 SUPER_BLOCK, BLOCK = 256, 32
@@ -148,18 +148,19 @@ _AT_ONCE = 1 << 22  # values that a core has in float32 at a time
 _LARGEST = float(np.finfo(np.float16).max)  # of values in blocks, whose scales are float16
 
 
-def encode(value: np.ndarray, kind: str, name: str = "to encode") -> np.ndarray:
+def encode(value: np.ndarray, kind: str, name: str = "to encode", clamped: Clamped | None = None) -> np.ndarray:
     """Floats ``[rows, columns]`` of any dtype as ggml's bytes, uint8 ``[rows, bytes]`` (F32 and F16 as themselves).
 
     Beyond the result it takes float32 temporaries of some rows.
 
     Raises:
-        CheckpointError: values of the tensor `name` are too large for F16 or for blocks' scales, or are no numbers there.
+        CheckpointError: values of the tensor `name` are too large for F16 or for blocks' scales (and `clamped` is none, in which
+            they are counted), or are no numbers there.
     """
     from gguf import GGMLQuantizationType
 
     if kind in ("F32", "F16"):
-        return np.ascontiguousarray(check_cast(name, value, np.dtype(np.float32 if kind == "F32" else np.float16)))
+        return np.ascontiguousarray(check_cast(name, value, np.dtype(np.float32 if kind == "F32" else np.float16), clamped))
     number = GGMLQuantizationType[kind]
     if find_spec("libgguf") is not None and kind != "BF16":
         from libgguf import quantize_rows as quantize
@@ -172,7 +173,7 @@ def encode(value: np.ndarray, kind: str, name: str = "to encode") -> np.ndarray:
     def encode_rows(start: int) -> None:
         part = np.ascontiguousarray(rows[start : start + step], np.float32)
         if kind != "BF16":
-            _check_blocks(part, kind, name)
+            part = _fitting_blocks(part, kind, name, clamped)
         found[start : start + step] = quantize(part, number)
 
     parts = min(os.cpu_count() or 1, value.size // _VALUES_A_THREAD, len(rows))
@@ -195,11 +196,10 @@ def stored_bytes(kind: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // block * size
 
 
-def _check_blocks(part: np.ndarray, kind: str, name: str) -> None:
+def _fitting_blocks(part: np.ndarray, kind: str, name: str, clamped: Clamped | None) -> np.ndarray:
     low, high = part.min(), part.max()
     if low >= -_LARGEST and high <= _LARGEST:
-        return
+        return part
     if not np.isfinite((low, high)).all():
         raise not_numbers(name, kind)
-    lost = np.abs(part) > _LARGEST
-    raise cast_error(name, int(lost.sum()), float(part[lost][0]), f"the float16 scales of {kind}")
+    return clamp_rows(name, part, _LARGEST, f"the float16 scales of {kind}", clamped)

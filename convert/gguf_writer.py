@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsloth.convert.fitting import Clamped
 from jaxsloth.convert.gguf_families import family_of
 from jaxsloth.convert.gguf_types import OutType, encode, fitting_type, stored_bytes
 from jaxsloth.models.names import tensor_shapes
@@ -52,12 +53,13 @@ def write_gguf(
     values: Iterator[tuple[str, np.ndarray]],
     spec: ModelSpec,
     factors: Mapping[str, np.ndarray],
+    clamped: Clamped | None = None,
 ) -> Iterator[int]:
     """Writes the file, and yields each tensor's bytes when they are written.
 
     Args:
         fields: metadata by name. values: (Hugging Face name, its value), in the order of `tensors`.
-        spec: the model's. factors: tensors beside the model's, which come first.
+        spec: the model's. factors: tensors beside the model's, which come first. clamped: as `encode` takes it.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -90,7 +92,7 @@ def write_gguf(
             value = permute(value, heads[projection])
         elif family.norm_offset and family.is_norm(name):
             value = np.asarray(value, np.float32) + np.float32(family.norm_offset)
-        writer.write_tensor_data(encode(value, tensor.kind, tensor.hf_name))
+        writer.write_tensor_data(encode(value, tensor.kind, tensor.hf_name, clamped))
         yield tensor.nbytes
     writer.close()
 

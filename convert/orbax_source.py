@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsloth.backend import DtypeName
-from jaxsloth.convert.fitting import check_cast
+from jaxsloth.convert.fitting import Clamped, check_cast
 from jaxsloth.convert.jax_layouts import FOLDERS, Layout, Leaf, Part, leaves
 from jaxsloth.convert.orbax_tree import METADATA, Lazy, StoredTree, write_tree
 from jaxsloth.convert.safetensors_source import CheckpointError
@@ -30,11 +30,12 @@ def write_model(
     read: Callable[[str], np.ndarray],
     on_written: Callable[[str], None],
     file_bytes: int,
+    clamped: Clamped | None = None,
 ) -> None:
     """Writes a model's tree into `folder`/`FOLDERS[layout]`. What memory must hold: the largest leaf and its largest tensor.
 
     Args:
-        read: a tensor by its Hugging Face name; values that dtype can't hold are refused.
+        read: a tensor by its Hugging Face name; values that dtype can't hold are refused, or counted in `clamped`.
         on_written: is told the names as their tensors are taken.
     """
 
@@ -44,7 +45,7 @@ def write_model(
         def form() -> np.ndarray:
             whole = None
             for part in leaf.parts:
-                value = part.change.into(check_cast(part.name, read(part.name), kind))
+                value = part.change.into(check_cast(part.name, read(part.name), kind, clamped))
                 on_written(part.name)
                 if part.index == ():
                     return value

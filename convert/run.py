@@ -19,7 +19,7 @@ from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4b
 from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
 from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
 from jaxsloth.convert.files import check_room, check_target, whole_folder, write_whole
-from jaxsloth.convert.fitting import check_cast, not_numbers
+from jaxsloth.convert.fitting import Clamped, check_cast, not_numbers, tell_clamped
 from jaxsloth.convert.gguf_adapter import adapter_bytes, check_gguf_adapter, write_gguf_adapter
 from jaxsloth.convert.gguf_fields import model_fields, rope_factors
 from jaxsloth.convert.gguf_fields import notes_on as notes_on_gguf
@@ -87,7 +87,8 @@ class Plan:
 class Options:
     """merge: the folder of a PEFT adapter that is added to the weights first. dtype: of what is stored in 16 or 32 bits; None
     keeps the checkpoint's. outtype: of GGUF files, a name of `gguf_types.OUT_TYPES`. kept: a folder whose files (tokenizer,
-    generation settings) are written in the place of the checkpoint's. base: of adapters, the model that they belong to."""
+    generation settings) are written in the place of the checkpoint's. base: of adapters, the model that they belong to.
+    allow_overflow: values too large for what they are stored as become the largest there is, and are counted, not refused."""
 
     merge: Path | None = None
     dtype: DtypeName | None = None
@@ -96,6 +97,7 @@ class Options:
     overwrite: bool = False
     kept: Path | None = None
     base: str | None = None
+    allow_overflow: bool = False
 
 
 def plan(source: str, destination: Path, to: Format, options: Options = Options()) -> Plan:
@@ -184,20 +186,26 @@ def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) 
         CheckpointError: a tensor is damaged, or a value is too large for the dtype.
     """
     check_room(plan.destination, plan.nbytes)
+    clamped: Clamped | None = {} if plan.options.allow_overflow else None
     if plan.to in ADAPTERS:
-        _write_adapter(plan)
+        _write_adapter(plan, clamped)
         on_written(plan.nbytes)
-        return plan.destination
-    if plan.to == "gguf":
+    elif plan.to == "gguf":
         with write_whole(plan.destination, overwrite=plan.options.overwrite) as temporary:
-            for count in _write_gguf(plan, temporary):
+            for count in _write_gguf(plan, temporary, clamped):
                 on_written(count)
-        return plan.destination
+    else:
+        _write_folder(plan, on_written, clamped)
+    tell_clamped(clamped or {})
+    return plan.destination
+
+
+def _write_folder(plan: Plan, on_written: Callable[[int], None], clamped: Clamped | None) -> None:
     with whole_folder(plan.destination, overwrite=plan.options.overwrite) as temporary:
         if plan.to in LAYOUTS:
-            _write_tree(plan, temporary, on_written)
+            _write_tree(plan, temporary, on_written, clamped)
         else:
-            _write_safetensors(plan, temporary, on_written)
+            _write_safetensors(plan, temporary, on_written, clamped)
         config = {
             key: value for key, value in plan.checkpoint.config.items() if key not in ("quantization_config", "torch_dtype")
         }
@@ -205,26 +213,25 @@ def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) 
             config["quantization_config"] = _QUANTIZED[plan.to][2](plan.dtype)
         _write_json(temporary / "config.json", config | {"dtype": plan.dtype})
         _keep_files(plan, temporary)
-    return plan.destination
 
 
-def _write_adapter(plan: Plan) -> None:
+def _write_adapter(plan: Plan, clamped: Clamped | None) -> None:
     if plan.to == "peft":
         write_adapter(plan.destination, plan.spec, plan.adapter, plan.checkpoint.name, overwrite=plan.options.overwrite)
         return
     with write_whole(plan.destination, overwrite=plan.options.overwrite) as temporary:
-        write_gguf_adapter(temporary, plan.spec, plan.adapter, plan.options.outtype, plan.destination.stem)
+        write_gguf_adapter(temporary, plan.spec, plan.adapter, plan.options.outtype, plan.destination.stem, clamped)
 
 
-def _write_safetensors(plan: Plan, folder: Path, on_written: Callable[[int], None]) -> None:
+def _write_safetensors(plan: Plan, folder: Path, on_written: Callable[[int], None], clamped: Clamped | None) -> None:
     names = [tensor.name for tensor in plan.tensors]
     with SafetensorsWriter(folder, names, plan.options.shard_bytes, _PARTS if plan.to in _QUANTIZED else 1) as writer:
         for tensor, value in zip(plan.tensors, _values(plan), strict=True):
-            writer.add(*_stored(plan, tensor, value))
+            writer.add(*_stored(plan, tensor, value, clamped))
             on_written(tensor.nbytes)
 
 
-def _write_tree(plan: Plan, folder: Path, on_written: Callable[[int], None]) -> None:
+def _write_tree(plan: Plan, folder: Path, on_written: Callable[[int], None], clamped: Clamped | None) -> None:
     assert plan.to in LAYOUTS
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
@@ -234,7 +241,7 @@ def _write_tree(plan: Plan, folder: Path, on_written: Callable[[int], None]) -> 
     def told(name: str) -> None:
         on_written(tensors[name].nbytes)
 
-    write_model(folder, plan.spec, plan.to, plan.dtype, read, told, plan.options.shard_bytes)
+    write_model(folder, plan.spec, plan.to, plan.dtype, read, told, plan.options.shard_bytes, clamped)
 
 
 def _planned(
@@ -284,7 +291,7 @@ def _value(plan: Plan, tensor: Planned) -> np.ndarray | NF4:
     return merged(tensor.name, value, plan.spec, plan.adapter) if trained else value
 
 
-def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4) -> list[tuple[str, np.ndarray]]:
+def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4, clamped: Clamped | None) -> list[tuple[str, np.ndarray]]:
     if tensor.stored_as == "NF4":
         nf4 = value if isinstance(value, NF4) else _quantize(value)
         if nf4.nested is not None and not np.isfinite(float(nf4.nested.offset)):  # the mean of the blocks' maxima
@@ -292,8 +299,8 @@ def _stored(plan: Plan, tensor: Planned, value: np.ndarray | NF4) -> list[tuple[
         return list(bnb4bit_parts(tensor.name, nf4, plan.dtype).items())
     assert isinstance(value, np.ndarray)
     if tensor.stored_as == "INT8":
-        return list(bnb8bit_parts(tensor.name, value).items())
-    return [(tensor.name, check_cast(tensor.name, value, _DTYPES[tensor.stored_as]))]
+        return list(bnb8bit_parts(tensor.name, value, clamped).items())
+    return [(tensor.name, check_cast(tensor.name, value, _DTYPES[tensor.stored_as], clamped))]
 
 
 def _quantize(weight: np.ndarray) -> NF4:
@@ -316,7 +323,7 @@ def _quantize(weight: np.ndarray) -> NF4:
     return quantize(jnp.asarray(weight), nested=True)
 
 
-def _write_gguf(plan: Plan, file: Path) -> Iterator[int]:
+def _write_gguf(plan: Plan, file: Path, clamped: Clamped | None) -> Iterator[int]:
     spec, checkpoint, kind = plan.spec, plan.checkpoint, OUT_TYPES[plan.options.outtype]
     fields = model_fields(spec, Path(checkpoint.name).stem, kind)
     if isinstance(checkpoint.source, GgufSource):
@@ -327,7 +334,7 @@ def _write_gguf(plan: Plan, file: Path) -> Iterator[int]:
         ids = {"bos": spec.bos_id, "eos": next(iter(spec.eos_ids), None), "padding": spec.pad_id}
         fields |= tokenizer_fields(plan.options.kept or checkpoint.path, spec.embedding.vocab, ids)
     values = ((tensor.name, np.asarray(value)) for tensor, value in zip(plan.tensors, _values(plan), strict=True))
-    return write_gguf(file, plan_tensors(spec, kind), fields, values, spec, rope_factors(spec))
+    return write_gguf(file, plan_tensors(spec, kind), fields, values, spec, rope_factors(spec), clamped)
 
 
 def _keep_files(plan: Plan, folder: Path) -> None:

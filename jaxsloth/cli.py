@@ -180,6 +180,9 @@ def convert(
     shard_size: Annotated[str, typer.Option(help="The most that a file may hold, e.g. 4GB.")] = "4GiB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the destination.")] = False,
+    allow_overflow: Annotated[
+        bool, typer.Option("--allow-overflow", help="Values too large for the type become the largest there is; counted.")
+    ] = False,
     checked: Annotated[bool, typer.Option("--check", help="Run what was written beside the source; exit 1 on a miss.")] = False,
     check_prompts: Annotated[Path | None, typer.Option(help="Of --check: a file with a prompt a line.")] = None,
 ) -> None:
@@ -195,7 +198,7 @@ def convert(
             raise ValueError("a run's state or an adapter is converted as it is; leave --dry-run, --merge and --check out")
         console().print(f"wrote {convert_state(Path(source), destination, to, overwrite=overwrite)}")  # type: ignore[arg-type]
         return
-    options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite, base=base)  # type: ignore[arg-type]
+    options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite, None, base, allow_overflow)  # type: ignore[arg-type]
     found, screen = plan(source, destination, to, options), console()  # type: ignore[arg-type]
     prompts = prepared(check_prompts, found, source) if checked or check_prompts else None
     show_plan(found, screen, whole=dry_run)

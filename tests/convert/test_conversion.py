@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
+import os
 import resource
 import shutil
 import signal
@@ -249,7 +251,8 @@ convert(plan(source, Path(destination), to, Options(overwrite=True)), killed)
 
 @pytest.mark.parametrize("to", ["hf", "gguf"])
 def test_a_conversion_that_is_killed_leaves_the_destination_as_it_was(to, folder, tmp_path):
-    """kill -9 behind the fifth tensor: what was there is there, and the next try is whole."""
+    """kill -9 behind the fifth tensor: what was there is there, and the next try is whole and clears the leftovers away, but
+    not another's that is being written."""
     destination = tmp_path / ("there.gguf" if to == "gguf" else "there")
     kept = run(folder, destination, to, dtype="float16")
     before = {name: value.copy() for name, value in tensors(kept).items()}
@@ -257,7 +260,14 @@ def test_a_conversion_that_is_killed_leaves_the_destination_as_it_was(to, folder
     assert done.returncode == -signal.SIGKILL
     assert any(path.name.startswith(".tmp-") for path in tmp_path.iterdir())  # it was in the middle
     assert all(np.array_equal(value, before[name]) for name, value in tensors(destination).items())
+    (tmp_path / f".tmp-{destination.name}-7").mkdir()
+    busy = os.open(tmp_path / f".tmp-{destination.name}-7", os.O_RDONLY)
+    fcntl.flock(busy, fcntl.LOCK_EX)  # as the process does that writes it
+    (tmp_path / ".tmp-there-too-8").mkdir()
     after = tensors(run(folder, destination, to, overwrite=True, outtype="f32"))
+    os.close(busy)
+    names = {path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp-")}
+    assert names == {f".tmp-{destination.name}-7", ".tmp-there-too-8"}
     assert after.keys() == before.keys() and all(np.array_equal(value, after[name]) for name, value in tensors(folder).items())
 
 
@@ -301,7 +311,8 @@ def test_what_cannot_be_written_is_refused_before_the_first_byte(folder, tmp_pat
         ("maxtext", {"dtype": "float16"}, 1e6, r"up_proj\.weight holds 1 value too large for float16"),
     ],
 )
-def test_values_that_a_format_can_not_hold_are_refused(to, options, value, message, tmp_path):
+def test_values_that_a_format_can_not_hold_are_refused(to, options, value, message, tmp_path, caplog):
+    """Or where that is asked for, too large ones become float16's largest, and are counted; what is no number never does."""
     folder = checkpoint(tmp_path / "model", num_hidden_layers=2)
     weights = random_weights(json.loads((folder / "config.json").read_text()), 0)
     weights[UP][0, 0] = value
@@ -309,6 +320,15 @@ def test_values_that_a_format_can_not_hold_are_refused(to, options, value, messa
     with pytest.raises(CheckpointError, match=message):
         run(folder, tmp_path / "out", to, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    if not np.isfinite(value):
+        with pytest.raises(CheckpointError, match=message):
+            run(folder, tmp_path / "out", to, allow_overflow=True, **options)
+        return
+    target = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    found = tensors(run(folder, target, to, allow_overflow=True, **options))
+    assert f"1 of the values were too large and became the largest there is, by tensor: {UP} (1)" in caplog.text
+    np.testing.assert_allclose(found[UP][0, 0], np.copysign(65504, value), rtol=1e-3)
+    np.testing.assert_allclose(found[UP][1:], weights[UP][1:], atol=1e-2 * np.abs(weights[UP][1:]).max())
 
 
 def test_the_commands(folder, tmp_path, capsys):
