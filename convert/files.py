@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -35,6 +35,8 @@ def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
         ExistsError: it may not be.
     """
     kind = "folder" if folder else "file"
+    if target.name in ("", ".."):
+        raise ExistsError(f"{target} must be a {kind} that is named itself, not by '.' or '..'")
     if target.is_symlink() and (folder or not target.exists()):
         raise ExistsError(f"{target} is a link; name the {kind} that it is to lead to")
     if not target.exists():
@@ -45,6 +47,29 @@ def check_target(target: Path, *, folder: bool, overwrite: bool) -> None:
         )
     if not overwrite:
         raise ExistsError(f"{target} exists already; choose another place, or ask for it to be overwritten (--overwrite)")
+
+
+# What tells a folder that a conversion may replace from one that holds other things.
+_MARKS = ("config.json", "adapter_config.json", "tokenizer_config.json", "model.safetensors", "params")
+
+
+def check_replaced(target: Path, read: Iterable[Path]) -> None:
+    """That nothing of what is read lies where is to be written, and that a folder which is replaced holds a model or an
+    adapter, or nothing: a wrong path does not take other things with it.
+
+    Raises:
+        ExistsError: names the first.
+    """
+    for file in read:
+        for place, inside in ((target.absolute(), file.absolute()), (target.resolve(), file.resolve())):
+            if place == inside or place in inside.parents:
+                raise ExistsError(f"{target} holds {file}, which is read; choose another place")
+    if target.is_dir() and not any((target / name).exists() for name in _MARKS):
+        other = next(target.iterdir(), None)
+        if other is not None:
+            raise ExistsError(
+                f"{target} holds {other.name} and no model or adapter, so it is not replaced; choose another place"
+            )
 
 
 def check_room(target: Path, nbytes: int) -> None:
@@ -134,19 +159,20 @@ def whole_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     _remove_leftovers(target)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with _said(target, temporary), _being_written(temporary):
-            yield temporary
-            for file in sorted(temporary.rglob("*")):
-                if file.is_file():
-                    flush(file)
-            flush(temporary)
-            old = _move_aside(target) if target.exists() else None
-            temporary.rename(target)
-            flush(target.parent)
-            if old is not None:
-                shutil.rmtree(old)
+        with _said(target, temporary):
+            temporary.mkdir()
+            with _being_written(temporary):
+                yield temporary
+                for file in sorted(temporary.rglob("*")):
+                    if file.is_file():
+                        flush(file)
+                flush(temporary)
+                old = _move_aside(target) if target.exists() else None
+                temporary.rename(target)
+                flush(target.parent)
+                if old is not None:
+                    shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -173,7 +199,8 @@ def write_whole(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 temporary.replace(target)
                 flush(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a name that is too long to be one
+            temporary.unlink()
 
 
 def remove_folder(folder: Path) -> None:

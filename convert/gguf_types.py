@@ -154,8 +154,8 @@ def encode(value: np.ndarray, kind: str, name: str = "to encode", clamped: Clamp
     Beyond the result it takes float32 temporaries of some rows.
 
     Raises:
-        CheckpointError: values of the tensor `name` are too large for F16 or for blocks' scales (and `clamped` is none, in which
-            they are counted), or are no numbers there.
+        CheckpointError: values of the tensor `name` are too large for F16 or for blocks' scales (where `clamped` is given they
+            are counted there instead), or are no numbers there.
     """
     from gguf import GGMLQuantizationType
 

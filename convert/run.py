@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from jaxsloth.convert.adapters import base_of_adapter, read_fitted, read_merging
 from jaxsloth.convert.bnb4bit_source import dequantized
 from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4bit_parts
 from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
-from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint
-from jaxsloth.convert.files import check_room, check_target, whole_folder, write_whole
+from jaxsloth.convert.checkpoint import Checkpoint, find_checkpoint, resolve_path
+from jaxsloth.convert.files import check_replaced, check_room, check_target, whole_folder, write_whole
 from jaxsloth.convert.fitting import Clamped, check_cast, not_numbers, tell_clamped
 from jaxsloth.convert.gguf_adapter import adapter_bytes, check_gguf_adapter, write_gguf_adapter
 from jaxsloth.convert.gguf_fields import model_fields, rope_factors
@@ -116,6 +117,7 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
     if to in ADAPTERS:
         return _plan_adapter(source, destination, to, options)
     checkpoint = find_checkpoint(source, to_convert=True)
+    check_replaced(destination, _read_files(checkpoint, options.merge))
     spec, adapter = checkpoint.spec(), {}
     if options.merge is not None:
         spec, adapter = read_merging(options.merge, spec)
@@ -143,12 +145,20 @@ def plan_opened(
     return Plan(checkpoint, spec, adapter, destination, to, dtype, tensors, tuple(notes), options)
 
 
+def _read_files(checkpoint: Checkpoint, adapter: str | Path | None) -> list[Path]:
+    """Of what may be overwritten no part may be."""
+    source = checkpoint.source
+    files = {source.file_of(name) for name in source.names()} | {checkpoint.described_by}
+    return sorted(files) + ([] if adapter is None else [resolve_path(str(adapter))])
+
+
 def _plan_adapter(source: str, destination: Path, to: Format, options: Options) -> Plan:
     """`plan` of an adapter's conversion; the plan's checkpoint is its base, of which nothing is written."""
     if options.merge is not None:
         raise ValueError(f"an adapter is not merged where one is written (--to {to}); leave --merge out")
     base = base_of_adapter(source, options.base)
     checkpoint = find_checkpoint(base, to_convert=True)
+    check_replaced(destination, _read_files(checkpoint, source))
     spec, adapter = read_fitted(source, checkpoint.spec())
     outtype = options.outtype if to == "gguf-lora" else "f32"
     if to == "gguf-lora":
@@ -176,6 +186,8 @@ def _check_wanted(destination: Path, to: Format, options: Options) -> None:
     if to in LAYOUTS:
         require("orbax", f"writing {to}", ValueError)
     check_target(destination, folder=to not in ("gguf", "gguf-lora"), overwrite=options.overwrite)
+    if to in ("gguf", "gguf-lora") and destination.suffix != ".gguf":
+        raise ValueError(f"the file's name must end in .gguf, by which it is known; got {destination.name}")
 
 
 def convert(plan: Plan, on_written: Callable[[int], None] = lambda count: None) -> Path:
@@ -354,15 +366,16 @@ def _keep_files(plan: Plan, folder: Path) -> None:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> DtypeName:
-    """The dtype that most of a checkpoint's plain values are stored in; of GGUF and of quantized ones, what config.json says,
-    else bfloat16."""
-    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if checkpoint.kind not in ("safetensors", "orbax", "pytorch"):
-        return said if said in _DTYPES else "bfloat16"
-    source, counts = checkpoint.source, dict.fromkeys(_STORED, 0)
+    """The dtype that most of a checkpoint's values are stored in; of quantized ones, what config.json says, else bfloat16."""
+    source, counts = checkpoint.source, Counter()
     for name in source.names():
-        counts[source.stored_as(name)] += int(np.prod(source.shape(name)))
-    return _STORED[max(counts, key=lambda stored: counts[stored])]
+        stored = source.block_type(name) if isinstance(source, GgufSource) else source.stored_as(name)
+        counts[stored] += int(np.prod(source.shape(name)))
+    most = counts.most_common(1)[0][0]
+    if checkpoint.kind in ("safetensors", "orbax", "pytorch") or (checkpoint.kind == "gguf" and most in _STORED):
+        return _STORED[most]
+    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return said if said in _DTYPES else "bfloat16"
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -175,8 +175,8 @@ def convert(
     base: Annotated[str | None, typer.Option(help="The model that a converted adapter belongs to.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if left out.")] = None,
     outtype: Annotated[
-        str, typer.Option(help="Of gguf: f32, f16, bf16, q8_0, q4_0 … q5_1, q2_k … q6_k, iq4_nl, iq4_xs.")
-    ] = "f16",
+        str | None, typer.Option(help="Of gguf: f32, f16 (if left out), bf16, q8_0, q4_0 … q5_1, q2_k … q6_k, iq4_nl, iq4_xs.")
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="The most that a file may hold, e.g. 4GB.")] = "4GiB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at the destination.")] = False,
@@ -194,11 +194,16 @@ def convert(
     from jaxsloth.training.state_formats import convert_state, is_state
 
     if is_state(source, to):
-        if dry_run or checked or check_prompts or merge is not None:
-            raise ValueError("a run's state or an adapter is converted as it is; leave --dry-run, --merge and --check out")
+        if dry_run or checked or check_prompts or merge or base or dtype or outtype or allow_overflow:
+            raise ValueError(
+                "a run's state or an adapter is converted as it is; leave --dry-run, --merge, --base, --dtype, --outtype, "
+                "--allow-overflow and --check out"
+            )
         console().print(f"wrote {convert_state(Path(source), destination, to, overwrite=overwrite)}")  # type: ignore[arg-type]
         return
-    options = Options(merge, dtype, outtype, parse_size(shard_size), overwrite, None, base, allow_overflow)  # type: ignore[arg-type]
+    _check_taken(to, outtype, dtype, base)
+    kind = (outtype or "f16").lower()
+    options = Options(merge, dtype, kind, parse_size(shard_size), overwrite, None, base, allow_overflow)  # type: ignore[arg-type]
     found, screen = plan(source, destination, to, options), console()  # type: ignore[arg-type]
     prompts = prepared(check_prompts, found, source) if checked or check_prompts else None
     show_plan(found, screen, whole=dry_run)
@@ -206,6 +211,22 @@ def convert(
         written = converted(found, screen)
         if prompts is not None and not checks_out(source, written, merge, prompts, screen, base=base, written=True):
             raise typer.Exit(1)
+
+
+def _check_taken(to: str, outtype: str | None, dtype: str | None, base: str | None) -> None:
+    """ValueError where an option would change nothing of what is written."""
+    from jaxsloth.convert.run import ADAPTERS
+
+    blocks = to in ("gguf", "gguf-lora")
+    if outtype is not None and not blocks:
+        raise ValueError(
+            f"--outtype is of --to gguf and gguf-lora, and --to {to} was asked for; --dtype says how hf stores values"
+        )
+    if dtype is not None and (blocks or to == "peft"):
+        instead = "--outtype says how values are stored" if blocks else "it is written in float32"
+        raise ValueError(f"--dtype has no effect on --to {to}; leave it out ({instead})")
+    if base is not None and to not in ADAPTERS:
+        raise ValueError(f"--base is of adapters (--to peft, gguf-lora), and --to {to} was asked for; leave it out")
 
 
 @app.command()

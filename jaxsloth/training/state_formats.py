@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxsloth.convert.files import check_target, whole_folder
+from jaxsloth.convert.files import check_replaced, check_target, whole_folder
 from jaxsloth.convert.orbax_tree import METADATA, Lazy, StoredTree, write_tree
 from jaxsloth.convert.peft_adapter import CONFIG, WEIGHTS, read_config
 from jaxsloth.convert.safetensors_source import CheckpointError, SafetensorsFile
@@ -53,6 +53,7 @@ def convert_state(source: Path, destination: Path, to: StateFormat, *, overwrite
     if to not in get_args(StateFormat):
         raise ValueError(f"the format of a run's state must be one of {', '.join(get_args(StateFormat))}; got {to!r}")
     check_target(destination, folder=True, overwrite=overwrite)
+    check_replaced(destination, [source / CONFIG])
     config = read_config(source)
     values = _read(source)
     noted = read_fingerprints(source) if to != "peft" else None

@@ -34,6 +34,7 @@ from jaxsloth.convert.run import Options, convert, plan
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.names import trainable_shapes
 from jaxsloth.parity.subjects import SMOLLM2
+from jaxsloth.training.state_formats import convert_state
 from jaxsloth.transforms import add_lora
 from tests.support.small_models import LLAMA3
 from tests.support.tiny import random_weights, with_merge, write_checkpoint
@@ -198,7 +199,8 @@ def test_a_conversion_that_is_stopped_leaves_the_destination_as_it_was(folder, t
     for to, destination in (("hf", tmp_path / "there"), ("gguf", tmp_path / "there.gguf")):
         if to == "hf":
             destination.mkdir()
-            (destination / "mine").write_text("kept")
+            for name in ("mine", "config.json"):
+                (destination / name).write_text("kept")
         else:
             destination.write_text("kept")
         with pytest.raises(ExistsError, match="--overwrite"):
@@ -216,17 +218,17 @@ def test_a_conversion_that_is_stopped_leaves_the_destination_as_it_was(folder, t
 @pytest.mark.parametrize("to", ["hf", "bnb-8bit", "gguf", "orbax"])
 def test_a_disk_that_is_full_is_told_and_leaves_the_destination_as_it_was(to, folder, tmp_path):
     """A limit on the size of files stands for it; then what must not be replaced, whatever was asked for."""
-    destination = tmp_path / "there"
+    destination = tmp_path / ("there.gguf" if to == "gguf" else "there")
     destination.mkdir() if to != "gguf" else destination.write_text("kept")
     planned = plan(str(folder), destination, to, Options(overwrite=True))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(WriteError, match=r"there could not be written: .*; what was there before is as it was"):
+        with pytest.raises(WriteError, match=r"there(\.gguf)? could not be written: .*; what was there before is as it was"):
             convert(planned)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["there"] and destination.is_dir() == (to != "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == [destination.name] and destination.is_dir() == (to != "gguf")
     (tmp_path / "link").symlink_to(folder)
     wrong = {"link": "is a link; name the folder", "file": "is a file, and a folder is to be written"}
     (tmp_path / "file").write_text("kept")
@@ -315,26 +317,75 @@ def test_values_that_a_format_can_not_hold_are_refused(to, options, value, messa
     """Or where that is asked for, too large ones become float16's largest, and are counted; what is no number never does."""
     folder = checkpoint(tmp_path / "model", num_hidden_layers=2)
     weights = random_weights(json.loads((folder / "config.json").read_text()), 0)
-    weights[UP][0, 0] = value
+    weights[UP][0, 0], target = value, tmp_path / ("out.gguf" if to == "gguf" else "out")
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        run(folder, tmp_path / "out", to, **options)
+        run(folder, target, to, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     if not np.isfinite(value):
         with pytest.raises(CheckpointError, match=message):
-            run(folder, tmp_path / "out", to, allow_overflow=True, **options)
+            run(folder, target, to, allow_overflow=True, **options)
         return
-    target = tmp_path / ("out.gguf" if to == "gguf" else "out")
     found = tensors(run(folder, target, to, allow_overflow=True, **options))
     assert f"1 of the values were too large and became the largest there is, by tensor: {UP} (1)" in caplog.text
     np.testing.assert_allclose(found[UP][0, 0], np.copysign(65504, value), rtol=1e-3)
     np.testing.assert_allclose(found[UP][1:], weights[UP][1:], atol=1e-2 * np.abs(weights[UP][1:]).max())
 
 
+def test_what_is_read_and_what_is_no_model_is_never_replaced(folder, tmp_path):
+    """Whatever was asked for: a source's folder, one that it lies in, an adapter's, a folder of other things, no name."""
+    own, adapter = tmp_path / "models" / "own", tmp_path / "adapter"
+    shutil.copytree(folder, own)
+    (tmp_path / "models" / "config.json").write_text("{}")
+    spec = add_lora(described_model(str(own)), r=2, alpha=2.0)
+    values = {name: np.zeros(shape, np.float32) for name, shape in trainable_shapes(spec).items()}
+    write_adapter(adapter, spec, values, base_model=str(own))
+    file = run(own, tmp_path / "own.gguf", "gguf")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    for source, destination, to, options, message in (
+        (own, own, "hf", {}, r"own holds \S*own/config\.json, which is read"),
+        (own, tmp_path / "models", "bnb-4bit", {}, r"models holds \S*own/config\.json, which is read"),
+        (own, adapter, "hf", {"merge": adapter}, "adapter holds .*adapter, which is read"),
+        (file, file, "gguf", {}, r"own\.gguf holds .*own\.gguf, which is read"),
+        (adapter, adapter, "peft", {}, "adapter holds .*adapter, which is read"),
+        (own, tmp_path / "home", "hf", {}, "home holds letter and no model or adapter"),
+        (own, tmp_path / "home" / "..", "hf", {}, "must be a folder that is named itself"),
+        (own, tmp_path / "no-ending", "gguf", {}, r"must end in \.gguf, by which it is known; got no-ending"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(source, destination, to, overwrite=True, **options)
+    with pytest.raises(ExistsError, match=r"adapter holds .*adapter_config\.json, which is read"):
+        convert_state(adapter, adapter, "orbax", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f32", "F32"), ("f16", "F16"), ("q8_0", "BF16")])
+def test_a_gguf_file_keeps_its_dtype_as_a_folder(kind, dtype, folder, tmp_path):
+    """What is in 16 or 32 bits stays to the bit, whatever config.json would say; blocks become bfloat16."""
+    file = run(folder, tmp_path / "m.gguf", "gguf", outtype=kind)
+    source = open_checkpoint(run(file, tmp_path / "back", "hf")).source
+    assert source.stored_as(UP) == dtype
+    want = tensors(folder)[UP].astype(np.float16 if kind == "f16" else np.float32)
+    assert kind == "q8_0" or np.array_equal(source.read(UP), want)
+
+
+def test_options_that_would_change_nothing_are_refused(folder, tmp_path, capsys):
+    for to, options, message in (
+        ("hf", ["--outtype", "q8_0"], "--outtype is of --to gguf and gguf-lora, and --to hf was asked for"),
+        ("gguf", ["--dtype", "bfloat16"], "--dtype has no effect on --to gguf; leave it out (--outtype says"),
+        ("bnb-4bit", ["--base", "x"], "--base is of adapters (--to peft, gguf-lora)"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["convert", str(folder), str(tmp_path / "m.gguf"), "--to", to, *options])
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_commands(folder, tmp_path, capsys):
     for arguments in (
         ["convert", str(folder), str(tmp_path / "m.gguf"), "--to", "gguf", "--dry-run"],
-        ["convert", str(folder), str(tmp_path / "m.gguf"), "--to", "gguf", "--outtype", "q8_0"],
+        ["convert", str(folder), str(tmp_path / "m.gguf"), "--to", "gguf", "--outtype", "Q8_0"],
         ["inspect", str(tmp_path / "m.gguf")],
     ):
         with pytest.raises(SystemExit) as ended:
