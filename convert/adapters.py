@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxsloth.convert.checkpoint import resolve_path
 from jaxsloth.convert.gguf_adapter import gguf_adapter, is_gguf_adapter
-from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter, merging_adapter
+from jaxsloth.convert.peft_adapter import base_model_of, find_adapter, fitted_adapter, merging_adapter, read_config
 from jaxsloth.convert.safetensors_source import CheckpointError
 from jaxsloth.models.spec import ModelSpec
 
@@ -30,6 +30,15 @@ def base_of_adapter(source: str, base: str | None) -> str:
     if folder is None:
         raise CheckpointError(f"{source} is no adapter: neither a PEFT folder nor a GGUF file of a LoRA adapter")
     return base if base is not None else base_model_of(folder)
+
+
+def note_on_base(adapter: Path, base: str) -> str | None:
+    """What a user should know where a PEFT adapter that fits a model says that it belongs to another."""
+    folder = find_adapter(adapter)
+    stated = None if folder is None else read_config(folder, dora=True).base_model
+    if not stated or Path(stated).name == Path(base).name:
+        return None
+    return f"the adapter names {stated} as its base, and is merged into {base}: right where both are the same weights"
 
 
 def read_fitted(source: str | Path, spec: ModelSpec) -> tuple[ModelSpec, Values]:

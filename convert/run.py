@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsloth.backend import DtypeName
-from jaxsloth.convert.adapters import base_of_adapter, read_fitted, read_merging
+from jaxsloth.convert.adapters import base_of_adapter, note_on_base, read_fitted, read_merging
 from jaxsloth.convert.bnb4bit_source import dequantized
 from jaxsloth.convert.bnb4bit_writer import bnb4bit_bytes, bnb4bit_config, bnb4bit_parts
 from jaxsloth.convert.bnb8bit import bnb8bit_bytes, bnb8bit_config, bnb8bit_parts
@@ -121,7 +121,9 @@ def plan(source: str, destination: Path, to: Format, options: Options = Options(
     spec, adapter = checkpoint.spec(), {}
     if options.merge is not None:
         spec, adapter = read_merging(options.merge, spec)
-    return plan_opened(checkpoint, spec, adapter, destination, to, options)
+    found = plan_opened(checkpoint, spec, adapter, destination, to, options)
+    note = None if options.merge is None else note_on_base(options.merge, source)
+    return found if note is None else replace(found, notes=(*found.notes, note))
 
 
 def plan_opened(

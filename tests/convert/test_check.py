@@ -101,7 +101,7 @@ def test_adapters_are_applied_by_their_own_readers(to, folder, adapter, tmp_path
         merged = run(folder, tmp_path / "merged", "hf", merge=source)
         assert checked(folder, merged, merge=source).misses == ()
         return
-    monkeypatch.setattr(gguf_adapter, "check_cast", lambda name, value, dtype: value / 2 if "lora_b" in name else value)
+    monkeypatch.setattr(gguf_adapter, "encode", lambda value, kind, name, _: value / 2 if "lora_b" in name else value)
     with pytest.raises(SystemExit) as ended:
         cli.main(["convert", str(adapter), str(tmp_path / "b.gguf"), "--to", "gguf-lora", "--outtype", "f32", "--check"])
     assert ended.value.code == 1 and "verdict: missed" in capsys.readouterr().out

@@ -333,13 +333,17 @@ def test_values_that_a_format_can_not_hold_are_refused(to, options, value, messa
 
 
 def test_what_is_read_and_what_is_no_model_is_never_replaced(folder, tmp_path):
-    """Whatever was asked for: a source's folder, one that it lies in, an adapter's, a folder of other things, no name."""
+    """Whatever was asked for: a source's folder, one that it lies in, an adapter's, a folder of other things, no name. An
+    adapter that names another base than it is merged into is told."""
     own, adapter = tmp_path / "models" / "own", tmp_path / "adapter"
     shutil.copytree(folder, own)
     (tmp_path / "models" / "config.json").write_text("{}")
     spec = add_lora(described_model(str(own)), r=2, alpha=2.0)
     values = {name: np.zeros(shape, np.float32) for name, shape in trainable_shapes(spec).items()}
     write_adapter(adapter, spec, values, base_model=str(own))
+    assert plan(str(own), tmp_path / "x", "hf", Options(merge=adapter)).notes == ()
+    (note,) = plan(str(folder), tmp_path / "x", "hf", Options(merge=adapter)).notes
+    assert f"names {own} as its base, and is merged into {folder}" in note
     file = run(own, tmp_path / "own.gguf", "gguf")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter").write_text("kept")

@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused(base, tmp_path):
         (file, "hf", {}, r"is an adapter, not a model"),
     ):
         with pytest.raises((CheckpointError, ValueError), match=message):
-            run(source, tmp_path / "out", to, **options)
+            run(source, tmp_path / f"out{'.gguf' if to == 'gguf-lora' else ''}", to, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
