@@ -17,7 +17,7 @@ from jaxsloth.frontend.adapters import base_of, native_spec, pull
 from jaxsloth.frontend.as_before import as_before
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
 from jaxsloth.frontend.module.peft_adoption import active_parts
-from jaxsloth.frontend.module.placeholders import PlaceholderWriteError
+from jaxsloth.frontend.module.placeholders import Placeholder, PlaceholderWriteError
 from jaxsloth.frontend.saving import save_as
 from jaxsloth.models.spec import Lora
 from jaxsloth.training.initialize import initial_adapters
@@ -33,6 +33,11 @@ class _Fast:
             super().save_pretrained(save_directory, *arguments, **settings)  # type: ignore[misc]
         else:
             save_as(base_of(self), Path(save_directory), save_format, **settings)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by torch's DistributedDataParallel: placeholders are not sent to other processes, each of which has the base."""
+        return [name for name, own in self.named_parameters() if isinstance(own, Placeholder)]  # type: ignore[attr-defined]
 
     def load_adapter(self, model_id: Any, adapter_name: str, *arguments: Any, **settings: Any) -> Any:
         known = adapter_name in self.peft_config  # type: ignore[attr-defined]

@@ -23,7 +23,6 @@ class JaxBackend:
         devices.use_device(index)
 
     def build(self, spec: ModelSpec, source: TensorSource, options: BuildOptions) -> JaxModel:
-        devices.check_one_process()
         devices.keep_compiled_programs()
         devices.CHOICE.built()
         return JaxModel(spec, source, options)

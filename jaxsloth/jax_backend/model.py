@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.batch import Batch
+from jaxsloth.jax_backend import devices
 from jaxsloth.jax_backend.functional_model import FunctionalModel
 from jaxsloth.jax_backend.generate import DecodeState
 from jaxsloth.jax_backend.plan import ProgramPlan, make_plan
@@ -46,6 +47,7 @@ class JaxModel(ModelState):
 
     def step(self, objective: Objective, optimizer: OptimizerOptions) -> Step:
         self._check_trained()
+        devices.check_one_process()
         return Step(self, objective, optimizer)
 
     def _check_trained(self) -> None:
