@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxsloth.convert.peft_adapter import base_model_of, find_adapter
 from jaxsloth.data.tokenizer import load_tokenizer
+from jaxsloth.frontend.argument_values import AdaptValues, LoadValues, check_values
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_renamed, warn_where_set
 from jaxsloth.frontend.backends import resolve_backend
 from jaxsloth.frontend.loading import checkpointing_name, load
@@ -155,6 +156,8 @@ class FastLanguageModel:
             TypeError: an argument that it does not have, with the nearest one that it has.
             ValueError: the checkpoint can't be read or is not supported, or an argument is refused.
         """
+        values = {name: value for name, value in locals().items() if name in LoadValues.model_fields}
+        check_values("from_pretrained", LoadValues, values)
         former = {today: _renamed(others, name, today) for name, today in _LOAD_RENAMED.items()}
         dtype, token = (former[name] if now is None else now for name, now in (("dtype", dtype), ("token", token)))
         asked = Asked(load_in_4bit and not load_in_16bit, True, dtype)
@@ -221,10 +224,14 @@ class FastLanguageModel:
             ValueError: a target matches nothing, the model has adapters already, what is to be trained whole is tied, or an
                 argument is refused.
         """
+        values = {name: value for name, value in locals().items() if name in AdaptValues.model_fields}
         given = {**others, "use_dora": use_dora, "loftq_config": loftq_config or {}}
         _check(FastLanguageModel.get_peft_model, given, _ADAPT_REFUSED, _ADAPT_UNUSED)
         if hasattr(r, "peft_type"):
             raise TypeError(f"get_peft_model takes LoRA's settings by name here, got a {type(r).__name__}; {_BY_PEFT}")
+        if not hasattr(model, "engine"):
+            raise TypeError(f"get_peft_model takes a model of FastLanguageModel.from_pretrained, got a {type(model).__name__}")
+        check_values("get_peft_model", AdaptValues, values)
         if hasattr(model, "peft_config"):
             raise ValueError("the model has adapters already; load the base again to begin anew")
         if init_lora_weights not in (True, "gaussian"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
@@ -84,7 +84,7 @@ def checkpointing_name(value: Any) -> CheckpointingName:
     """``use_gradient_checkpointing`` as a backend calls it: True is "full", and "unsloth" is "offload" (to host memory)."""
     if isinstance(value, str) and value in get_args(CheckpointingName):
         return cast(CheckpointingName, value)
-    if value not in _CHECKPOINTING:
+    if not isinstance(value, Hashable) or value not in _CHECKPOINTING:
         allowed = [True, False, "unsloth", *get_args(CheckpointingName)]
         raise ValueError(f"use_gradient_checkpointing must be one of {allowed}, got {value!r}")
     return _CHECKPOINTING[value]

@@ -269,6 +269,51 @@ def test_unknown_arguments_name_the_nearest(checkpoint):
         _ = jaxsloth.FastLangageModel
 
 
+WRONG_VALUES = {
+    "max_seq_length": (-1, 3.7, "x", float("nan"), True, [1]),
+    "load_in_4bit": ("False", -1, 3.7, []),
+    "load_in_16bit": ("no",),
+    "rope_scaling": (-1, "linear", [1]),
+    "use_gradient_checkpointing": ([], {}, "some"),
+    "revision": (5,),
+    "token": ([],),
+    "local_files_only": ("yes",),
+}
+WRONG_ADAPTERS = {
+    "r": (None, 0, -4, 3.7, True, "16", float("nan"), 10**10, []),
+    "lora_alpha": (None, 0, -16, "16", True, float("nan"), float("inf"), 10**7, [16]),
+    "lora_dropout": (None, -0.1, 1.0, float("nan"), "0.1", True),
+    "target_modules": (None, 5, [5], b"q_proj", {"q_proj": 1}),
+    "layers_to_transform": (0.5, True, [True], ["0"], [1.0]),
+    "layers_pattern": (3, [3]),
+    "random_state": (None, 3.7, "x", float("nan")),
+    "use_rslora": ("False", 2),
+    "modules_to_save": (-1, [5]),
+    "finetune_mlp_modules": ("False",),
+    "use_gradient_checkpointing": ([],),
+}
+
+
+def test_what_arguments_may_be(checkpoint):
+    """Never a TypeError from deep inside, never taken for something else ("False" is true to Python)."""
+    for name, values in WRONG_VALUES.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"{name} must be .*, got "):
+                load(checkpoint, **{name: value})
+    model = load(checkpoint)
+    for name, values in WRONG_ADAPTERS.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"{name} must be .*, got "):
+                FastLanguageModel.get_peft_model(model, **{name: value})
+    with pytest.raises(TypeError, match="takes a model of FastLanguageModel"):
+        FastLanguageModel.get_peft_model(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"get_peft_model: r must be .*\n.*get_peft_model: lora_alpha must be"):
+        FastLanguageModel.get_peft_model(model, r=0, lora_alpha=0)
+    given = {"r": np.int64(4), "target_modules": {"q_proj"}, "layers_to_transform": range(1), "lora_dropout": np.float32(0.5)}
+    config = FastLanguageModel.get_peft_model(model, **given).peft_config["default"]
+    assert (config.r, config.lora_dropout) == (4, 0.5) and config.target_modules == {"model.layers.0.self_attn.q_proj"}
+
+
 def test_adapters_start_alike_on_both_backends(checkpoint):
     states = []
     for backend in BACKENDS:
