@@ -20,6 +20,7 @@ from jaxsloth.models.spec import ModelSpec
 _DTYPES: dict[DtypeName, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 _SHOWN = 20
+_SMALL = 1 << 30
 
 
 def write_model(
@@ -69,7 +70,8 @@ def find_tree(folder: Path) -> Path | None:
 
 
 class OrbaxSource:
-    """A model's tree as a TensorSource, under Hugging Face names.
+    """A model's tree as a TensorSource, under Hugging Face names, those of one array behind each other. Of arrays that hold
+    several tensors (MaxText's, of all layers) the largest stays in memory when it was read, or all where they are small.
 
     Raises:
         CheckpointError: the tree is in no known layout, or is not that of the model that config.json describes.
@@ -81,6 +83,7 @@ class OrbaxSource:
         stored = {_plain(path): path for path in self._tree.paths if path[: len(root)] == root}
         spec = spec_from_config(config, where)
         self._parts: dict[str, tuple[tuple[str, ...], Part]] = {}
+        several: list[int] = []  # bytes
         for leaf in leaves(spec, self.layout, "float32"):
             path = stored.pop(_plain((*root, *leaf.path[len(_root(self.layout)) :])), None)
             if path is None:
@@ -90,6 +93,10 @@ class OrbaxSource:
                     f"{self._file}: {'.'.join(path)} must have the shape {leaf.shape} by {where}, got {self._tree.shape(path)}"
                 )
             self._parts.update({part.name: (path, part) for part in leaf.parts})
+            if len(leaf.parts) > 1:
+                several.append(leaf.values * self._tree.dtype(path).itemsize)
+        if several:
+            self._tree.keep(max(*several, min(sum(several), _SMALL)))
         if stored:
             names = [".".join(path) for path in stored.values()]
             raise CheckpointError(

@@ -127,6 +127,14 @@ class StoredTree:
         self.folder, self._driver = folder, "zarr3" if document.use_zarr3 else "zarr"
         self.paths = [tuple(key.key for key in entry.key_metadata) for entry in document.tree_metadata.values()]
         self._stores: dict[tuple[str, ...], Any] = {}
+        self._kept: Any = None
+
+    def keep(self, nbytes: int) -> None:
+        """Keeps so much of what was read in memory: a chunk that slices are read from is decompressed once, not for each."""
+        import tensorstore
+
+        self._kept = tensorstore.Context({"cache_pool": {"total_bytes_limit": nbytes}})
+        self._stores.clear()
 
     def shape(self, path: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(int(size) for size in self._store(path).shape)
@@ -156,7 +164,11 @@ class StoredTree:
             kvstore = {"driver": "ocdbt", "base": place, "path": f"{name}/"} if packed else f"{place}{name}/"
             try:
                 opened = tensorstore.open(
-                    {"driver": self._driver, "kvstore": kvstore}, read=True, open=True, assume_metadata=False
+                    {"driver": self._driver, "kvstore": kvstore, "recheck_cached_data": "open"},
+                    read=True,
+                    open=True,
+                    assume_metadata=False,
+                    context=self._kept,
                 ).result()
             except (ValueError, OSError) as error:
                 raise CheckpointError(f"{self.folder}: {name} is named in {METADATA} and can't be opened: {error}") from error

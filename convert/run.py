@@ -143,8 +143,11 @@ def plan_opened(
     if adapter and checkpoint.kind in ("bnb-4bit", "bnb-8bit", "fp8", "gguf"):
         notes.append("the adapter is merged into the dequantized base; a 16-bit base, where there is one, is the better source")
     dtype = options.dtype or _stored_dtype(checkpoint)
-    tensors = tuple(_planned(spec, checkpoint, to, dtype, options, notes))
-    return Plan(checkpoint, spec, adapter, destination, to, dtype, tensors, tuple(notes), options)
+    tensors = list(_planned(spec, checkpoint, to, dtype, options, notes))
+    if checkpoint.kind == "orbax" and to not in LAYOUTS:  # read as they lie: an array may hold the tensors of all layers
+        places = {name: place for place, name in enumerate(checkpoint.source.names())}
+        tensors.sort(key=lambda tensor: places[tensor.name])
+    return Plan(checkpoint, spec, adapter, destination, to, dtype, tuple(tensors), tuple(notes), options)
 
 
 def _read_files(checkpoint: Checkpoint, adapter: str | Path | None) -> list[Path]:
@@ -348,7 +351,9 @@ def _write_gguf(plan: Plan, file: Path, clamped: Clamped | None) -> Iterator[int
         ids = {"bos": spec.bos_id, "eos": next(iter(spec.eos_ids), None), "padding": spec.pad_id}
         fields |= tokenizer_fields(plan.options.kept or checkpoint.path, spec.embedding.vocab, ids)
     values = ((tensor.name, np.asarray(value)) for tensor, value in zip(plan.tensors, _values(plan), strict=True))
-    return write_gguf(file, plan_tensors(spec, kind), fields, values, spec, rope_factors(spec), clamped)
+    stored = {tensor.hf_name: tensor for tensor in plan_tensors(spec, kind)}
+    ordered = [stored[tensor.name] for tensor in plan.tensors]
+    return write_gguf(file, ordered, fields, values, spec, rope_factors(spec), clamped)
 
 
 def _keep_files(plan: Plan, folder: Path) -> None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ from jaxsloth.convert.report import describe
 from jaxsloth.convert.run import Options, convert, plan
 from jaxsloth.convert.safetensors_source import CheckpointError
 from tests.support.small_models import LLAMA3
-from tests.support.tiny import CONFIG, write_checkpoint
+from tests.support.tiny import CONFIG, with_merge, write_checkpoint
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, EPS = 4, 2, 16, 4, CONFIG["rms_norm_eps"]
 LLAMA31 = LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
@@ -80,6 +81,23 @@ def test_there_and_back_to_the_bit(to, dtype, changes, tmp_path):
     assert json.loads((back / "config.json").read_text()) == config
     found = describe(str(written))
     assert found["kind"] == "orbax" and found["tied"] == changes.get("tie_word_embeddings", False)
+
+
+def test_an_array_of_all_layers_is_decompressed_once(tmp_path):
+    """Not for each of its layers, which at 8B would be 32 times: MaxText's nine such arrays of four layers each."""
+
+    def hits():
+        (found,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/cache/hit_count")
+        return found["values"][0]["value"]
+
+    folder = with_merge(write_checkpoint(tmp_path / "model"))
+    stacked, want = run(folder, tmp_path / "maxtext", "maxtext"), tensors(folder)
+    for to, name in (("hf", "hf"), ("gguf", "m.gguf")):
+        before = hits()
+        found = tensors(run(stacked, tmp_path / name, to, **({"outtype": "f32"} if to == "gguf" else {})))
+        assert hits() - before >= 9 * 3
+        assert found.keys() == want.keys()
+        assert all(np.array_equal(found[name], value) for name, value in want.items())
 
 
 @pytest.fixture(scope="module")
