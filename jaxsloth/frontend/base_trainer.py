@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -36,7 +35,7 @@ from jaxsloth.frontend.optimizer_view import BackendOptimizer, optimizer_options
 from jaxsloth.frontend.peft_models import set_checkpointing, wrapped_by
 from jaxsloth.frontend.rows import Held, all_of, check_rows, each, one_of, rows_needed
 from jaxsloth.frontend.shared_weights import Kept, LookingHandler, SharedWeights
-from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision
+from jaxsloth.frontend.trainer_config import Reasons, Rules, check_precision, max_norm
 from jaxsloth.frontend.trainer_run import (
     Metrics,
     TrainerRun,
@@ -88,12 +87,8 @@ class BaseTrainer(TrainerSurface):
         refuse_overrides(self)
         self._check(others)
         self.base = ours(model, type(self).__name__)
-        self.args = self.rules.accept(args, self.config)
         given = {name: others[name] for name in self.deprecated_args if others.get(name) is not None}
-        if given:
-            self.args = copy.copy(self.args)  # the user's own may serve another trainer
-            for name, value in given.items():
-                setattr(self.args, name, value)
+        self.args = self.rules.accept(args, self.config, given)
         check_precision(self.args, self.base.engine.model.options.dtype)
         if peft_config is not None:
             model = wrapped_by(model, peft_config)
@@ -259,7 +254,7 @@ class BaseTrainer(TrainerSurface):
         self.base.shared = self.callback_handler.weights = weights
         self.is_in_train = True
         try:
-            weights.begin(lambda: self._make_step(replace(options, max_grad_norm=self.args.max_grad_norm or None)))
+            weights.begin(lambda: self._make_step(replace(options, max_grad_norm=max_norm(self.args))))
             done = TrainOutput(*self._run.train(resume))
             self._kept = weights.end()
             return done

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 
 from jaxsloth.backend import OptimizerOptions
 from jaxsloth.frontend.arguments import warn_once
+from jaxsloth.frontend.trainer_config import max_norm
 from jaxsloth.models.names import is_embedding
 
 _ELSEWHERE = "TRL's trainer drives this module with torch's own optimizer"
@@ -36,7 +37,7 @@ def optimizer_options(args: Any, dtype: str) -> OptimizerOptions:
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm or None,
+        max_grad_norm=max_norm(args),
         loss_scaling=dtype == "float16",
         embedding_rate=_embedding_rate(args),
     )

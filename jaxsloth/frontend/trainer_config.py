@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
+from jaxsloth.frontend.argument_values import TrainerValues, check_values
 from jaxsloth.frontend.arguments import refuse_unknown, refuse_where_set, warn_once, warn_renamed, warn_where_set
 
 Reasons = dict[str, tuple[Any, str]]
@@ -180,14 +182,24 @@ class Rules:
         refuse_where_set(name or self.name, given, self.refused)
         warn_where_set(name or self.name, given, self.unused)
 
-    def accept(self, args: TrainingArguments | None, kind: type[Any]) -> Any:
+    def accept(self, args: TrainingArguments | None, kind: type[Any], given: Mapping[str, Any]) -> Any:
         """Arguments as the trainer reads them: its own config (`kind`) as it is; TRL's or transformers' with every field
-        looked at.
+        looked at. given: fields that came to the trainer itself, which count in a copy.
 
         Raises:
             TypeError: something else came.
-            ValueError: a field is refused.
+            ValueError: a field is refused, or can't be what it is.
         """
+        args = self._known(args, kind)
+        if given:
+            args = copy.copy(args)  # the user's own may serve another trainer
+            for name, value in given.items():
+                setattr(args, name, value)
+        values = {name: getattr(args, name) for name in TrainerValues.model_fields if hasattr(args, name)}
+        check_values(type(args).__name__, TrainerValues, values)
+        return args
+
+    def _known(self, args: TrainingArguments | None, kind: type[Any]) -> Any:
         if args is None:
             return kind()
         if isinstance(args, kind):
@@ -219,6 +231,11 @@ class NativeArguments(TrainingArguments):
         super().__post_init__()
         for name, value in wanted.items():
             setattr(self, name, value)
+
+
+def max_norm(args: Any) -> float | None:
+    """What gradients are clipped to: None where args.max_grad_norm is 0, negative or None, as in transformers."""
+    return args.max_grad_norm if args.max_grad_norm is not None and args.max_grad_norm > 0 else None
 
 
 def check_precision(args: Any, dtype: str) -> None:

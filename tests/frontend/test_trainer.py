@@ -510,6 +510,53 @@ def test_bad_input(name, checkpoint, tmp_path):
         )
 
 
+WRONG_VALUES = {
+    "per_device_train_batch_size": (None, 0, -1, 2.5, "2", True),
+    "per_device_eval_batch_size": (0,),
+    "gradient_accumulation_steps": (0, -2, 1.5),
+    "max_steps": (3.7, float("nan"), True, "x"),
+    "num_train_epochs": (float("nan"), "3"),
+    "learning_rate": (None, -1, float("nan"), True),
+    "weight_decay": (-1, float("nan")),
+    "adam_beta1": (2.0, -1),
+    "adam_beta2": (1.0, float("nan")),
+    "adam_epsilon": (-1, 0),
+    "max_grad_norm": ("1", float("nan")),
+    "seed": (-1, 3.7, 10**20),
+    "data_seed": (-1,),
+    "save_total_limit": ("x",),
+    "max_length": (-1, 3.7),
+    "pad_to_multiple_of": (-1, 0, 3.7),
+    "packing": ("False",),
+    "completion_only_loss": ("no",),
+}
+
+
+def test_values_that_no_field_can_have(checkpoint, tmp_path):
+    """Nothing is trained with them, nothing ends deep inside; also where the trainer itself gets them, as in TRL 0.x."""
+    model, tokenizer = native_model(checkpoint, "torch")
+    given = {"train_dataset": ROWS["tokens"], "processing_class": tokenizer}
+    for name, values in WRONG_VALUES.items():
+        for value in values:
+            args = SFTConfig(str(tmp_path), **SETTINGS)
+            setattr(args, name, value)
+            with pytest.raises(ValueError, match=rf"SFTConfig: {name} must be .*, got "):
+                SFTTrainer(model, args=args, **given)
+    with pytest.raises(ValueError, match="packing must be True or False, got 'False'"):
+        SFTTrainer(model, args=SFTConfig(str(tmp_path), **SETTINGS), packing="False", **given)
+
+
+def test_a_norm_below_zero_clips_nothing(checkpoint, tmp_path):
+    """As in transformers; clipped to it, gradients would lead uphill."""
+    assert trained_weights(checkpoint, tmp_path, -1.0) == pytest.approx(trained_weights(checkpoint, tmp_path, 0.0))
+
+
+def trained_weights(checkpoint, tmp_path, norm):
+    trainer = small(checkpoint, tmp_path, max_grad_norm=norm)
+    trainer.train()
+    return [own.sum().item() for name, own in trainer.model.named_parameters() if own.requires_grad]
+
+
 def test_unknown_arguments_of_config_and_trainer(checkpoint, tmp_path):
     with pytest.raises(TypeError, match="did you mean 'learning_rate'"):
         SFTConfig(str(tmp_path), learning_rat=1.0)
