@@ -101,7 +101,9 @@ class TrainerValues(Schema):
     data_seed: _Seed = None
     save_total_limit: _Integer = None
     max_length: _Count = None
-    pad_to_multiple_of: _Positive = None
+    pad_to_multiple_of: Annotated[
+        Any, checked("a positive integer or 'auto'", lambda value: value == "auto" or (_is_integer(value) and value > 0))
+    ] = None
     packing: _Switch = None
     completion_only_loss: _Switch = None
     assistant_only_loss: _Switch = None

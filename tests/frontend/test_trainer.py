@@ -20,7 +20,7 @@ import trl
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from jaxsloth import FastLanguageModel, SFTConfig, SFTTrainer
+from jaxsloth import DPOConfig, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.data.errors import DataError
 from jaxsloth.frontend import arguments, sft_config
 from jaxsloth.frontend.adapters import base_of
@@ -534,6 +534,8 @@ WRONG_VALUES = {
 
 def test_values_that_no_field_can_have(checkpoint, tmp_path):
     """Nothing is trained with them, nothing ends deep inside; also where the trainer itself gets them, as in TRL 0.x."""
+    for kind in (SFTConfig, DPOConfig, TrainingArguments):
+        check_values("defaults", TrainerValues, vars(kind(str(tmp_path))))
     model, tokenizer = native_model(checkpoint, "torch")
     given = {"train_dataset": ROWS["tokens"], "processing_class": tokenizer}
     for name, values in WRONG_VALUES.items():
