@@ -24,6 +24,7 @@ from jaxsloth import DPOConfig, FastLanguageModel, SFTConfig, SFTTrainer
 from jaxsloth.data.errors import DataError
 from jaxsloth.frontend import arguments, sft_config
 from jaxsloth.frontend.adapters import base_of
+from jaxsloth.frontend.argument_values import TrainerValues, check_values
 from jaxsloth.frontend.optimizer_view import go_on_from, scheduler_of
 from jaxsloth.kernels.dropout.contract import module_key
 from jaxsloth.kernels.embedding_noise.torch_ops import embedding_noise
