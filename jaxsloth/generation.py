@@ -115,8 +115,13 @@ def generate(
         whole, while on_text gets the text up to the very character.
 
     Raises:
+        TypeError: a prompt is no row of ids.
         ValueError: no prompts, an empty one, or a tokenizer is needed and missing.
     """
+    for place, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+            got = f"got {type(prompt).__name__}; give all texts, or all rows (one: [[…]])"
+            raise TypeError(f"prompt {place} must be a row of token ids, {got}")
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("generate needs prompts of at least one token each")
     if tokenizer is None and (settings.stop or on_text is not None):

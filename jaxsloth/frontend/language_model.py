@@ -15,7 +15,7 @@ from jaxsloth.frontend.arguments import refuse_unknown, warn_once
 from jaxsloth.frontend.loading import Loaded
 from jaxsloth.frontend.module.cached_rows import CachedRows, WholeRows
 from jaxsloth.frontend.module.causal_lm import JaxslothForCausalLM
-from jaxsloth.frontend.module.inputs import take_apart
+from jaxsloth.frontend.module.inputs import check_input_ids, take_apart
 from jaxsloth.frontend.module.passes import Prepared
 from jaxsloth.frontend.shared_weights import SharedWeights
 from jaxsloth.generation import GenerationSettings, answer_texts, answering, generate
@@ -83,6 +83,9 @@ class FastModelForCausalLM(JaxslothForCausalLM):
             settings = take_apart(settings.pop("input_ids"), settings)
         if isinstance(inputs, str) or (isinstance(inputs, Sequence) and not isinstance(inputs, torch.Tensor)):
             return self._answer(inputs, settings)
+        for ids in (inputs, settings.get("input_ids")):
+            if ids is not None:
+                check_input_ids(ids)
         settings = decoding.with_ends(self, generation_config, settings)
         prepared = decoding.prepare(self, inputs, generation_config, settings)
         if prepared is None:

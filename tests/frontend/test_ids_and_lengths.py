@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,26 @@ def test_ids_that_are_no_whole_numbers_are_not_cut(model):
             door()
     with pytest.raises(ValueError, match=r"prompt 1 must be whole numbers, got float64"):
         model.generate([[5], [5.7]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([5, 6, 7], "prompt 0 must be a row of token ids, got int"),
+        (["a", [5]], "prompt 0 must be a row of token ids, got str"),
+        (torch.tensor([5, 6]), r"input_ids must be \[batch, length\] with at least one token, got \(2,\)"),
+        (np.array([[5, 6]]), "input_ids must be a tensor, got ndarray"),
+    ],
+)
+def test_prompts_of_another_shape(model, ids, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        model.generate(ids, max_new_tokens=2)
+    if not isinstance(ids, list):
+        with pytest.raises((TypeError, ValueError), match=message):
+            model(ids)
+    for other in ([[5, 6]], np.array([[5, 6]])):
+        with pytest.raises(TypeError, match=r"input_ids must be a tensor.*return_tensors='pt'"):
+            model.generate(input_ids=other, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ def refuse_inputs(input_ids: torch.Tensor | None, position_ids: torch.Tensor | N
         if name not in harmless and value is not None and value is not False:
             reason = "without position_ids" if name in _PACKING else "which a model of jaxsloth does not take"
             raise ValueError(f"forward got {name} ({type(value).__name__}), {reason}")
+    return check_input_ids(input_ids)
+
+
+def check_input_ids(input_ids: Any) -> torch.Tensor:
+    """input_ids, where they are whole numbers ``[batch, length]``; TypeError or ValueError where not."""
+    if input_ids is not None and not isinstance(input_ids, torch.Tensor):
+        raise TypeError(f"input_ids must be a tensor, got {type(input_ids).__name__}; tokenize with return_tensors='pt'")
     if input_ids is None or input_ids.ndim != 2 or input_ids.shape[1] == 0:
         got = None if input_ids is None else tuple(input_ids.shape)
         raise ValueError(f"input_ids must be [batch, length] with at least one token, got {got}")
