@@ -27,8 +27,9 @@ LONG = (
     "frontend/test_module_model.py",
     "frontend/test_dpo_trainer.py",
 )
-# Much of a JAX test is LLVM at work on a program that runs a few times: tests ask for machine code that is not optimized, made
-# the plainest way. XLA's own passes, which choose what is computed and kept, stay. `make demo` has the defaults.
+# Much of a JAX test is LLVM at work on a program that runs a few times: the fast core asks for machine code that is not
+# optimized, made the plainest way. XLA's own passes, which choose what is computed and kept, stay; the slow tests have the
+# defaults.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 
 
@@ -52,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if "PYTEST_XDIST_WORKER" in os.environ or config.option.markexpr == "gpu":
         return
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
+    if "not slow" in config.option.markexpr:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
     folder = tempfile.TemporaryDirectory(prefix="jaxsloth-programs-")
     config.add_cleanup(folder.cleanup)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
