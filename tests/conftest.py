@@ -28,12 +28,13 @@ LONG = (
     "frontend/test_dpo_trainer.py",
 )
 # Much of a JAX test is LLVM at work on a program that runs a few times: the fast core asks for machine code that is not
-# optimized, made the plainest way. XLA's own passes, which choose what is computed and kept, stay; the slow tests have the
-# defaults.
+# optimized, made the plainest way (at level 0 the derivative of a saturated tanh is 3e-6 off: the slow tests have that case).
+# XLA's own passes, which choose what is computed and kept, stay; the slow tests have the defaults.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 
 
-# Cases that take long on two cores, most of them JAX's half of a test whose torch half is fast: the slow tests run them.
+# Cases that take long on two cores, most of them JAX's half of a test whose torch half is fast, and one that needs XLA's
+# defaults: the slow tests run them.
 SLOW = frozenset((TESTS / "slow_cases.txt").read_text(encoding="utf-8").splitlines())
 
 
