@@ -120,8 +120,7 @@ def _mistral_style(tokenizer: Any) -> dict[str, str]:
     system: "first" and "last" put the system message before the first or the last question, "tags" into its own. Tekken files
     of v3 and v7 may hold the same tokens, so a template that came with the tokenizer tells more than they do.
     """
-    vocab = tokenizer.get_vocab() if tokenizer is not None else {}
-    if tokenizer is None or "[INST]" not in vocab:
+    if tokenizer is None or "[INST]" not in (vocab := tokenizer.get_vocab()):
         return {"open": " [INST] ", "close": " [/INST]", "answer": " ", "system": "first"}
     space = " " if "▁" in vocab else ""  # SentencePiece puts a space before every piece of text; Tekken has none
     own = tokenizer.chat_template

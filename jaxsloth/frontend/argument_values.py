@@ -92,6 +92,7 @@ class TrainerValues(Schema):
     max_steps: _Integer
     num_train_epochs: _Number
     learning_rate: _FromZero
+    embedding_learning_rate: _FromZero = None
     weight_decay: _FromZero
     adam_beta1: _BelowOne
     adam_beta2: _BelowOne

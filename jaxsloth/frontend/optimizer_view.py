@@ -47,11 +47,8 @@ def _embedding_rate(args: Any) -> float:
     rate = getattr(args, "embedding_learning_rate", None)
     if rate is None:
         return 1.0
-    if not isinstance(rate, int | float) or not math.isfinite(rate) or rate < 0 or args.learning_rate <= 0:
-        raise ValueError(
-            f"embedding_learning_rate must be a finite number from 0 on, beside a learning_rate over 0, got {rate!r} and "
-            f"{args.learning_rate!r}"
-        )
+    if args.learning_rate == 0:
+        raise ValueError(f"embedding_learning_rate={rate!r} follows learning_rate's schedule, which must be above 0, got 0")
     return rate / args.learning_rate
 
 
@@ -65,18 +62,19 @@ class BackendOptimizer(torch.optim.Optimizer):
 
     def __init__(self, options: OptimizerOptions, learning_rate: float, parameters: Mapping[str, nn.Parameter]) -> None:
         self._made = False
-        apart = {name for name in parameters if is_embedding(name.split("."))} if options.embedding_rate != 1.0 else set()
-        no_decay = {name for name in parameters if name.endswith("bias")}
+        parts: dict[str, list[nn.Parameter]] = {"decayed": [], "no_decay": [], "embedding": []}
+        for name, own in parameters.items():
+            apart = options.embedding_rate != 1.0 and is_embedding(name.split("."))
+            parts["no_decay" if name.endswith("bias") else "embedding" if apart else "decayed"].append(own)
         groups: list[dict[str, Any]] = [
-            {"params": [parameters[name] for name in parameters if name not in apart | no_decay]},
-            {"params": [parameters[name] for name in no_decay], "weight_decay": 0.0},
+            {"params": parts["decayed"], "weight_decay": options.weight_decay},
+            {"params": parts["no_decay"], "weight_decay": 0.0},
         ]
         self._factors = [1.0, 1.0]
-        if apart:
-            groups.append({"params": [parameters[name] for name in apart], "lr": learning_rate * options.embedding_rate})
+        if parts["embedding"]:
+            rate = learning_rate * options.embedding_rate
+            groups.append({"params": parts["embedding"], "weight_decay": options.weight_decay, "lr": rate})
             self._factors.append(options.embedding_rate)
-        for group in groups:
-            group.setdefault("weight_decay", options.weight_decay)
         super().__init__(groups, {"lr": learning_rate, "betas": options.betas, "eps": options.eps})
         self._made, self._opt_called = True, True  # the second: schedulers warn where no step came before theirs
         self._begun = [_fixed(group) for group in self.param_groups]

@@ -54,7 +54,7 @@ class _Fast:
 
 
 class FastPeftModel(_Fast, peft.PeftModelForCausalLM):
-    pass
+    """What `get_peft_model` returns."""
 
 
 class FastTasklessPeftModel(_Fast, peft.PeftModel):

@@ -56,15 +56,15 @@ class AdamW:
 
         def apply(path: Any, parameter: Any, update: Any) -> Any:
             rate, decay = self.rate_and_decay(path, learning_rate)
-            return parameter * decay - rate * update
+            return parameter * (1.0 - rate * decay) - rate * update
 
         return jax.tree_util.tree_map_with_path(apply, parameters, updates), adam
 
     def rate_and_decay(self, path: Any, learning_rate: Any) -> tuple[Any, Any]:
-        """(its learning rate, what decay multiplies it by) of a parameter. Biases are not decayed, as in HF's Trainer."""
+        """(learning rate, weight decay) of a parameter. Biases are not decayed, as in Hugging Face's Trainer."""
         names = names_of(path)
         rate = learning_rate * self.options.embedding_rate if is_embedding(names) else learning_rate
-        return rate, 1.0 if "bias" in names else 1.0 - rate * self.options.weight_decay
+        return rate, 0.0 if "bias" in names else self.options.weight_decay
 
     def step(
         self, parameters: Any, state: OptimizerState, gradients: Any, learning_rate: Any, frozen: Any = None

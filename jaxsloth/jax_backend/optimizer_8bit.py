@@ -77,7 +77,7 @@ class AdamW8bit(AdamW):
         done = []
         for (path, parameter), gradient, *kept in zip(paths, *others, strict=True):
             rate, decay = self.rate_and_decay(path, learning_rate)
-            factors = jnp.stack([decay, rate / correction, root])
+            factors = jnp.stack([1.0 - rate * decay, rate / correction, root])
             moments = Moments(**dict(zip(trees, kept, strict=True)))
             step = self._step_8_bits if _in_8_bits(path, parameter) else self._step_whole
             after, moments = step(path, parameter, gradient, moments, factors)
